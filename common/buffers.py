@@ -1,0 +1,45 @@
+"""Transitions on the device: the offline arrays shared by a population, and a ring of online transitions per member."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Transitions(NamedTuple):
+    """Flat transitions, leading axis N. A termination masks the bootstrap, a truncation does not.
+
+    `observations, next_observations [N, obs_dim]`, `actions [N, action_dim]` in [-1, 1], `rewards, terminations,
+    truncations [N]`; all float32, flags 0 or 1. Rows are time-ordered and episodes are contiguous.
+    """
+
+    observations: jax.Array
+    actions: jax.Array
+    rewards: jax.Array
+    next_observations: jax.Array
+    terminations: jax.Array
+    truncations: jax.Array
+
+
+class Ring(NamedTuple):
+    """The last `capacity` online transitions of one member; rows at and beyond `size` are not yet written."""
+
+    data: Transitions
+    position: jax.Array
+    size: jax.Array
+
+
+def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
+    """A ring of `capacity` zero rows, `size` 0."""
+    widths = {"observations": (obs_dim,), "actions": (action_dim,), "next_observations": (obs_dim,)}
+    data = Transitions(*(jnp.zeros((capacity, *widths.get(name, ()))) for name in Transitions._fields))
+    return Ring(data, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def insert(ring: Ring, transitions: Transitions) -> Ring:
+    """Write n rows after the newest ones, over the oldest ones when the ring is full; n must not exceed capacity."""
+    capacity, count = len(ring.data.rewards), len(transitions.rewards)
+    assert count <= capacity, f"{count} rows do not fit a ring of {capacity}"
+    rows = (ring.position + jnp.arange(count)) % capacity
+    data = jax.tree.map(lambda old, new: old.at[rows].set(new), ring.data, transitions)
+    return Ring(data, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))

@@ -1,0 +1,97 @@
+"""Checkpoints: a whole pytree in one `.npz`, written atomically, checked leaf by leaf on load. No pickle."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.errors import UsageError
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path in the tree; random keys as their uint32 data."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves
+    }
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(file)` on a temporary file beside `path`, fsync it and rename it over `path`.
+
+    A reader sees the old file or the new one, never a part, whatever kills the writer.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
+    """Write every leaf of `tree`, and `metadata` (JSON), to the `.npz` at `path`."""
+    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
+    arrays["metadata"] = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}  # reading a member verifies its CRC
+    except FileNotFoundError:
+        raise UsageError(f"no checkpoint at {path}") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"checkpoint {path} is damaged or is not a checkpoint ({error})") from None
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The metadata of the checkpoint at `path`; UsageError if it is missing or damaged."""
+    arrays = _read(path)
+    if "metadata" not in arrays:
+        raise UsageError(f"checkpoint {path} is damaged or is not a checkpoint (no metadata)")
+    return json.loads(arrays["metadata"].tobytes())
+
+
+def load(path: Path, like: Any) -> Any:
+    """The tree saved at `path`, with the structure of `like`.
+
+    UsageError if the file is damaged or if any leaf's name, shape or dtype differs from `like`'s.
+    """
+    arrays = _read(path)
+    arrays.pop("metadata", None)
+    expected = _named_leaves(like)
+    if arrays.keys() != expected.keys():
+        odd = sorted(arrays.keys() ^ expected.keys())[0]
+        raise UsageError(f"checkpoint {path} does not fit this run: {odd} is on one side only")
+    for name, leaf in expected.items():
+        found, wanted = arrays[name], np.asarray(leaf)
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise UsageError(
+                f"checkpoint {path} does not fit this run: {name} is {found.dtype}{list(found.shape)}, "
+                f"expected {wanted.dtype}{list(wanted.shape)}"
+            )
+
+    def restore(path: Any, leaf: Any) -> Any:
+        value = arrays[jax.tree_util.keystr(path)]
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(value)
+        return jax.numpy.asarray(value) if isinstance(leaf, jax.Array) else value
+
+    return jax.tree_util.tree_map_with_path(restore, like)

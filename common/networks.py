@@ -1,0 +1,109 @@
+"""Network parts shared by the algorithms: MLP, vmapped ensemble, Gaussian policy heads.
+
+Shapes are written `[batch, dim]`. Every module takes unbatched leading axes as they come, so the same parameters
+act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+# Orthogonal, gain sqrt(2): what the official IQL and jaxrl use for every layer.
+orthogonal = nn.initializers.orthogonal(math.sqrt(2.0))
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, so that of TD3+BC, CORL and CleanRL.
+uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+class MLP(nn.Module):
+    """`num_layers` hidden ReLU layers of width `hidden_dim`, then a linear layer to `output_dim`.
+
+    Dropout follows each hidden activation and needs a "dropout" rng when `training` and `dropout_rate > 0`.
+    """
+
+    hidden_dim: int
+    num_layers: int
+    output_dim: int
+    kernel_init: Initializer = orthogonal
+    output_init: Initializer | None = None
+    layer_norm: bool = False
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool = False) -> jax.Array:
+        for _ in range(self.num_layers):
+            x = nn.Dense(self.hidden_dim, kernel_init=self.kernel_init)(x)
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+            x = nn.relu(x)
+            if self.dropout_rate > 0.0:
+                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+        return nn.Dense(self.output_dim, kernel_init=self.output_init or self.kernel_init)(x)
+
+
+class QEnsemble(nn.Module):
+    """K independent Q-functions, vmapped over a leading parameter axis.
+
+    `(observations [batch, obs_dim], actions [batch, action_dim]) -> [K, batch]`.
+    """
+
+    num_critics: int
+    hidden_dim: int
+    num_layers: int
+    kernel_init: Initializer = orthogonal
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
+        members = nn.vmap(
+            MLP,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=0,
+            axis_size=self.num_critics,
+        )
+        q = members(self.hidden_dim, self.num_layers, 1, self.kernel_init, layer_norm=self.layer_norm)
+        return q(jnp.concatenate([observations, actions], axis=-1)).squeeze(-1)
+
+
+class GaussianHead(nn.Module):
+    """MLP to the mean and a state-dependent log standard deviation, each `[batch, action_dim]`.
+
+    The log standard deviation is clipped to `[log_std_min, log_std_max]`. Whether the Gaussian is squashed by tanh
+    is decided by the functions below that take its output.
+    """
+
+    action_dim: int
+    hidden_dim: int
+    num_layers: int
+    log_std_min: float = -20.0
+    log_std_max: float = 2.0
+    kernel_init: Initializer = orthogonal
+
+    @nn.compact
+    def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, self.kernel_init)(observations)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.clip(log_std, self.log_std_min, self.log_std_max)
+
+
+def gaussian_log_prob(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """Log-density of a diagonal Gaussian, summed over the last axis: `[..., action_dim] -> [...]`."""
+    z = (x - mean) * jnp.exp(-log_std)
+    return jnp.sum(-0.5 * z**2 - log_std - 0.5 * jnp.log(2.0 * jnp.pi), axis=-1)
+
+
+def squashed_sample(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Reparameterised sample of tanh(N(mean, std)) and its log-density, `[..., action_dim]` and `[...]`.
+
+    The density is computed from the value before the squashing, so it stays finite where tanh saturates:
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)).
+    """
+    u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+    log_det = jnp.sum(2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u)), axis=-1)
+    return jnp.tanh(u), gaussian_log_prob(u, mean, log_std) - log_det
