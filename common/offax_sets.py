@@ -1,0 +1,452 @@
+"""The `offax/<env>/<quality>-v0` datasets: collected from MuJoCo on first use, by policies shipped in this package.
+
+A set is the same arrays every time on one machine: every episode has its own seed, and actions are computed in double
+precision and rounded to a grid, so that neither the number of environments stepped together nor the number of BLAS
+threads changes a bit of them. It is written by Minari's own functions into Minari's own directory, with a
+`manifest.json` beside the data: seed, package versions, hash of the policies, sha256 of each array, statistics.
+
+A set is built in a hidden directory under a lock and renamed into place, so a reader finds a whole set or none.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import UsageError
+
+ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
+QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
+TRANSITIONS = 200_000
+POLICIES = Path(__file__).parent / "behavior_policies"
+SEED = 20_250
+FORMAT = 1  # raise it when collection changes: sets made by an older one are then rebuilt
+NUM_ENVS = 32
+ACTION_GRID = 2.0**16
+BLOCK = 4
+LOG_STD_RANGE = (-5.0, 2.0)
+
+Layers = list[tuple[np.ndarray, np.ndarray]]
+
+
+class Part(NamedTuple):
+    """A stretch of a dataset made by one policy; `policy` None is uniform random actions."""
+
+    policy: str | None
+    transitions: int
+
+
+class Episode(NamedTuple):
+    """`observations [T + 1, obs_dim]` and `rewards [T]` float64, `actions [T, action_dim]` float32."""
+
+    seed: int
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool
+    truncated: bool
+
+
+def ids() -> list[str]:
+    """The ids of all sets."""
+    return [f"offax/{env}/{quality}-v0" for env in ENVS for quality in QUALITIES]
+
+
+def parse(dataset_id: str) -> tuple[str, str]:
+    """`(env, quality)` of an id; UsageError that names the sets if there is no such set."""
+    if dataset_id not in ids():
+        raise UsageError(
+            f"there is no dataset {dataset_id}: offax sets are offax/<env>/<quality>-v0 with <env> one of "
+            f"{', '.join(ENVS)} and <quality> one of {', '.join(QUALITIES)}"
+        )
+    _, env, quality = dataset_id.removesuffix("-v0").split("/")
+    return env, quality
+
+
+def datasets_root() -> Path:
+    """Minari's directory of datasets; it need not exist."""
+    root = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(root) if root else Path.home() / ".minari" / "datasets"
+
+
+# Policies
+
+
+def read_policies(env: str) -> dict[str, Layers]:
+    """The shipped policies of `env`, name -> `[(weights, biases), ...]` as stored (float16)."""
+    path = POLICIES / f"{env}.npz"
+    if not path.exists():
+        raise UsageError(f"the behaviour policies of {env} are not in this installation ({path} is missing)")
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    names = sorted({name.split("/")[0] for name in arrays})
+    depth = {name: sum(key.startswith(f"{name}/w") for key in arrays) for name in names}
+    return {name: [(arrays[f"{name}/w{i}"], arrays[f"{name}/b{i}"]) for i in range(depth[name])] for name in names}
+
+
+def policy_outputs(layers: Layers, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation before the tanh, `[batch, action_dim]` float64, of the ReLU network `layers`.
+
+    Rows go through in blocks of 4: below that many multiplications OpenBLAS does not start its threads, which on a
+    busy machine cost a hundred times the product itself.
+    """
+    batch = len(observations)
+    x = np.zeros((-(-batch // BLOCK) * BLOCK, observations.shape[1]))
+    x[:batch] = observations
+    x = x.reshape(-1, BLOCK, x.shape[1])
+    for i, (w, b) in enumerate(layers):
+        x = x @ w + b
+        if i < len(layers) - 1:
+            x = np.maximum(x, 0.0)
+    mean, log_std = np.split(x.reshape(-1, x.shape[-1])[:batch], 2, axis=1)
+    return mean, np.exp(np.clip(log_std, *LOG_STD_RANGE))
+
+
+def sample_actions(layers: Layers | None, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Actions in [-1, 1], float32 `[batch, action_dim]`; `noise` is normal, or uniform in [-1, 1] without a policy.
+
+    They are rounded to multiples of 2^-16: products of another batch size or thread count differ in the last bits,
+    and a chaotic simulation would make other episodes of them.
+    """
+    if layers is not None:
+        mean, std = policy_outputs(layers, observations)
+        noise = np.tanh(mean + std * noise)
+    return (np.rint(noise * ACTION_GRID) / ACTION_GRID).astype(np.float32)
+
+
+# Collection
+
+
+class _Running:
+    """An episode being collected in one environment."""
+
+    def __init__(self, env: Any, seed: Sequence[int], uniform: bool, limit: int):
+        rng = np.random.default_rng(seed)
+        self.env, self.seed, self.length, self.terminated = env, int(rng.integers(2**31)), 0, False
+        shape = (limit, env.action_space.shape[0])
+        self.noise = rng.uniform(-1.0, 1.0, shape) if uniform else rng.standard_normal(shape)
+        self.observations = np.empty((limit + 1, env.observation_space.shape[0]))
+        self.actions, self.rewards = np.empty(shape, np.float32), np.empty(limit)
+        self.observations[0] = env.reset(seed=self.seed)[0]
+
+    def step(self, action: np.ndarray) -> bool:
+        t, self.length = self.length, self.length + 1
+        self.actions[t] = action
+        self.observations[t + 1], self.rewards[t], self.terminated, _, _ = self.env.step(action)
+        return self.terminated or self.length == len(self.rewards)
+
+    def episode(self) -> Episode:
+        t = self.length
+        return Episode(
+            self.seed,
+            self.observations[: t + 1].copy(),
+            self.actions[:t].copy(),
+            self.rewards[:t].copy(),
+            bool(self.terminated),
+            t == len(self.rewards),
+        )
+
+
+def collect(
+    env_id: str,
+    layers: Layers | None,
+    transitions: int,
+    seed: Sequence[int],
+    num_envs: int = NUM_ENVS,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> list[Episode]:
+    """Whole episodes of sampled actions, `transitions` steps in all, the last one cut with a truncation.
+
+    Episode i depends on `seed` and i only. `progress` is called with the number of steps just made.
+    """
+    import gymnasium as gym
+
+    limit = gym.spec(env_id).max_episode_steps
+    assert limit is not None
+    free = [gym.make(env_id, disable_env_checker=True).unwrapped for _ in range(min(num_envs, transitions))]
+    scale = free[0].action_space.high
+    assert np.array_equal(free[0].action_space.low, -scale) and np.all(scale == 1.0), "actions are stored unscaled"
+    running: dict[int, _Running] = {}
+    finished: dict[int, Episode] = {}
+    started = 0
+    while True:
+        # Start as many episodes as the count will need at the mean length so far; those that miss it are made after.
+        lengths = [len(episode.rewards) for episode in finished.values()]
+        mean = float(np.mean(lengths)) if lengths else limit
+        expected = sum(lengths) + sum(max(mean, one.length) for one in running.values())
+        while free and expected < transitions:
+            running[started] = _Running(free.pop(), [*seed, started], layers is None, limit)
+            started, expected = started + 1, expected + mean
+        if not running:
+            break
+        ended = False
+        while not ended:
+            observations = np.stack([one.observations[one.length] for one in running.values()])
+            noise = np.stack([one.noise[one.length] for one in running.values()])
+            actions = sample_actions(layers, observations, noise)
+            progress(len(running))
+            for (index, one), action in zip(list(running.items()), actions, strict=True):
+                if one.step(action):
+                    finished[index] = one.episode()
+                    free.append(running.pop(index).env)
+                    ended = True
+    episodes, left = [], transitions
+    for index in range(started):
+        if left > 0:
+            episode = finished[index]
+            episodes.append(_cut(episode, left))
+            left -= len(episode.rewards)
+    return episodes
+
+
+def _cut(episode: Episode, length: int) -> Episode:
+    if len(episode.rewards) <= length:
+        return episode
+    return Episode(
+        episode.seed,
+        episode.observations[: length + 1],
+        episode.actions[:length],
+        episode.rewards[:length],
+        terminated=False,
+        truncated=True,
+    )
+
+
+# Datasets
+
+
+def parts_of(env: str, quality: str, transitions: int) -> list[Part]:
+    """Which policy makes how many of the transitions, in order."""
+    if quality == "random":
+        return [Part(None, transitions)]
+    mixed = sorted((name for name in read_policies(env) if name.startswith("mixed_")), key=lambda n: int(n[6:]))
+    names = {
+        "medium": mixed[-1:],  # the last of the mixed snapshots
+        "mixed": mixed,
+        "medium-expert": [*mixed[-1:], "expert"],
+        "expert": ["expert"],
+    }[quality]
+    bounds = np.linspace(0, transitions, len(names) + 1).astype(int)
+    return [Part(name, int(n)) for name, n in zip(names, np.diff(bounds), strict=True)]
+
+
+def _recipe(env: str, quality: str, transitions: int) -> dict[str, Any]:
+    """Everything that decides the arrays, for the manifest; a set with another recipe is stale."""
+    parts = parts_of(env, quality, transitions)
+    weights = hashlib.sha256()
+    policies = read_policies(env) if quality != "random" else {}
+    for part in parts:
+        for array in (array for layer in policies.get(part.policy or "", []) for array in layer):
+            weights.update(f"{part.policy} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return {
+        "format": FORMAT,
+        "seed": SEED,
+        "environment": ENVS[env],
+        "parts": [list(part) for part in parts],
+        "policies_sha256": weights.hexdigest(),
+    }
+
+
+def _is_current(directory: Path, recipe: dict[str, Any]) -> bool:
+    """Whether the set at `directory` was made by `recipe`; UsageError if what is there is not ours."""
+    if not directory.exists():
+        return False
+    try:
+        return json.loads((directory / "manifest.json").read_text())["recipe"] == recipe
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{directory} has no manifest of Offax: move it away to have the set made again") from None
+
+
+def ensure(dataset_id: str, transitions: int | None = None) -> Path:
+    """Directory of the set `dataset_id` in Minari's directory, collected first if it is missing or stale.
+
+    `transitions` (default `TRANSITIONS`) is there for tests. Of several processes one collects and the others wait.
+    UsageError if there is no such set or the directory cannot be written.
+    """
+    env, quality = parse(dataset_id)
+    recipe = _recipe(env, quality, transitions or TRANSITIONS)
+    root = datasets_root()
+    directory = root / dataset_id
+    if _is_current(directory, recipe):
+        return directory
+    building = root / ".offax-building" / f"{env}-{quality}"
+    try:
+        building.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(building.with_suffix(".lock"), dataset_id):
+            if not _is_current(directory, recipe):  # else another process made it while this one waited
+                _build(dataset_id, recipe, building, directory)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {dataset_id} under {root}: {error.strerror or error}; "
+            "make room or set MINARI_DATASETS_PATH to another directory"
+        ) from None
+    return directory
+
+
+@contextmanager
+def _lock(path: Path, dataset_id: str) -> Iterator[None]:
+    """Hold the lock file at `path`; the system lets go of it however the process ends."""
+    import fcntl
+
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is collecting {dataset_id}: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: Path) -> None:
+    """Collect and write the set in `building`, then rename it to `directory`, over a stale one."""
+    shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
+    building.mkdir()
+    try:
+        _require_space(recipe, building)
+        episodes = _collect_parts(dataset_id, recipe)
+        built = _write(dataset_id, recipe, episodes, building)
+        _create_namespaces(dataset_id)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists():
+            os.rename(directory, building / "stale")
+        os.rename(built, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _require_space(recipe: dict[str, Any], building: Path) -> None:
+    """OSError if the disk is too full for the set, before half a minute is spent on collecting it."""
+    needed = 500 * sum(transitions for _, transitions in recipe["parts"])
+    free = shutil.disk_usage(building).free
+    if free < needed:
+        raise OSError(None, f"{free // 2**20} MiB are free and it takes about {needed // 2**20} MiB")
+
+
+def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    env, quality = parse(dataset_id)
+    policies = read_policies(env) if quality != "random" else {}
+    episodes: list[Episode] = []
+    total = sum(transitions for _, transitions in recipe["parts"])
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"collecting {dataset_id}", total=total)
+        for index, (policy, transitions) in enumerate(recipe["parts"]):
+            seed = [SEED, list(ENVS).index(env), QUALITIES.index(quality), index]
+            layers = [(w.astype(float), b.astype(float)) for w, b in policies[policy]] if policy else None
+            episodes += collect(
+                ENVS[env], layers, transitions, seed, progress=lambda steps: progress.advance(task, steps)
+            )
+        progress.update(task, completed=total)
+    return episodes
+
+
+def _write(dataset_id: str, recipe: dict[str, Any], episodes: list[Episode], building: Path) -> Path:
+    """Write `episodes` as the Minari dataset `dataset_id` with `building` for Minari's directory; its own directory."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    from common import datasets
+
+    env, quality = parse(dataset_id)
+    low, high = datasets.REFERENCE_RETURNS[env]
+
+    def flags(episode: Episode, value: bool) -> np.ndarray:
+        last = np.zeros(len(episode.rewards), bool)
+        last[-1] = value
+        return last
+
+    buffers = [
+        EpisodeBuffer(
+            seed=episode.seed,
+            observations=episode.observations,
+            actions=episode.actions,
+            rewards=episode.rewards,
+            terminations=flags(episode, episode.terminated),
+            truncations=flags(episode, episode.truncated),
+        )
+        for episode in episodes
+    ]
+    with minari_directory(building), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari's reminders of optional metadata
+        try:
+            minari.create_dataset_from_buffers(
+                dataset_id,
+                buffers,
+                env=recipe["environment"],
+                eval_env=recipe["environment"],
+                algorithm_name="uniform random actions" if quality == "random" else "SAC (benchmarks/sac.py)",
+                author="Offax",
+                description=_description(recipe),
+                ref_min_score=low,
+                ref_max_score=high,
+                data_format="hdf5",
+            )
+        except RuntimeError as error:  # h5py's for a write that fails while a file is closed
+            raise OSError(None, str(error).split("\n")[0]) from error
+    names = ("observations", "actions", "rewards")
+    hashes = {name: hashlib.sha256() for name in (*names, "terminations", "truncations")}
+    for episode, buffer in zip(episodes, buffers, strict=True):
+        for name, value in hashes.items():
+            value.update(np.ascontiguousarray(getattr(buffer if name not in names else episode, name)).tobytes())
+    returns = np.array([episode.rewards.sum() for episode in episodes])
+    manifest = {
+        "id": dataset_id,
+        "recipe": recipe,
+        "versions": {name: importlib.metadata.version(name) for name in ("gymnasium", "minari", "mujoco", "numpy")},
+        "sha256": {name: value.hexdigest() for name, value in hashes.items()},
+        "statistics": {
+            "transitions": sum(len(episode.rewards) for episode in episodes),
+            "episodes": len(episodes),
+            "terminated": sum(episode.terminated for episode in episodes),
+            "return_mean": float(returns.mean()),
+            "return_min": float(returns.min()),
+            "return_max": float(returns.max()),
+        },
+    }
+    built = building / dataset_id
+    (built / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return built
+
+
+def _description(recipe: dict[str, Any]) -> str:
+    parts = ", ".join(f"{transitions} by {policy or 'uniform actions'}" for policy, transitions in recipe["parts"])
+    return (
+        f"Collected in {recipe['environment']} by Offax: {parts}. Sampled actions; the last episode of each part is "
+        "cut with a truncation."
+    )
+
+
+@contextmanager
+def minari_directory(path: Path) -> Iterator[None]:
+    """Point Minari at `path`; it knows no other way than the environment variable."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def _create_namespaces(dataset_id: str) -> None:
+    """The files by which Minari knows the namespaces `offax` and `offax/<env>`."""
+    import minari.namespace
+
+    for namespace in ("offax", dataset_id.rsplit("/", 1)[0]):
+        path = datasets_root() / namespace / minari.namespace.NAMESPACE_METADATA_FILENAME
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
