@@ -6,8 +6,8 @@
 
 What comes out is the same for each (`Dataset`). What goes in:
 
-* Minari id: the observations of an episode of T steps have T + 1 entries, so every step has its true successor, the last
-  one of a truncated episode too; it is kept and marked. An episode that ends without a flag is marked truncated.
+* Minari id: the observations of an episode of T steps have T + 1 entries, so every step has its true successor, the
+  last one of a truncated episode too; it is kept and marked. An episode that ends without a flag is marked truncated.
   Dictionaries of vectors are flattened in the order of the environment's own space, as gymnasium's
   `FlattenObservation` does. A flat copy is kept beside Minari's files (`flat-...`), where the directory can be written.
 * `.npz`: the arrays of `Transitions` by their names; `truncations` may be absent and is then zero everywhere, which
@@ -19,6 +19,7 @@ What comes out is the same for each (`Dataset`). What goes in:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -175,8 +176,8 @@ def _rescaled(name: str, actions: np.ndarray, low: np.ndarray, high: np.ndarray)
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise UsageError(
-            f"{name}: actions are out of the environment's bounds, first in row {row}: {actions[row, column]:.6g} is not "
-            f"in [{low[column]:.6g}, {high[column]:.6g}]; clip them in the file if that is what was executed"
+            f"{name}: actions are out of the environment's bounds, first in row {row}: {actions[row, column]:.6g} is "
+            f"not in [{low[column]:.6g}, {high[column]:.6g}]; clip them in the file if that is what was executed"
         )
     if np.any(low != -1.0) or np.any(high != 1.0):
         actions = 2.0 * (actions - low) / (high - low) - 1.0
@@ -220,8 +221,6 @@ def _spaces(env: str) -> tuple[int, np.ndarray, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer versions of the environment
-            import contextlib
-
             with contextlib.suppress(ImportError):
                 import gymnasium_robotics
 
@@ -243,7 +242,9 @@ def _with_env(dataset: Dataset, env: str) -> Dataset:
     size, low, high = _spaces(env)
     found = dataset.transitions.observations.shape[1]
     if size != found:
-        raise UsageError(f"{dataset.id}: observations have {found} numbers and {env} gives {size}; choose another --env")
+        raise UsageError(
+            f"{dataset.id}: observations have {found} numbers and {env} gives {size}; choose another --env"
+        )
     if low.shape != dataset.action_low.shape or not (
         np.allclose(low, dataset.action_low) and np.allclose(high, dataset.action_high)
     ):
@@ -251,9 +252,7 @@ def _with_env(dataset: Dataset, env: str) -> Dataset:
             f"{dataset.id}: actions are bounded by {dataset.action_low.tolist()} to {dataset.action_high.tolist()} "
             f"and those of {env} by {low.tolist()} to {high.tolist()}; choose another --env"
         )
-    return Dataset(
-        dataset.id, dataset.transitions, env, env, _domain_of_env(env) or dataset.domain, low, high
-    )
+    return Dataset(dataset.id, dataset.transitions, env, env, _domain_of_env(env) or dataset.domain, low, high)
 
 
 # Files of one's own
@@ -371,7 +370,8 @@ def _timeouts_by_counting(terminal: np.ndarray) -> np.ndarray:
 def _load_minari(dataset_id: str) -> Dataset:
     if not re.fullmatch(r"(?:[-\w]+/)*[-\w]+-v\d+", dataset_id):
         raise UsageError(
-            f"{dataset_id!r} is neither a dataset id such as offax/hopper/medium-v0, nor a path to an .npz or .hdf5 file"
+            f"{dataset_id!r} is neither a dataset id such as offax/hopper/medium-v0, nor a path to an .npz or .hdf5 "
+            "file"
         )
     if dataset_id.startswith("offax/"):
         directory = offax_sets.ensure(dataset_id)
@@ -608,7 +608,11 @@ def _server_answers() -> bool:
 # Command line
 
 
+STATISTICS = ("dataset", "env", "transitions", "episodes", "mean", "min", "max", "normalised", "terminated")
+
+
 def _statistics(dataset: Dataset) -> list[str]:
+    """The columns of `STATISTICS`: returns of episodes, mean normalised return, fraction of episodes terminated."""
     returns = episode_returns(dataset.transitions)
     slices = episode_slices(dataset.transitions)
     scores = normalized_score(dataset.domain, returns)
@@ -628,7 +632,7 @@ def _statistics(dataset: Dataset) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m common.datasets", description="List, collect and describe datasets.")
+    parser = argparse.ArgumentParser(prog="python -m common.datasets", description="List, collect, describe datasets.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the datasets that need no network, and whether they are on this disk")
     build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
@@ -648,11 +652,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rich.console import Console
             from rich.table import Table
 
-            headers = "dataset environment transitions episodes mean min max normalised terminated".split()
-            table = Table(*headers)
+            table = Table(*STATISTICS)
             for name in args.ids:
                 table.add_row(*_statistics(load(name)))
-            Console().print(table)
+            # As wide as it needs to be: a pipe or a narrow terminal must not cut the numbers.
+            Console(width=max(Console().width, Console().measure(table).maximum)).print(table)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

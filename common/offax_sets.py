@@ -138,11 +138,14 @@ class _Running:
         self.actions, self.rewards = np.empty(shape, np.float32), np.empty(limit)
         self.observations[0] = env.reset(seed=self.seed)[0]
 
-    def step(self, action: np.ndarray) -> bool:
+    @property
+    def ended(self) -> bool:
+        return self.terminated or self.length == len(self.rewards)
+
+    def step(self, action: np.ndarray) -> None:
         t, self.length = self.length, self.length + 1
         self.actions[t] = action
         self.observations[t + 1], self.rewards[t], self.terminated, _, _ = self.env.step(action)
-        return self.terminated or self.length == len(self.rewards)
 
     def episode(self) -> Episode:
         t = self.length
@@ -194,11 +197,12 @@ def collect(
             noise = np.stack([one.noise[one.length] for one in running.values()])
             actions = sample_actions(layers, observations, noise)
             progress(len(running))
-            for (index, one), action in zip(list(running.items()), actions, strict=True):
-                if one.step(action):
-                    finished[index] = one.episode()
-                    free.append(running.pop(index).env)
-                    ended = True
+            for one, action in zip(running.values(), actions, strict=True):
+                one.step(action)
+            for index in [index for index, one in running.items() if one.ended]:
+                finished[index] = running[index].episode()
+                free.append(running.pop(index).env)
+                ended = True
     episodes, left = [], transitions
     for index in range(started):
         if left > 0:
