@@ -24,9 +24,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from common import checkpoints, datasets, offax_sets
+from common import checkpoints, offax_sets
 from common.errors import UsageError
 from common.offax_sets import Layers
+from common.reference_scores import normalized_score
 
 NUM_MIXED = 8
 MEDIUM_BAND = (1 / 3, 1 / 2)
@@ -104,7 +105,7 @@ def main(args: Args) -> None:
         print(f"{env_id}: {list(csv.DictReader(file))[-1]['steps']} steps of training, {len(paths)} snapshots")
     arrays: dict[str, np.ndarray] = {}
     for policy, (path, value) in choose(env_id, paths, args).items():
-        score = datasets.normalized_score(name, np.array(value))
+        score = normalized_score(name, np.array(value))
         print(f"{policy}: step {int(path.stem)} return {value:.1f} normalised {score:.1f}")
         arrays |= {f"{policy}/steps": np.array(int(path.stem)), f"{policy}/return_mean": np.array(value)}
         for i, (w, b) in enumerate(read_snapshot(path)):

@@ -39,31 +39,16 @@ import numpy as np
 from common import offax_sets
 from common.buffers import Transitions
 from common.errors import UsageError
+from common.reference_scores import normalized_score
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
 
-# Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
-REFERENCE_RETURNS = {
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "antmaze": (0.0, 1.0),
-    "kitchen": (0.0, 4.0),
-    "pen": (96.262799, 3076.8331017826877),
-    "door": (-56.512833, 2880.5693087298737),
-    "hammer": (-274.856578, 12794.134825156867),
-    "relocate": (-6.425911, 4233.877797728884),
-    "maze2d-umaze": (23.85, 161.86),
-    "maze2d-medium": (13.13, 277.39),
-    "maze2d-large": (6.7, 273.99),
-}
 # D4RL's own environments are version 2; version 4 has their observations and rewards.
 D4RL_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 D4RL_EPISODE_STEPS = 1000
 BOUND_TOLERANCE = 1e-5  # of the range: float32 copies of float64 actions
-NETWORK_SECONDS = 4.0
+NETWORK_SECONDS = 3.0
 CACHE_FORMAT = 1
 
 
@@ -115,14 +100,6 @@ def episode_returns(transitions: Transitions) -> np.ndarray:
     return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts)
 
 
-def normalized_score(domain: str | None, returns: np.ndarray) -> np.ndarray | None:
-    """100 (R - random) / (expert - random) with D4RL's reference returns; None where D4RL published none."""
-    if domain not in REFERENCE_RETURNS:
-        return None
-    low, high = REFERENCE_RETURNS[domain]
-    return 100.0 * (np.asarray(returns, np.float64) - low) / (high - low)
-
-
 # Checks
 
 
@@ -144,11 +121,9 @@ def _checked(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high:
             raise UsageError(f"{name}: {field} has {len(array)} rows and rewards has {size}; they must be equal")
         with np.errstate(over="ignore"):
             out[field] = np.ascontiguousarray(array, np.float32)
-        # The sum is finite if all numbers are, but for overflow: one fast pass before the exact one.
-        if not np.isfinite(np.sum(out[field], dtype=np.float64)):
-            bad = np.flatnonzero(~np.isfinite(out[field]).reshape(size, -1).all(axis=1))
-            if len(bad):
-                raise UsageError(f"{name}: {field} has NaN or infinity, first in row {bad[0]}; remove those episodes")
+        if not np.isfinite(np.sum(out[field], dtype=np.float64)):  # a sum of float32 cannot overflow: exact and fast
+            row = np.flatnonzero(~np.isfinite(out[field]).reshape(size, -1).all(axis=1))[0]
+            raise UsageError(f"{name}: {field} has NaN or infinity, first in row {row}; remove those episodes")
     if size == 0:
         raise UsageError(f"{name} is empty: it has no transitions")
     if out["observations"].shape[1] == 0 or out["actions"].shape[1] == 0:
@@ -252,7 +227,7 @@ def _with_env(dataset: Dataset, env: str) -> Dataset:
             f"{dataset.id}: actions are bounded by {dataset.action_low.tolist()} to {dataset.action_high.tolist()} "
             f"and those of {env} by {low.tolist()} to {high.tolist()}; choose another --env"
         )
-    return Dataset(dataset.id, dataset.transitions, env, env, _domain_of_env(env) or dataset.domain, low, high)
+    return Dataset(dataset.id, dataset.transitions, env, env, _domain_of_env(env), low, high)
 
 
 # Files of one's own
@@ -422,7 +397,10 @@ def _read_minari(dataset_id: str, data: Path) -> tuple[Transitions, dict[str, An
         columns: dict[str, list[np.ndarray]] = {name: [] for name in Transitions._fields}
         for index, episode in enumerate(_episodes(data, metadata)):
             _append_episode(f"{dataset_id} episode {index}", columns, episode, observation_space)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        arrays = {name: np.concatenate(parts or [np.empty(0)]) for name, parts in columns.items()}
+    except ImportError as error:  # Minari's other formats have their own dependencies
+        raise UsageError(f"{dataset_id}: {error}") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"{dataset_id} is damaged: {data} cannot be read ({reason}); delete it to have it made or downloaded again"
@@ -430,7 +408,7 @@ def _read_minari(dataset_id: str, data: Path) -> tuple[Transitions, dict[str, An
     if not columns["rewards"]:
         raise UsageError(f"{dataset_id} is empty: it has no episodes")
     low, high = (np.array(action_space[name], np.float32).reshape(-1) for name in ("low", "high"))
-    transitions = _checked(dataset_id, {name: np.concatenate(parts) for name, parts in columns.items()}, low, high)
+    transitions = _checked(dataset_id, arrays, low, high)
     about = {
         "env_spec": metadata.get("eval_env_spec") or metadata.get("env_spec"),
         "action_low": low.tolist(),
@@ -560,21 +538,25 @@ def _download(dataset_id: str) -> None:
         raise UsageError(f"{dataset_id} is not in {root} and Minari's server cannot be reached; {instead}")
     import minari
 
-    temporary = root / f".offax-download-{os.getpid()}"
+    temporary, target = root / ".offax-downloading" / dataset_id.replace("/", "-"), root / dataset_id
     try:
-        temporary.mkdir(parents=True)
-        with offax_sets.minari_directory(temporary), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            minari.download_dataset(dataset_id)
-        target = root / dataset_id
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():  # else another process was faster
-            os.rename(temporary / dataset_id, target)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with offax_sets.lock(temporary.with_suffix(".lock"), f"another process is downloading {dataset_id}"):
+            if target.exists():
+                return
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a download that was killed
+            temporary.mkdir()
+            try:
+                with offax_sets.minari_directory(temporary), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    minari.download_dataset(dataset_id)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(temporary / dataset_id, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:  # Minari's, its storage backends' and the system's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"cannot download {dataset_id}: {reason}; {instead}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _server_answers() -> bool:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UsageError
+from common.reference_scores import REFERENCE_RETURNS
 
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
@@ -285,7 +286,7 @@ def ensure(dataset_id: str, transitions: int | None = None) -> Path:
     building = root / ".offax-building" / f"{env}-{quality}"
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(building.with_suffix(".lock"), dataset_id):
+        with lock(building.with_suffix(".lock"), f"another process is collecting {dataset_id}"):
             if not _is_current(directory, recipe):  # else another process made it while this one waited
                 _build(dataset_id, recipe, building, directory)
     except OSError as error:
@@ -297,15 +298,18 @@ def ensure(dataset_id: str, transitions: int | None = None) -> Path:
 
 
 @contextmanager
-def _lock(path: Path, dataset_id: str) -> Iterator[None]:
-    """Hold the lock file at `path`; the system lets go of it however the process ends."""
+def lock(path: Path, held: str) -> Iterator[None]:
+    """Hold the lock file at `path`, after saying `held` if it has to be waited for.
+
+    The system lets go of it however the process ends.
+    """
     import fcntl
 
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process is collecting {dataset_id}: waiting for it", file=sys.stderr, flush=True)
+            print(f"{held}: waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -329,7 +333,7 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
 
 def _require_space(recipe: dict[str, Any], building: Path) -> None:
     """OSError if the disk is too full for the set, before half a minute is spent on collecting it."""
-    needed = 500 * sum(transitions for _, transitions in recipe["parts"])
+    needed = 1000 * sum(transitions for _, transitions in recipe["parts"])
     free = shutil.disk_usage(building).free
     if free < needed:
         raise OSError(None, f"{free // 2**20} MiB are free and it takes about {needed // 2**20} MiB")
@@ -360,10 +364,8 @@ def _write(dataset_id: str, recipe: dict[str, Any], episodes: list[Episode], bui
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    from common import datasets
-
     env, quality = parse(dataset_id)
-    low, high = datasets.REFERENCE_RETURNS[env]
+    low, high = REFERENCE_RETURNS[env]
 
     def flags(episode: Episode, value: bool) -> np.ndarray:
         last = np.zeros(len(episode.rewards), bool)
