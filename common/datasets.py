@@ -194,7 +194,7 @@ def _spaces(env: str) -> tuple[int, np.ndarray, np.ndarray]:
     import gymnasium as gym
 
     try:
-        with warnings.catch_warnings():
+        with offax_sets.without_deprecations(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer versions of the environment
             with contextlib.suppress(ImportError):
                 import gymnasium_robotics
@@ -637,8 +637,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table = Table(*STATISTICS)
             for name in args.ids:
                 table.add_row(*_statistics(load(name)))
-            # As wide as it needs to be: a pipe or a narrow terminal must not cut the numbers.
-            Console(width=max(Console().width, Console().measure(table).maximum)).print(table)
+            Console(width=1000).print(table)  # a pipe or a narrow terminal must not cut the numbers
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -160,6 +160,22 @@ class _Running:
         )
 
 
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT in the current directory.
+
+    HalfCheetah's is one, and nothing a user can mend.
+    """
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def collect(
     env_id: str,
     layers: Layers | None,
@@ -320,8 +336,9 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
     building.mkdir()
     try:
         _require_space(recipe, building)
-        episodes = _collect_parts(dataset_id, recipe)
-        built = _write(dataset_id, recipe, episodes, building)
+        with without_deprecations():
+            episodes = _collect_parts(dataset_id, recipe)
+            built = _write(dataset_id, recipe, episodes, building)
         _create_namespaces(dataset_id)
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists():
