@@ -103,6 +103,11 @@ def episode_returns(transitions: Transitions) -> np.ndarray:
 # Checks
 
 
+def _reason(error: Exception) -> str:
+    """The first line of the error's message, or its name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _checked(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Transitions:
     """The arrays as float32 transitions with actions rescaled to [-1, 1]; UsageError in one line if they are unfit."""
     out: dict[str, np.ndarray] = {}
@@ -202,7 +207,7 @@ def _spaces(env: str) -> tuple[int, np.ndarray, np.ndarray]:
                 gym.register_envs(gymnasium_robotics)
             made = gym.make(env)
     except Exception as error:  # whatever an environment's constructor raises
-        raise UsageError(f"cannot make the environment {env}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"cannot make the environment {env}: {_reason(error)}") from None
     try:
         if not isinstance(made.action_space, gym.spaces.Box) or len(made.action_space.shape) != 1:
             raise UsageError(f"environment {env} has actions {made.action_space}; continuous vectors only")
@@ -247,9 +252,9 @@ def _load_npz(path: str, env: str | None) -> Dataset:
             raise UsageError(
                 f"{path} holds pickled objects, which are never loaded; save plain arrays with numpy.savez"
             ) from None
-        raise UsageError(f"{path} is damaged or is not an .npz file ({error})") from None
+        raise UsageError(f"{path} is damaged or is not an .npz file ({_reason(error)})") from None
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UsageError(f"{path} is damaged or is not an .npz file ({error})") from None
+        raise UsageError(f"{path} is damaged or is not an .npz file ({_reason(error)})") from None
     missing = [name for name in Transitions._fields if name not in arrays and name != "truncations"]
     if missing:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(names) or 'none'}")
@@ -285,8 +290,7 @@ def _read_d4rl(path: str) -> dict[str, np.ndarray]:
             keys = list(file)
             arrays = {name: file[name][()] for name in names if isinstance(file.get(name), h5py.Dataset)}
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} is damaged or is not an HDF5 file ({reason})") from None
+        raise UsageError(f"{path} is damaged or is not an HDF5 file ({_reason(error)})") from None
     for name in names[:4]:
         if name not in arrays:
             raise UsageError(f"{path} has no array {name}, as D4RL's files have; it has {', '.join(keys) or 'none'}")
@@ -401,9 +405,9 @@ def _read_minari(dataset_id: str, data: Path) -> tuple[Transitions, dict[str, An
     except ImportError as error:  # Minari's other formats have their own dependencies
         raise UsageError(f"{dataset_id}: {error}") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"{dataset_id} is damaged: {data} cannot be read ({reason}); delete it to have it made or downloaded again"
+            f"{dataset_id} is damaged: {data} cannot be read ({_reason(error)}); "
+            "delete its directory to have it made or downloaded again"
         ) from None
     if not columns["rewards"]:
         raise UsageError(f"{dataset_id} is empty: it has no episodes")
@@ -555,8 +559,7 @@ def _download(dataset_id: str) -> None:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:  # Minari's, its storage backends' and the system's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"cannot download {dataset_id}: {reason}; {instead}") from None
+        raise UsageError(f"cannot download {dataset_id}: {_reason(error)}; {instead}") from None
 
 
 def _server_answers() -> bool:

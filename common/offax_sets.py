@@ -8,6 +8,7 @@ threads changes a bit of them. It is written by Minari's own functions into Mina
 A set is built in a hidden directory under a lock and renamed into place, so a reader finds a whole set or none.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -338,6 +339,7 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
         _require_space(recipe, building)
         with without_deprecations():
             episodes = _collect_parts(dataset_id, recipe)
+            _require_space(recipe, building)  # again: collecting took a while
             built = _write(dataset_id, recipe, episodes, building)
         _create_namespaces(dataset_id)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -349,11 +351,21 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
 
 
 def _require_space(recipe: dict[str, Any], building: Path) -> None:
-    """OSError if the disk is too full for the set, before half a minute is spent on collecting it."""
+    """OSError if the disk or a quota has no room for the set; tried by reserving it.
+
+    HDF5 cannot be trusted to survive a write that fails (it may end the process), so it must not come to that.
+    """
     needed = 1000 * sum(transitions for _, transitions in recipe["parts"])
-    free = shutil.disk_usage(building).free
-    if free < needed:
-        raise OSError(None, f"{free // 2**20} MiB are free and it takes about {needed // 2**20} MiB")
+    if not hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(building).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return
+    reserve = building / "reserve"
+    try:
+        with open(reserve, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, needed)
+    finally:
+        reserve.unlink(missing_ok=True)
 
 
 def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:

@@ -1,0 +1,284 @@
+"""The datasets that are always there: the same every time, whole or absent, and true to the environment."""
+
+import errno
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+
+from common import datasets, offax_sets
+from common.errors import UsageError
+
+TRANSITIONS = 2000
+RANDOM = "offax/hopper/random-v0"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(offax_sets, "TRANSITIONS", TRANSITIONS)
+    return tmp_path / "minari"
+
+
+def random_layers(seed: int, obs_dim: int = 11, action_dim: int = 3) -> offax_sets.Layers:
+    rng = np.random.default_rng(seed)
+    sizes = [obs_dim, 32, 32, 2 * action_dim]
+    return [
+        (rng.normal(0, 0.3, (m, n)).astype(np.float16), rng.normal(0, 0.1, n).astype(np.float16))
+        for m, n in itertools.pairwise(sizes)
+    ]
+
+
+def write_policies(directory: Path, seed: int) -> None:
+    arrays = {}
+    for number, name in enumerate([*(f"mixed_{i}" for i in range(8)), "expert"]):
+        for i, (w, b) in enumerate(random_layers(100 * seed + number)):
+            arrays |= {f"{name}/w{i}": w, f"{name}/b{i}": b}
+        arrays[f"{name}/steps"] = np.array(number)
+    directory.mkdir(exist_ok=True)
+    np.savez_compressed(directory / "hopper.npz", **arrays)
+
+
+@pytest.fixture
+def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_policies(tmp_path / "policies", seed=1)
+    monkeypatch.setattr(offax_sets, "POLICIES", tmp_path / "policies")
+    return tmp_path / "policies"
+
+
+def arrays_of(directory: Path) -> dict[str, np.ndarray]:
+    out = {}
+    with h5py.File(directory / "data" / "main_data.hdf5") as file:
+        file.visititems(lambda name, node: out.update({name: node[()]} if isinstance(node, h5py.Dataset) else {}))
+    return out
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+def child(code: str, **env: str) -> subprocess.Popen:
+    """Another process that has the small size."""
+    text = f"from common import offax_sets\noffax_sets.TRANSITIONS = {TRANSITIONS}\n{code}"
+    path = os.pathsep.join([str(Path(offax_sets.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path} | env,
+    )
+
+
+def test_policy_outputs_are_those_of_the_network() -> None:
+    layers = [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
+    observations = np.random.default_rng(0).normal(size=(7, 11))
+    mean, std = offax_sets.policy_outputs(layers, observations)
+    for row in range(7):
+        x = observations[row]
+        x = np.maximum(layers[0][0].T @ x + layers[0][1], 0)
+        x = np.maximum(layers[1][0].T @ x + layers[1][1], 0)
+        x = layers[2][0].T @ x + layers[2][1]
+        np.testing.assert_allclose(mean[row], x[:3], rtol=1e-12)
+        np.testing.assert_allclose(std[row], np.exp(np.clip(x[3:], -5, 2)), rtol=1e-12)
+    noise = np.random.default_rng(1).normal(size=(7, 3))
+    actions = offax_sets.sample_actions(layers, observations, noise)
+    assert actions.dtype == np.float32
+    np.testing.assert_allclose(actions, np.tanh(mean + std * noise), atol=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_episodes_do_not_depend_on_how_many_are_stepped_together(uniform: bool) -> None:
+    layers = None if uniform else [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
+    runs = [offax_sets.collect("Hopper-v5", layers, 700, [5, 6], num_envs) for num_envs in (1, 3, 32)]
+    assert sum(len(episode.rewards) for episode in runs[0]) == 700
+    for run in runs[1:]:
+        assert len(run) == len(runs[0])
+        for a, b in zip(run, runs[0], strict=True):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_replaying_the_actions_gives_the_recorded_observations_rewards_and_endings() -> None:
+    episodes = offax_sets.collect("Hopper-v5", None, 300, [1])
+    env = gym.make("Hopper-v5")
+    for number, episode in enumerate(episodes):
+        observation, _ = env.reset(seed=episode.seed)
+        np.testing.assert_array_equal(observation, episode.observations[0])
+        for t, action in enumerate(episode.actions):
+            observation, reward, terminated, truncated, _ = env.step(action)
+            np.testing.assert_array_equal(observation, episode.observations[t + 1])
+            assert reward == episode.rewards[t]
+            last = t == len(episode.actions) - 1
+            assert not truncated
+            assert terminated == (last and number < len(episodes) - 1)  # the last episode is cut
+        assert episode.terminated != episode.truncated
+
+
+def test_time_limit_is_a_truncation() -> None:
+    with offax_sets.without_deprecations():
+        episodes = offax_sets.collect("HalfCheetah-v5", None, 1500, [1])
+    assert [(len(e.rewards), e.terminated, e.truncated) for e in episodes] == [(1000, False, True), (500, False, True)]
+
+
+def test_set_has_every_row_and_is_the_same_when_made_again(root: Path, tmp_path: Path, monkeypatch) -> None:
+    first = datasets.load(RANDOM)
+    assert first.env_id == "Hopper-v5" and first.domain == "hopper"
+    assert all(len(array) == TRANSITIONS and array.dtype == np.float32 for array in first.transitions)
+    slices = datasets.episode_slices(first.transitions)
+    ends = slices[:, 1] - 1
+    assert np.array_equal(np.flatnonzero(first.transitions.terminations + first.transitions.truncations), ends)
+    inside = np.setdiff1d(np.arange(TRANSITIONS), ends)
+    np.testing.assert_array_equal(
+        first.transitions.next_observations[inside], first.transitions.observations[inside + 1]
+    )
+    manifest = json.loads((root / RANDOM / "manifest.json").read_text())
+    returns = datasets.episode_returns(first.transitions)
+    assert manifest["statistics"]["episodes"] == len(returns)
+    assert manifest["statistics"]["return_mean"] == pytest.approx(returns.mean(), rel=1e-5)
+    assert set(manifest["versions"]) >= {"gymnasium", "minari", "mujoco", "numpy"} and len(manifest["sha256"]) == 5
+    before = arrays_of(root / RANDOM)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "elsewhere"))
+    assert same(before, arrays_of(offax_sets.ensure(RANDOM)))
+    again = json.loads((tmp_path / "elsewhere" / RANDOM / "manifest.json").read_text())
+    assert again["sha256"] == manifest["sha256"]
+
+
+def test_minari_knows_the_set(root: Path) -> None:
+    import minari
+
+    datasets.load(RANDOM)
+    assert list(minari.list_local_datasets()) == [RANDOM]
+    loaded = minari.load_dataset(RANDOM)
+    assert loaded.total_steps == TRANSITIONS and loaded.env_spec.id == "Hopper-v5"
+    assert minari.get_normalized_score(loaded, np.array([-20.272305, 3234.3])) == pytest.approx([0.0, 1.0])
+    assert "offax/hopper" in minari.namespace.list_local_namespaces()
+
+
+def test_qualities_are_made_by_their_policies(root: Path, policies: Path) -> None:
+    assert offax_sets.parts_of("hopper", "medium-expert", 100) == [("mixed_7", 50), ("expert", 50)]
+    assert offax_sets.parts_of("hopper", "mixed", 800) == [(f"mixed_{i}", 100) for i in range(8)]
+    assert offax_sets.parts_of("hopper", "medium", 9) == [("mixed_7", 9)]
+    data = datasets.load("offax/hopper/mixed-v0").transitions
+    for stop in range(250, TRANSITIONS + 1, 250):  # each part ends with the end of an episode
+        assert data.terminations[stop - 1] or data.truncations[stop - 1]
+    assert len(data.rewards) == TRANSITIONS
+
+
+def test_set_of_older_policies_is_made_again(root: Path, policies: Path) -> None:
+    dataset_id = "offax/hopper/expert-v0"
+    old = arrays_of(offax_sets.ensure(dataset_id))
+    stamp = (root / dataset_id / "manifest.json").stat().st_mtime_ns
+    offax_sets.ensure(dataset_id)
+    assert (root / dataset_id / "manifest.json").stat().st_mtime_ns == stamp
+    before = datasets.load(dataset_id).transitions.actions
+    write_policies(policies, seed=2)
+    after = datasets.load(dataset_id).transitions.actions
+    assert not np.array_equal(before, after)
+    assert not same(old, arrays_of(root / dataset_id))
+    write_policies(policies, seed=1)
+    assert same(old, arrays_of(offax_sets.ensure(dataset_id)))
+    assert not list((root / dataset_id).glob("flat-*"))  # nothing of the old set is left
+    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert.lock"]
+
+
+def test_two_processes_at_once_make_one_set(root: Path) -> None:
+    slow = (
+        "import time\noriginal = offax_sets._write\noffax_sets._write = lambda *a: (time.sleep(2), original(*a))[1]\n"
+    )
+    ensure = f"offax_sets.ensure({RANDOM!r})\nprint('made', flush=True)"
+    processes = [child(slow + ensure) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    waited = ["another process is collecting" in error for _, error in outputs]
+    assert sorted(waited) == [False, True]
+    assert len(datasets.load(RANDOM).transitions.rewards) == TRANSITIONS
+    assert len(arrays_of(root / RANDOM)["episode_0/rewards"]) > 0
+
+
+def test_killed_build_leaves_no_set_and_is_made_again(root: Path) -> None:
+    hang = "import time\noriginal = offax_sets._write\n"
+    hang += "def write(*a):\n    original(*a)\n    print('written', flush=True)\n    time.sleep(60)\n"
+    process = child(f"{hang}offax_sets._write = write\noffax_sets.ensure({RANDOM!r})")
+    assert process.stdout is not None and process.stdout.readline() == "written\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (root / RANDOM).exists()
+    assert (root / ".offax-building" / "hopper-random").exists()
+    assert len(datasets.load(RANDOM).transitions.rewards) == TRANSITIONS
+    assert not (root / ".offax-building" / "hopper-random").exists()
+
+
+def test_full_disk_is_a_usage_error_and_leaves_nothing(root: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"cannot write offax/hopper/random-v0 under .*MINARI_DATASETS_PATH"):
+            offax_sets.ensure(RANDOM)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (root / RANDOM).exists()
+    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-random.lock"]
+    assert os.environ["MINARI_DATASETS_PATH"] == str(root)
+
+
+def test_too_little_space_is_said_before_collecting(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(offax_sets, "collect", lambda *_, **__: pytest.fail("collected"))
+    with pytest.raises(UsageError, match="No space left on device; make room or set MINARI_DATASETS_PATH"):
+        offax_sets.ensure(RANDOM)
+    assert not list((root / ".offax-building").glob("*/"))
+
+
+def test_unwritable_directory_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "minari"))
+    with pytest.raises(UsageError, match="Not a directory"):
+        offax_sets.ensure(RANDOM)
+
+
+def test_what_is_not_ours_is_left_alone(root: Path) -> None:
+    (root / RANDOM / "data").mkdir(parents=True)
+    with pytest.raises(UsageError, match="no manifest"):
+        offax_sets.ensure(RANDOM)
+    assert (root / RANDOM / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["offax/hopper/great-v0", "offax/ant/medium-v0", "offax/hopper/medium-v1", "offax/x-v0"]
+)
+def test_unknown_set_names_the_sets_there_are(name: str) -> None:
+    with pytest.raises(UsageError, match=r"medium-expert") as caught:
+        datasets.load(name)
+    assert "\n" not in str(caught.value) and "walker2d" in str(caught.value)
+
+
+def test_shipped_policies_are_complete_and_small() -> None:
+    for path in offax_sets.POLICIES.glob("*.npz"):
+        assert path.stat().st_size < 4_000_000
+        policies = offax_sets.read_policies(path.stem)
+        assert set(policies) >= {"expert", *(f"mixed_{i}" for i in range(8))}
+        env = gym.spec(offax_sets.ENVS[path.stem])
+        assert env is not None
+        for layers in policies.values():
+            assert all(w.dtype == np.float16 and np.isfinite(w).all() and np.isfinite(b).all() for w, b in layers)
+        assert path.with_name(f"{path.stem}_training.csv").exists()
+
+
+def test_collection_is_fast_enough() -> None:
+    """A quarter of what a free core does, so that a loaded one passes too."""
+    start = time.perf_counter()
+    offax_sets.collect("Hopper-v5", None, 5000, [0])
+    assert 5000 / (time.perf_counter() - start) > 2000
