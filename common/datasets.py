@@ -28,6 +28,7 @@ import sys
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -111,7 +112,6 @@ def _reason(error: Exception) -> str:
 def _checked(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Transitions:
     """The arrays as float32 transitions with actions rescaled to [-1, 1]; UsageError in one line if they are unfit."""
     out: dict[str, np.ndarray] = {}
-    size = len(arrays["rewards"]) if arrays["rewards"].ndim else 0
     for field in Transitions._fields:
         array = arrays[field]
         wanted = 2 if field in ("observations", "actions", "next_observations") else 1
@@ -122,6 +122,9 @@ def _checked(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high:
             raise UsageError(
                 f"{name}: {field} has shape {list(array.shape)}, it must be {shape}; continuous vectors only"
             )
+    size = len(arrays["rewards"])
+    for field in Transitions._fields:
+        array = arrays[field]
         if len(array) != size:
             raise UsageError(f"{name}: {field} has {len(array)} rows and rewards has {size}; they must be equal")
         with np.errstate(over="ignore"):
@@ -239,22 +242,22 @@ def _with_env(dataset: Dataset, env: str) -> Dataset:
 
 
 def _load_npz(path: str, env: str | None) -> Dataset:
+    if not Path(path).is_file():
+        raise UsageError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path} is damaged or is not an .npz file; numpy.savez makes one")
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path} is a single array, not an .npz archive of named arrays")
-            arrays = {name: file[name] for name in Transitions._fields if name in file.files}
             names = file.files
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
+            arrays = {name: file[name] for name in Transitions._fields if name in names}
     except ValueError as error:
         if "pickle" in str(error).lower():
             raise UsageError(
                 f"{path} holds pickled objects, which are never loaded; save plain arrays with numpy.savez"
             ) from None
-        raise UsageError(f"{path} is damaged or is not an .npz file ({_reason(error)})") from None
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UsageError(f"{path} is damaged or is not an .npz file ({_reason(error)})") from None
+        raise UsageError(f"{path} is damaged ({_reason(error)})") from None
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise UsageError(f"{path} is damaged ({_reason(error)})") from None
     missing = [name for name in Transitions._fields if name not in arrays and name != "truncations"]
     if missing:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(names) or 'none'}")
@@ -272,7 +275,7 @@ def _bounds(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _load_d4rl(path: str, env: str | None) -> Dataset:
-    arrays = _d4rl_transitions(path, _read_d4rl(path))
+    arrays = _d4rl_transitions(_read_d4rl(path))
     domain = _domain_of_d4rl_file(Path(path).stem)
     env_id = env or D4RL_ENVS.get(domain or "")
     low, high = _bounds(env, arrays["actions"])  # D4RL's environments are all bounded by [-1, 1]
@@ -291,24 +294,26 @@ def _read_d4rl(path: str) -> dict[str, np.ndarray]:
             arrays = {name: file[name][()] for name in names if isinstance(file.get(name), h5py.Dataset)}
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is damaged or is not an HDF5 file ({_reason(error)})") from None
-    for name in names[:4]:
-        if name not in arrays:
-            raise UsageError(f"{path} has no array {name}, as D4RL's files have; it has {', '.join(keys) or 'none'}")
-        if name != "rewards" and arrays[name].shape[:1] != arrays["rewards"].shape[:1]:
+    missing = [name for name in names[:4] if name not in arrays]
+    if missing:
+        raise UsageError(f"{path} has no array {missing[0]}, as D4RL's files have; it has {', '.join(keys) or 'none'}")
+    rows = arrays["rewards"].shape[:1]
+    for name, array in arrays.items():
+        if array.shape[:1] != rows or not rows:
             raise UsageError(
-                f"{path}: {name} has shape {list(arrays[name].shape)} and rewards {list(arrays['rewards'].shape)}; "
+                f"{path}: {name} has shape {list(array.shape)} and rewards {list(arrays['rewards'].shape)}; "
                 "they must have as many rows"
             )
+        if name in ("terminals", "timeouts") and (array.size != rows[0] or array.dtype.kind not in "fiub"):
+            raise UsageError(f"{path}: {name} must have one flag per row of rewards ({rows[0]})")
     return arrays
 
 
-def _d4rl_transitions(path: str, raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _d4rl_transitions(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """D4RL's rows as transitions, by the rules at the top of this file."""
     size = len(raw["rewards"])
     terminal = raw["terminals"].astype(bool).reshape(-1)
     timeout = raw["timeouts"].astype(bool).reshape(-1) if "timeouts" in raw else _timeouts_by_counting(terminal)
-    if len(timeout) != size or len(terminal) != size:
-        raise UsageError(f"{path}: terminals and timeouts must have one flag per row of rewards ({size})")
     truncation = timeout & ~terminal
     keep = np.ones(size, bool)
     if "next_observations" in raw:
@@ -327,7 +332,7 @@ def _d4rl_transitions(path: str, raw: dict[str, np.ndarray]) -> dict[str, np.nda
         "observations": raw["observations"][keep],
         "actions": raw["actions"][keep],
         "rewards": raw["rewards"][keep],
-        "next_observations": following[keep] if len(following) == size else following,
+        "next_observations": following[keep],
         "terminations": terminal[keep],
         "truncations": truncation[keep],
     }
