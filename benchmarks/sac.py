@@ -95,9 +95,7 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[networks.GaussianHead, networks.QEnsemble]:
     """Actor (state-dependent log std in [-5, 2], CleanRL's range) and critics."""
-    actor = networks.GaussianHead(
-        action_dim, args.hidden_dim, args.num_layers, -5.0, 2.0, networks.uniform_fan_in
-    )
+    actor = networks.GaussianHead(action_dim, args.hidden_dim, args.num_layers, -5.0, 2.0, networks.uniform_fan_in)
     critic = networks.QEnsemble(
         args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.critic_layer_norm
     )
@@ -286,7 +284,9 @@ def main(args: Args) -> None:
                 csv.writer(file).writerow(row)
             np.savez(run_dir / "snapshots" / f"{steps:09d}.npz", **export_policy(state.actor))
             rate = (steps - first) / (time.time() - start)
-            print(f"{args.env} step {steps} return {row[4]} +- {row[5]} length {row[6]}, {rate:.0f} steps/s", flush=True)
+            print(
+                f"{args.env} step {steps} return {row[4]} +- {row[5]} length {row[6]}, {rate:.0f} steps/s", flush=True
+            )
             finished, metrics = [], []
         if steps // args.checkpoint_every > (steps - args.num_envs) // args.checkpoint_every:
             checkpoints.save(checkpoint, (state, ring), {"steps": steps, "args": asdict(args)})

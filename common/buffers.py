@@ -43,3 +43,32 @@ def insert(ring: Ring, transitions: Transitions) -> Ring:
     rows = (ring.position + jnp.arange(count)) % capacity
     data = jax.tree.map(lambda old, new: old.at[rows].set(new), ring.data, transitions)
     return Ring(data, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))
+
+
+class Replay(NamedTuple):
+    """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union."""
+
+    offline: Transitions | None
+    ring: Ring | None = None
+
+
+def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
+    """A minibatch `[batch_size, ...]`, uniform with replacement over all rows of the offline data and the ring."""
+    offline, ring = replay
+    if ring is None:
+        assert offline is not None, "nothing to sample from"
+        rows = jax.random.randint(key, (batch_size,), 0, len(offline.rewards))
+        return jax.tree.map(lambda x: x[rows], offline)
+    if offline is None:
+        rows = jax.random.randint(key, (batch_size,), 0, ring.size)
+        return jax.tree.map(lambda x: x[rows], ring.data)
+    num_offline = len(offline.rewards)
+    rows = jax.random.randint(key, (batch_size,), 0, num_offline + ring.size)
+    from_ring = rows >= num_offline
+    old_rows, new_rows = jnp.minimum(rows, num_offline - 1), jnp.maximum(rows - num_offline, 0)
+
+    def pick(old: jax.Array, new: jax.Array) -> jax.Array:
+        mask = from_ring.reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(mask, new[new_rows], old[old_rows])
+
+    return jax.tree.map(pick, offline, ring.data)

@@ -19,9 +19,7 @@ def _is_key(leaf: Any) -> bool:
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their path in the tree; random keys as their uint32 data."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def write_atomically(path: Path, write: Any) -> None:

@@ -1,0 +1,255 @@
+"""Implicit Q-learning (IQL). Kostrikov, Nair, Levine, 2021, arXiv:2110.06169.
+
+Values are learned from dataset actions alone; an expectile stands in for the maximum over actions:
+
+    L_V  = mean |expectile - 1(q < V(s))| (q - V(s))^2,   q = min_k Q'_k(s, a)                       (Eq. 5)
+    L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) V(s'))^2                           (Eq. 6)
+    L_pi = -mean min(exp(beta (q - V(s))), 100) log pi(a|s)                                          (Eq. 7)
+
+Differences from the paper, all as in the authors' code: the weight is clipped at 100; twin critics; rewards are scaled
+by the dataset's range of returns on locomotion and shifted by -1 on AntMaze; the policy is a Gaussian with tanh on its
+mean (not on its samples) and a standard deviation that does not depend on the state; its learning rate decays by a
+cosine offline and stays constant when an online phase follows. Ours: terminations alone cut the bootstrap, and the
+truncated last step of an episode is kept and bootstraps; the ensemble may have any size.
+
+    python algorithms/iql.py --dataset offax/hopper/medium-expert-v0
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import buffers, networks, populations
+from common.buffers import Replay, Transitions
+from common.experiment import Run, RunArgs, launch
+from common.optimization import cosine_decay, descend
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars that may differ between members of a population: traced, never static."""
+
+    expectile: float = 0.7
+    """Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data
+    (paper, section 5: 0.7 locomotion, 0.9 AntMaze)."""
+    beta: float = 3.0
+    """Inverse temperature of the policy's weights; 0 is behaviour cloning (paper: 3 locomotion, 10 AntMaze)."""
+    discount: float = 0.99
+    """Discount factor (paper, appendix B)."""
+    polyak: float = 0.005
+    """Share of the critic that moves into its target at every update (paper, appendix B)."""
+    actor_learning_rate: float = 3e-4
+    """Adam's rate for the policy, before the cosine (paper, appendix B)."""
+    critic_learning_rate: float = 3e-4
+    """Adam's rate for the Q-functions (paper, appendix B)."""
+    value_learning_rate: float = 3e-4
+    """Adam's rate for the value function (paper, appendix B)."""
+    weight_clip: float = 100.0
+    """Largest weight of a transition in the policy's loss (authors' code)."""
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """IQL: implicit Q-learning."""
+
+    hp: Hyperparameters = Hyperparameters()
+    num_critics: int = 2
+    """Q-functions; their minimum is taken over all of them (paper: 2)."""
+    hidden_dim: int = 256
+    """Width of every hidden layer (paper, appendix B)."""
+    num_layers: int = 2
+    """Hidden layers of every network (paper, appendix B)."""
+    dropout: float = 0.0
+    """Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen)."""
+    actor_decay_updates: int | None = None
+    """Updates until the cosine takes the policy's rate to 0; 0: never. Default: --num-updates, or 0 when
+    --online-steps is given (authors' code)."""
+
+
+PRESETS = {  # from the configurations in the authors' code
+    "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
+    "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},
+    "kitchen": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},
+    "adroit": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},
+}
+
+
+class Actor(nn.Module):
+    """Gaussian policy with tanh on the mean and a state-independent log standard deviation in [-5, 2]."""
+
+    action_dim: int
+    hidden_dim: int
+    num_layers: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, observations: jax.Array, training: bool = False) -> tuple[jax.Array, jax.Array]:
+        trunk = networks.MLP(self.hidden_dim, self.num_layers, self.action_dim, dropout_rate=self.dropout)
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        return jnp.tanh(trunk(observations, training)), jnp.clip(log_std, -5.0, 2.0)
+
+
+class State(NamedTuple):
+    """Everything that training changes, of one member."""
+
+    actor: Any
+    critic: Any
+    target_critic: Any
+    value: Any
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    value_opt: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+ADAM = optax.scale_by_adam()
+
+
+def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble, networks.MLP]:
+    """The policy, the Q-functions and the value function."""
+    return (
+        Actor(action_dim, args.hidden_dim, args.num_layers, args.dropout),
+        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers),
+        networks.MLP(args.hidden_dim, args.num_layers, 1),
+    )
+
+
+def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
+    """Fresh networks and optimisers; the target critic starts as a copy of the critic."""
+    actor, critic, value = modules(args, action_dim)
+    actor_key, critic_key, value_key, key = jax.random.split(key, 4)
+    observations, actions = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor_params = actor.init(actor_key, observations)
+    critic_params = critic.init(critic_key, observations, actions)
+    value_params = value.init(value_key, observations)
+    return State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=critic_params,
+        value=value_params,
+        actor_opt=ADAM.init(actor_params),
+        critic_opt=ADAM.init(critic_params),
+        value_opt=ADAM.init(value_params),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+# Eq. (5)
+def value_loss(v: jax.Array, q: jax.Array, expectile: jax.Array | float) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Asymmetric squared error of `v [batch]` towards `q [batch]`: weight expectile above, 1 - expectile below."""
+    weight = jnp.abs(expectile - (q < v))
+    loss = jnp.mean(weight * (q - v) ** 2)
+    return loss, {"value/loss": loss, "value/v_mean": v.mean()}
+
+
+# Eq. (6)
+def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
+    loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
+    return loss, {"critic/loss": loss, "critic/q_mean": q.mean(), "critic/q_std": q.std(axis=0).mean()}
+
+
+# Eq. (7)
+def actor_loss(
+    log_prob: jax.Array, advantages: jax.Array, hp: Hyperparameters
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood `[batch]`, weighted by the exponentiated `advantages [batch]`, which are constants."""
+    weights = jnp.minimum(jnp.exp(hp.beta * advantages), hp.weight_clip)
+    loss = -jnp.mean(weights * log_prob)
+    return loss, {
+        "actor/loss": loss,
+        "actor/log_prob": log_prob.mean(),
+        "actor/weight_mean": weights.mean(),
+        "actor/clipped_fraction": jnp.mean(weights >= hp.weight_clip),
+        "actor/advantage_mean": advantages.mean(),
+    }
+
+
+def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) -> tuple[State, dict[str, jax.Array]]:
+    """One update in the order of the authors' code: value, policy (with the new value), critic, target."""
+    actor, critic, value = modules(args, batch.actions.shape[-1])
+    key, dropout_key = jax.random.split(state.key)
+    q = critic.apply(state.target_critic, batch.observations, batch.actions).min(axis=0)
+
+    def loss_of_value(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return value_loss(value.apply(params, batch.observations).squeeze(-1), q, hp.expectile)
+
+    grads, value_info = jax.grad(loss_of_value, has_aux=True)(state.value)
+    value_params, value_opt = descend(ADAM, state.value, grads, state.value_opt, hp.value_learning_rate)
+    v, next_v = value.apply(value_params, jnp.stack([batch.observations, batch.next_observations])).squeeze(-1)
+
+    def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mean, log_std = actor.apply(params, batch.observations, training=True, rngs={"dropout": dropout_key})
+        return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), q - v, hp)
+
+    grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
+    actor_rate = hp.actor_learning_rate * cosine_decay(state.step, args.actor_decay_updates or 0)
+    actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, actor_rate)
+
+    targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_v
+
+    def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return critic_loss(critic.apply(params, batch.observations, batch.actions), targets)
+
+    grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
+    critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
+    target_critic = optax.incremental_update(critic_params, state.target_critic, hp.polyak)
+
+    new_state = State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=target_critic,
+        value=value_params,
+        actor_opt=actor_opt,
+        critic_opt=critic_opt,
+        value_opt=value_opt,
+        step=state.step + 1,
+        key=key,
+    )
+    return new_state, value_info | critic_info | actor_info
+
+
+def act(state: State, observations: jax.Array, key: jax.Array, args: Args, action_dim: int, sample: bool) -> jax.Array:
+    """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
+    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    noise = jnp.exp(log_std) * jax.random.normal(key, mean.shape) if sample else 0.0
+    return jnp.clip(mean + noise, -1.0, 1.0)
+
+
+def train(
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+) -> tuple[State, populations.Metrics]:
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+
+    def step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        key, sample_key = jax.random.split(state.key)
+        batch = buffers.sample(sample_key, data, args.batch_size)
+        return update(state._replace(key=key), batch, hp, args)
+
+    return populations.repeat(step, state, num_updates)
+
+
+def main(args: Args) -> None:
+    """Load, initialise, train in chunks, evaluate, checkpoint, fine-tune online, report."""
+    if args.actor_decay_updates is None:
+        args = args.replace(actor_decay_updates=0 if args.online_steps else args.num_updates)
+    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
+    with Run("iql", args, *functions) as run:
+        state = run.begin()
+        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
+            state, metrics = run.train(state, num_updates)
+            state = run.record(state, metrics)
+        for num_steps in run.online():  # the same updates, one for each environment step, on old and new data
+            state, metrics = run.collect_and_train(state, num_steps)
+            state = run.record(state, metrics)
+        run.finish(state)
+
+
+if __name__ == "__main__":
+    launch(main, Args, PRESETS)

@@ -1,0 +1,675 @@
+"""The life of a run: flags, presets, run directory, the loop's bookkeeping, resuming, signals, the report.
+
+An algorithm file hands its `init`, `train` and `act` to `Run` and keeps the loop itself in its `main`.
+"""
+
+import dataclasses
+import errno
+import importlib.metadata
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from common import buffers, checkpoints, populations, reporting, transforms
+from common.buffers import Replay, Transitions
+from common.errors import UsageError
+from common.logging import Table, Tracker, write_json
+
+A = TypeVar("A", bound="RunArgs")
+
+LOG_EVERY = 1000
+"""Updates (online: environment steps) for each row of metrics.csv, and between looks at signals and divergence."""
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """The flags that every script has."""
+
+    dataset: str = "offax/hopper/medium-expert-v0"
+    """Minari id, or path of an .npz or a D4RL .hdf5 file."""
+    env: str | None = None
+    """Gymnasium id to evaluate in. Default: the dataset's own environment."""
+    preset: str = "auto"
+    """Named settings of the domain (see PRESETS in the script), under the flags given; auto: by the name of the
+    dataset; none: the defaults shown here."""
+    seed: int = 0
+    """First seed; it decides networks, minibatches and evaluation."""
+    num_seeds: int = 1
+    """Members with seeds seed, seed + 1, ..., trained in one process."""
+    grid: str = ""
+    """Hyperparameter values to combine with each other and with every seed: "beta=1,3,10 expectile=0.7,0.9"."""
+    num_updates: int = 1_000_000
+    """Offline gradient updates."""
+    online_steps: int = 0
+    """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
+    batch_size: int = 256
+    """Transitions in a minibatch."""
+    eval_every: int = 10_000
+    """Updates (online: environment steps) between evaluations; 0: only at the end."""
+    eval_episodes: int = 10
+    """Episodes for each member in an evaluation."""
+    final_eval_episodes: int = 100
+    """Episodes for each member in the last evaluation."""
+    checkpoint_every: int = 50_000
+    """Updates (online: environment steps) between checkpoints; 0: only at the end of a phase."""
+    run_dir: str | None = None
+    """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
+    resume: bool = False
+    """Continue from the last checkpoint in --run-dir, or start there if there is none."""
+    normalize_observations: bool = False
+    """Centre and scale states by the dataset's mean and standard deviation."""
+    normalize_returns: bool = False
+    """Scale rewards by 1000 / (largest - smallest episode return of the dataset)."""
+    reward_scale: float = 1.0
+    """Multiplies every reward, offline and online."""
+    reward_shift: float = 0.0
+    """Added to every reward after scaling, offline and online."""
+    track: bool = False
+    """Log to Weights & Biases too; always on under a sweep agent."""
+    wandb_project: str = "offax"
+    """Project of the Weights & Biases runs."""
+    wandb_group: str | None = None
+    """Group of the members' runs. Default: algorithm, dataset and time."""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team. Default: yours."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def validate(self) -> None:
+        """UsageError for a count that is out of range."""
+        least = {"num_seeds": 1, "batch_size": 1, "eval_episodes": 1, "final_eval_episodes": 1, "num_critics": 1}
+        least |= {"hidden_dim": 1, "num_layers": 1, "seed": 0}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < least.get(field.name, 0):
+                flag = field.name.replace("_", "-")
+                raise UsageError(f"--{flag} {value}: must be at least {least.get(field.name, 0)}")
+            if isinstance(value, float) and not np.isfinite(value):
+                raise UsageError(f"--{field.name.replace('_', '-')} {value}: must be finite")
+        if self.num_updates + self.online_steps == 0:
+            raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
+
+
+# Flags that may differ between the run that wrote a checkpoint and the one that resumes it.
+FREE_TO_CHANGE = frozenset(
+    "num_updates online_steps eval_every eval_episodes final_eval_episodes checkpoint_every run_dir resume track "
+    "wandb_project wandb_group wandb_entity quiet preset".split()
+)
+DOMAINS = {
+    "antmaze": "antmaze",
+    "hopper|halfcheetah|walker2d|ant|humanoid|swimmer": "locomotion",
+    "kitchen": "kitchen",
+    "pen|door|hammer|relocate": "adroit",
+}
+
+
+def choose_preset(args: RunArgs, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entry of `presets` that --preset names, or that fits the names of the dataset and environment."""
+    if args.preset == "none":
+        return {}
+    if args.preset != "auto":
+        if args.preset not in presets:
+            raise UsageError(f"--preset {args.preset}: choose from auto, none, {', '.join(presets)}")
+        return presets[args.preset]
+    words = set(re.split(r"[^a-z0-9]+", f"{args.env or ''} {args.dataset}".lower()))
+    for pattern, domain in DOMAINS.items():
+        if any(re.match(rf"({pattern})", word) for word in words):
+            return presets.get(domain, {})
+    return {}
+
+
+def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
+    """Flags into `args_type`; those not given come from the preset, then from the class.
+
+    UsageError, in one line, for a bad flag; SystemExit(0) after --help.
+    """
+    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+    def run_parser(default: A) -> A:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                return tyro.cli(args_type, args=argv, default=default, config=config)
+        except SystemExit as stop:
+            if stop.code in (0, None):
+                print(out.getvalue(), end="")
+                raise
+            words = re.sub(r"[╭╮╰╯│─]+", " ", err.getvalue() + out.getvalue())
+            message = re.sub(r"\s*For full helptext.*", "", " ".join(words.split()))
+            raise UsageError(f"{message} (see --help)") from None
+
+    def with_preset(settings: dict[str, Any]) -> A:
+        plain = args_type()
+        hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
+        others = {name: value for name, value in settings.items() if name not in hp}
+        return plain.replace(hp=plain.hp._replace(**hp), **others)
+
+    return run_parser(with_preset(choose_preset(run_parser(args_type()), presets)))
+
+
+def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dict[str, Any]]) -> None:
+    """Parse the command line, run `main`, and end with the exit status of the contract.
+
+    0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
+    """
+    try:
+        args = parse(args_type, presets)
+        args.validate()
+        main(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {error.filename or 'writing results'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, so that the next start skips compiling."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "offax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Interrupted(Exception):
+    """A signal arrived; raised where the state is whole."""
+
+
+class Run:
+    """One run: data, population, environments, run directory. Use it as a context manager around the loop.
+
+    `init(key, hp, obs_dim=, action_dim=) -> state`, `train(state, hp, data, num_updates) -> (state, Metrics)` and
+    `act(state, observations, key, action_dim=, sample=) -> actions` are functions of one member.
+    """
+
+    def __init__(self, name: str, args: RunArgs, init: Callable, train: Callable, act: Callable) -> None:
+        self.name, self.args = name, args
+        self.started = time.time()
+        self.members = populations.make_members(args.hp, args.grid, args.seed, args.num_seeds)
+        slug = re.sub(r"[^\w./-]", "_", args.dataset).strip("./")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.directory = Path(args.run_dir or Path("runs", name, slug, stamp))
+        self.label = f"{name} {slug} {stamp}"
+        self.checkpoint_path = self.directory / "checkpoint" / "state.npz"
+        self._check_directory()
+        use_compilation_cache()
+        populations.use_cpu_cores(len(self.members))
+
+        from common import datasets  # imports after the flags are known to be good: --help stays quick
+        from common.evaluation import Evaluator, make_environment
+
+        self.dataset = datasets.load(args.dataset, args.env)
+        spec = args.env or self.dataset.env_spec
+        if spec is None:
+            raise UsageError(f"{args.dataset} does not name its environment; pass --env ID")
+        self.spec = spec
+        raw = self.dataset.transitions
+        self.obs_dim, self.action_dim = raw.observations.shape[1], raw.actions.shape[1]
+        env = make_environment(spec)
+        shapes = (*env.observation_space.shape, *env.action_space.shape)
+        env.close()
+        if shapes != (self.obs_dim, self.action_dim):
+            raise UsageError(
+                f"environment {getattr(spec, 'id', spec)} has {shapes[0]} observations and {shapes[1]} actions, "
+                f"the dataset has {self.obs_dim} and {self.action_dim}; pass the matching --env"
+            )
+        self.transform = transforms.fit(
+            raw, args.normalize_observations, args.normalize_returns, args.reward_scale, args.reward_shift
+        )
+        self.dataset_returns = datasets.episode_returns(raw)
+        self._score = partial(datasets.normalized_score, self.dataset.domain)
+
+        self.population = populations.Population(len(self.members))
+        offline = jax.tree.map(jnp.asarray, self.transform.transitions(raw))
+        self.offline_data: Transitions = self.population.replicate(offline)
+        self.hp = self.population.shard(
+            jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(member.hp for member in self.members))
+        )
+        self.evaluator = Evaluator(spec, len(self.members), self.transform)
+        self._init = partial(init, obs_dim=self.obs_dim, action_dim=self.action_dim)
+        self._compile(train, partial(act, action_dim=self.action_dim))
+
+        self.metrics = Table(self.directory / "metrics.csv")
+        self.evaluations = Table(self.directory / "evaluations.csv")
+        self.tracker = Tracker(args.track, args.wandb_project, args.wandb_group or self.label, args.wandb_entity)
+        self.updates_done = self.online_done = 0
+        self.diverged: dict[int, dict[str, Any]] = {}
+        self.ring: buffers.Ring | None = None
+        self.train_seconds = self.timed_updates = 0.0
+        self._signal: int | None = None
+        self._state: Any = None
+        self._actions: Any = None
+        self._collector: Any = None
+        self._progress: Progress | None = None
+
+    def _compile(self, train: Callable, act: Callable) -> None:
+        """The functions of one member, mapped over the population."""
+
+        def train_member(member: Any, shared: Any) -> Any:
+            state, hp, ring = member
+            offline, num_updates = shared
+            return train(state, hp, Replay(offline, ring), num_updates)
+
+        def online_member(member: Any, shared: Any) -> Any:
+            state, hp, ring, transition, observation, key = member
+            offline, step = shared
+            ring = buffers.insert(ring, jax.tree.map(lambda x: x[None], transition))
+            state, metrics = train(state, hp, Replay(offline, ring), 1)
+            action = act(state, observation[None], jax.random.fold_in(key, step), sample=True)[0]
+            return state, ring, action, metrics
+
+        def first_action(member: Any, shared: Any) -> Any:
+            state, observation, key = member
+            return act(state, observation[None], jax.random.fold_in(key, shared), sample=True)[0]
+
+        self._train = self.population.over_members(train_member)
+        self._online = self.population.over_members(online_member)
+        self._first_action = self.population.over_members(first_action)
+        self._act = jax.jit(jax.vmap(partial(act, sample=False)))
+
+    # ---- the loop, as an algorithm's main sees it ----
+
+    def __enter__(self) -> Self:
+        """Take over SIGINT and SIGTERM: from here on they end the run at a whole state."""
+        self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Checkpoint after a signal; close environments and trackers."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._progress is not None:
+            self._progress.stop()
+        self.evaluator.close()
+        if self._collector is not None:
+            self._collector.close()
+        if kind is not None:
+            code = 128 + self._signal if kind is Interrupted and self._signal else 1
+            self.tracker.finish([{} for _ in self.members], {}, code)
+        if kind is Interrupted and self._signal:
+            self._save()
+            print(f"stopped; continue with --run-dir {self.directory} --resume True", file=sys.stderr)
+            sys.exit(128 + self._signal)
+
+    def begin(self) -> Any:
+        """The members' first states, or those of the checkpoint; opens the run directory."""
+        # One by one on one device: orthogonal initialisation (LAPACK) inside a multi-device program can deadlock.
+        initialise = jax.jit(self._init)
+        states = [initialise(jax.random.key(member.seed), member.hp) for member in self.members]
+        self._state = self.population.shard(jax.tree.map(lambda *rows: jnp.stack(rows), *states))
+        if self.args.online_steps:
+            ring = buffers.empty_ring(self.args.online_steps, self.obs_dim, self.action_dim)
+            rings = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.members), *x.shape)), ring)
+            self.ring = self.population.shard(rings)
+        if self.checkpoint_path.exists():
+            self._restore()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / "config.json", self._config())
+        done = {"offline": self.updates_done, "online": self.online_done}
+        self.metrics.rewind(lambda row: int(row["step"]) <= self.updates_done + self.online_done)
+        self.evaluations.rewind(lambda row: row["phase"] in done and int(row["step"]) <= done[row["phase"]])
+        configs = [self._flags() | dict(member.hp._asdict()) | {"seed": member.seed} for member in self.members]
+        names = [f"{self.name} {self.args.dataset} {member}" for member in self.members]
+        self.tracker.start(configs, names, self.directory)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            disable=self.args.quiet or not sys.stderr.isatty(),
+            console=reporting.Console(stderr=True),
+        )
+        self._progress.start()
+        return self._state
+
+    def offline(self) -> Iterator[int]:
+        """Update counts of the offline phase's chunks; before each, evaluates and checkpoints where due."""
+        yield from self._chunks("offline", lambda: self.updates_done, self.args.num_updates)
+
+    def online(self) -> Iterator[int]:
+        """Environment-step counts of the online phase's chunks, likewise."""
+        if not self.args.online_steps:
+            return
+        from common.collection import Collector
+
+        seeds = [member.seed + 10_000 + self.online_done for member in self.members]
+        self._collector = Collector(self.spec, len(self.members), self.transform, seeds)
+        yield from self._chunks("online", lambda: self.online_done, self.args.online_steps)
+
+    def train(self, state: Any, num_updates: int) -> tuple[Any, populations.Metrics]:
+        """`num_updates` updates of every member on the offline data."""
+        start = time.time()
+        count = jnp.asarray(num_updates, jnp.int32)
+        result = jax.block_until_ready(self._train((state, self.hp, None), (self.offline_data, count)))
+        self._time(num_updates, time.time() - start)
+        self.updates_done += num_updates
+        return result
+
+    def collect_and_train(self, state: Any, num_steps: int) -> tuple[Any, populations.Metrics]:
+        """`num_steps` environment steps of every member, each followed by one update on old and new data."""
+        start, collected = time.time(), []
+        keys = self.population.shard(jnp.stack([jax.random.key(member.seed + 1) for member in self.members]))
+        offline = self.offline_data if self.args.num_updates else None
+        collector = self._collector
+        if self._actions is None:
+            observations = self.population.shard(collector.observations)
+            self._actions = self._first_action((state, observations, keys), jnp.asarray(self.online_done))
+        for _ in range(num_steps):
+            actions = self.population.to_host(self._actions)
+            # A member that diverged in this chunk stands still until the chunk's end, where it is frozen and named.
+            actions = np.where(np.isfinite(actions), actions, 0.0)
+            transitions = self.population.shard(collector.step(actions))
+            observations = self.population.shard(collector.observations)
+            self.online_done += 1
+            member = (state, self.hp, self.ring, transitions, observations, keys)
+            state, self.ring, self._actions, metrics = self._online(member, (offline, jnp.asarray(self.online_done)))
+            collected.append(metrics)
+        stacked = jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *collected)
+        first = {
+            name: np.where((x >= 0).any(axis=0), (x >= 0).argmax(axis=0), -1)
+            for name, x in stacked.first_nonfinite.items()
+        }
+        self._time(num_steps, time.time() - start)
+        return state, populations.Metrics({name: x.mean(axis=0) for name, x in stacked.means.items()}, first)
+
+    def record(self, state: Any, metrics: populations.Metrics) -> Any:
+        """Write the chunk's metrics; freeze members that diverged in it. The state to go on with."""
+        means, first = self.population.to_host(tuple(metrics))
+        step = self.updates_done + self.online_done
+        alive = [member for member in self.members if member.index not in self.diverged]
+        rows = [{name: float(values[member.index]) for name, values in means.items()} for member in alive]
+        self.metrics.append(
+            [{"step": step, "member": m.index, "seed": m.seed} | row for m, row in zip(alive, rows, strict=True)]
+        )
+        by_member = {member.index: row for member, row in zip(alive, rows, strict=True)}
+        self.tracker.log(step, [by_member.get(member.index, {}) for member in self.members])
+        keep = np.ones(self.population.padded, bool)
+        for member in alive:
+            at = {name: int(values[member.index]) for name, values in first.items() if values[member.index] >= 0}
+            if at:
+                name = min(at, key=at.__getitem__)
+                self._freeze(member, self._chunk_start + at[name] + 1, name)
+        for index in self.diverged:
+            keep[index] = False
+        self.population.active[: len(self.members)] = keep[: len(self.members)]
+        if not keep.all():
+            state = self.population.select(keep, state, self._state)
+        self._state = state
+        if len(self.diverged) == len(self.members):
+            self._report({})
+            print("error: every member diverged", file=sys.stderr)
+            sys.exit(3)
+        return state
+
+    def finish(self, state: Any) -> None:
+        """The last evaluation, final.json, curves.png and the table."""
+        self._state = state
+        self._check_signal()
+        phase, step = ("online", self.online_done) if self.args.online_steps else ("offline", self.updates_done)
+        self.evaluations.rewind(lambda row: (row["phase"], int(row["step"])) != (phase, step))
+        self._report(self._evaluate(phase, step, self.args.final_eval_episodes))
+
+    # ---- what it is made of ----
+
+    def _chunks(self, phase: str, done: Callable[[], int], total: int) -> Iterator[int]:
+        assert self._progress is not None
+        task = self._progress.add_task(f"{self.name} {phase}", total=total, completed=done(), note="")
+        self._task = task
+        every = [self.args.eval_every, self.args.checkpoint_every, LOG_EVERY]
+        first = done()
+        while True:
+            step = done()
+            if self.args.checkpoint_every and step % self.args.checkpoint_every == 0 and step > first:
+                self._save()
+            self._check_signal()
+            if step >= total:
+                break
+            if self.args.eval_every and step % self.args.eval_every == 0:
+                self._evaluate(phase, step, self.args.eval_episodes)
+            self._chunk_start = self.updates_done + self.online_done
+            chunk = min([total - step, *(n - step % n for n in every if n)])
+            yield chunk
+            self._progress.update(task, completed=done())
+        if done() > first:
+            self._save()
+
+    def _evaluate(self, phase: str, step: int, episodes: int) -> dict[int, dict[str, Any]]:
+        """Evaluate every living member, unless the table has the step already; rows by member."""
+        if any(row["phase"] == phase and int(row["step"]) == step for row in self.evaluations.rows):
+            return {}
+        seeds = [1_000_000 + 1000 * member.seed for member in self.members]
+        state = jax.device_put(self.population.to_host(self._state), jax.devices()[0])
+        keys = jax.random.split(jax.random.key(0), len(self.members))
+
+        def policy(observations: np.ndarray, _: int) -> np.ndarray:
+            # A frozen member's state is finite, so its actions are; its episodes are not reported.
+            return np.asarray(self._act(state, observations, keys))
+
+        result = self.evaluator.run(policy, episodes, seeds, self._check_signal)
+        rows = {}
+        for member in self.members:
+            if member.index in self.diverged:
+                continue
+            returns = result.returns[member.index]
+            scores = self._score(returns)
+            rows[member.index] = {
+                "phase": phase,
+                "step": step,
+                "member": member.index,
+                "seed": member.seed,
+                "return_mean": float(returns.mean()),
+                "return_std": float(returns.std()),
+                "score_mean": None if scores is None else float(scores.mean()),
+                "score_std": None if scores is None else float(scores.std()),
+                "episodes": episodes,
+            }
+        self.evaluations.append(list(rows.values()))
+        names = ("return_mean", "score_mean")
+        logged = [
+            {f"evaluation/{name}": rows[member.index][name] for name in names} if member.index in rows else {}
+            for member in self.members
+        ]
+        self.tracker.log(self.updates_done + self.online_done, logged)
+        self._announce(phase, step, rows)
+        return rows
+
+    def _announce(self, phase: str, step: int, rows: dict[int, dict[str, Any]]) -> None:
+        assert self._progress is not None
+        mean_return = np.mean([row["return_mean"] for row in rows.values()])
+        scores = [row["score_mean"] for row in rows.values()]
+        note = f"return {mean_return:.0f}" + ("" if None in scores else f", score {np.mean(scores):.1f}")
+        self._progress.update(self._task, note=note)
+        if self._progress.disable:
+            print(f"{phase} {step}: {note}", flush=True)
+
+    def _freeze(self, member: populations.Member, step: int, metric: str) -> None:
+        self.diverged[member.index] = {"step": step, "metric": metric}
+        print(f"{member} diverged: {metric} is not finite at update {step}; it is frozen", file=sys.stderr)
+
+    def _time(self, updates: int, seconds: float) -> None:
+        """Count towards the rate, but for the first chunk of the process, which compiles."""
+        if self.train_seconds or self.timed_updates:
+            self.train_seconds += seconds
+            self.timed_updates += updates
+        else:
+            self.timed_updates = 1e-9
+        rate = self._rate()
+        if rate and self._progress is not None:
+            self._progress.update(self._task, description=f"{self.name} {rate:.0f} updates/s")
+
+    def _rate(self) -> float | None:
+        """Updates per second, summed over the living members."""
+        living = len(self.members) - len(self.diverged)
+        return living * self.timed_updates / self.train_seconds if self.train_seconds else None
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is not None:  # the second one does not wait
+            sys.exit(128 + number)
+        self._signal = number
+
+    def _check_signal(self) -> None:
+        if self._signal is not None:
+            raise Interrupted
+
+    def _check_directory(self) -> None:
+        if self.checkpoint_path.exists() and not self.args.resume:
+            raise UsageError(f"{self.directory} holds a run; pass --resume True to continue it, or another --run-dir")
+        parent = self.directory
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"run directory {self.directory}: {parent} is not a writable directory")
+
+    def _flags(self) -> dict[str, Any]:
+        flags = {field.name: getattr(self.args, field.name) for field in dataclasses.fields(self.args)}
+        return flags | dict(flags.pop("hp")._asdict())
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: the algorithm and every flag that decides the training's course."""
+        fixed = {name: value for name, value in self._flags().items() if name not in FREE_TO_CHANGE}
+        return json.loads(json.dumps({"algorithm": self.name} | fixed))
+
+    def _config(self) -> dict[str, Any]:
+        packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari")
+        device = jax.devices()[0]
+        return {
+            "algorithm": self.name,
+            "flags": self._flags(),
+            "members": [
+                {"member": m.index, "seed": m.seed, "hyperparameters": dict(m.hp._asdict()), "swept": m.swept}
+                for m in self.members
+            ],
+            "environment": getattr(self.spec, "id", self.spec),
+            "transitions": len(self.dataset.transitions.rewards),
+            "transform": {
+                "observation_mean": self.transform.observation_mean.tolist(),
+                "observation_std": self.transform.observation_std.tolist(),
+                "reward_scale": self.transform.reward_scale,
+                "reward_shift": self.transform.reward_shift,
+            },
+            "versions": {"python": sys.version.split()[0]}
+            | {package: importlib.metadata.version(package) for package in packages},
+            "git_commit": _git_commit(),
+            "device": {"platform": device.platform, "kind": device.device_kind, "count": self.population.mesh.size},
+        }
+
+    def _tree(self) -> Any:
+        """What a checkpoint holds: states, rings, and the normaliser."""
+        whole = self.population.to_host({"state": self._state, "ring": self.ring})
+        return whole | {"transform": jax.tree.map(np.asarray, self.transform)}
+
+    def _save(self) -> None:
+        metadata = {
+            "identity": self._identity(),
+            "updates_done": self.updates_done,
+            "online_done": self.online_done,
+            "diverged": self.diverged,
+        }
+        checkpoints.save(self.checkpoint_path, self._tree(), metadata)
+
+    def _restore(self) -> None:
+        metadata = checkpoints.metadata(self.checkpoint_path)
+        theirs, ours = metadata.get("identity", {}), self._identity()
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                flag = name.replace("_", "-")
+                raise UsageError(
+                    f"{self.directory} holds a run with --{flag} {theirs.get(name)}, this one has {ours.get(name)}; "
+                    "use another --run-dir"
+                )
+        tree = checkpoints.load(self.checkpoint_path, self._tree())
+        self._state = self.population.shard(tree["state"])
+        self.ring = None if tree["ring"] is None else self.population.shard(tree["ring"])
+        self.updates_done, self.online_done = metadata["updates_done"], metadata["online_done"]
+        self.diverged = {int(index): what for index, what in metadata["diverged"].items()}
+        for index in self.diverged:
+            self.population.active[index] = False
+
+    def _report(self, final: dict[int, dict[str, Any]]) -> None:
+        rate = self._rate()
+        members = []
+        for m in self.members:
+            row = final.get(m.index, {})
+            entry = {"member": m.index, "seed": m.seed, "swept": m.swept, "diverged": self.diverged.get(m.index)}
+            names = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
+            members.append(entry | {name: row.get(name) for name in names})
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for entry in members:
+            groups.setdefault(json.dumps(entry["swept"]), []).append(entry)
+        by_combination = [
+            {
+                "swept": json.loads(key),
+                "score": reporting.aggregate([entry["score_mean"] for entry in entries]),
+                "return": reporting.aggregate([entry["return_mean"] for entry in entries]),
+            }
+            for key, entries in groups.items()
+        ]
+        summary = {
+            "score": reporting.aggregate([entry["score_mean"] for entry in members]),
+            "return": reporting.aggregate([entry["return_mean"] for entry in members]),
+        }
+        result = {
+            "members": members,
+            "combinations": by_combination,
+            "aggregate": summary,
+            "updates": self.updates_done,
+            "online_steps": self.online_done,
+            "wall_clock_seconds": time.time() - self.started,
+            "updates_per_second": rate,
+        }
+        write_json(self.directory / "final.json", result)
+        if self._progress is not None:
+            self._progress.stop()
+        scores = self._score(self.dataset_returns)
+        level = float(np.mean(self.dataset_returns if scores is None else scores))
+        if self.evaluations.rows:
+            title = f"{self.name}, {self.args.dataset}"
+            reporting.plot_curves(self.directory / "curves.png", self.evaluations.rows, title, level)
+        rows = [
+            [str(m), row["return_mean"] or "", row["return_std"] or "", row["score_mean"] or "", row["episodes"] or ""]
+            for m, row in zip(self.members, members, strict=True)
+        ]
+        rows.append(["dataset", float(self.dataset_returns.mean()), float(self.dataset_returns.std()), "", ""])
+        rows[-1][3] = "" if scores is None else level
+        columns = ["", "return", "std", "score", "episodes"]
+        reporting.print_table(f"{self.name} on {self.args.dataset}", columns, rows)
+        speed = f", {rate:.0f} updates/s" if rate else ""
+        print(f"{time.time() - self.started:.0f} s{speed}; results in {self.directory}", flush=True)
+        score = {"final_score_iqm": summary["score"]["iqm"], "final_return_iqm": summary["return"]["iqm"]}
+        per_member = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in members]
+        self.tracker.finish(per_member, score, 0 if final else 3)
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

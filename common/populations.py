@@ -1,0 +1,182 @@
+"""Populations: many members (seeds x hyperparameters) trained in one process on one copy of the data.
+
+A member is one state pytree. A population is the same pytree with a leading member axis, sharded over all devices.
+Within a device the members take turns on a CPU, where a batched matrix product is slower than one after another, and
+are vmapped on a GPU, where one member alone is bound by kernel launches.
+"""
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from common.buffers import Replay
+from common.errors import UsageError
+
+Step = Callable[[Any], tuple[Any, dict[str, jax.Array]]]
+AXIS = "members"
+
+
+class Member(NamedTuple):
+    """One run of the population: its place, its seed, its hyperparameters (a NamedTuple of floats), what was swept."""
+
+    index: int
+    seed: int
+    hp: Any
+    swept: dict[str, float]
+
+    def __str__(self) -> str:
+        values = "".join(f", {name}={value:g}" for name, value in self.swept.items())
+        return f"member {self.index} (seed {self.seed}{values})"
+
+
+def parse_grid(grid: str, hp: Any) -> list[dict[str, float]]:
+    """Combinations of `"beta=1,3,10 expectile=0.7,0.9"`, the last name varying fastest; `[{}]` for an empty grid.
+
+    UsageError for a name that is no field of `hp`, a value that is no number, or anything given twice.
+    """
+    values: dict[str, list[float]] = {}
+    for part in grid.split():
+        name, equals, numbers = part.partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            raise UsageError(f'--grid: "{part}" is not of the form name=value,value')
+        if name not in hp._fields:
+            raise UsageError(f"--grid: no hyperparameter {name}; choose from {', '.join(hp._fields)}")
+        if name in values:
+            raise UsageError(f"--grid: {name} is given twice")
+        try:
+            values[name] = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            raise UsageError(f'--grid: "{numbers}" is not a list of numbers like 0.7,0.9') from None
+        if not np.isfinite(values[name]).all() or len(set(values[name])) < len(values[name]):
+            raise UsageError(f'--grid: the values of {name}, "{numbers}", must be finite and differ')
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def make_members(hp: Any, grid: str, seed: int, num_seeds: int) -> list[Member]:
+    """Every combination of the grid x every seed, the seed varying fastest."""
+    pairs = itertools.product(parse_grid(grid, hp), range(seed, seed + num_seeds))
+    return [Member(i, s, hp._replace(**swept), swept) for i, (swept, s) in enumerate(pairs)]
+
+
+def use_cpu_cores(num_members: int) -> None:
+    """Make each CPU core a device, as far as there are members; without effect once JAX has started or on a GPU."""
+    try:
+        jax.config.update("jax_num_cpu_devices", max(1, min(num_members, os.cpu_count() or 1)))
+    except RuntimeError:  # the backend is up: its devices are what they are
+        return
+
+
+class Population:
+    """Maps functions of one member over all members, sharded over the devices.
+
+    The leading axis is padded to a multiple of the device count; padding and frozen members are inactive. On a CPU
+    an inactive member costs nothing; on a GPU it is computed and thrown away.
+    """
+
+    def __init__(self, num_members: int) -> None:
+        devices = jax.devices()[: max(1, min(num_members, jax.device_count()))]
+        self.num_members = num_members
+        self.padded = -(-num_members // len(devices)) * len(devices)
+        self.mesh = Mesh(np.array(devices), (AXIS,))
+        self.in_turn = devices[0].platform == "cpu"
+        self.active = np.arange(self.padded) < num_members
+
+    def replicate(self, tree: Any) -> Any:
+        """The whole tree on every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+    def shard(self, tree: Any) -> Any:
+        """A tree of `[num_members, ...]` arrays, padded by its last member and split over the devices."""
+        rows = np.minimum(np.arange(self.padded), self.num_members - 1)
+        if self.padded > self.num_members:
+            tree = jax.tree.map(lambda x: x[rows], tree)
+        return jax.device_put(tree, NamedSharding(self.mesh, P(AXIS)))
+
+    def to_host(self, tree: Any) -> Any:
+        """The `[num_members, ...]` part of a tree, as numpy arrays (random keys stay keys)."""
+
+        def fetch(x: jax.Array) -> Any:
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(np.asarray(jax.random.key_data(x))[: self.num_members])
+            return np.asarray(x)[: self.num_members]
+
+        return jax.tree.map(fetch, tree)
+
+    def over_members(self, function: Callable[..., Any], donate: bool = False) -> Callable[[Any, Any], Any]:
+        """Compile `function(member, shared)` to one of a tree of members `[padded, ...]` and a replicated tree.
+
+        For inactive members the result is zeros (on a CPU) or meaningless (on a GPU).
+        """
+
+        def on_device(members: Any, shared: Any, active: jax.Array) -> Any:
+            if not self.in_turn:
+                return jax.vmap(function, in_axes=(0, None))(members, shared)
+
+            def one(arguments: tuple[Any, jax.Array]) -> Any:
+                member, is_active = arguments
+                result = jax.eval_shape(function, member, shared)
+
+                def skip(_: Any) -> Any:
+                    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+
+                return jax.lax.cond(is_active, lambda member: function(member, shared), skip, member)
+
+            return jax.lax.map(one, (members, active))
+
+        mapped = jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(P(AXIS), P(), P(AXIS)),
+            out_specs=P(AXIS),
+            check_vma=False,
+        )
+        # One thread for each device: the devices are the parallelism, and share the cores.
+        options = {"xla_cpu_multi_thread_eigen": False} if self.in_turn and self.mesh.size > 1 else {}
+        compiled = jax.jit(mapped, compiler_options=options, donate_argnums=(0,) if donate else ())
+        return lambda members, shared: compiled(members, shared, jnp.asarray(self.active))
+
+    def select(self, keep: np.ndarray, new: Any, old: Any) -> Any:
+        """Per member, `new` where `keep [padded]` and `old` elsewhere."""
+
+        def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+        return jax.jit(lambda new, old: jax.tree.map(pick, new, old))(new, old)
+
+
+class Metrics(NamedTuple):
+    """Metrics over a chunk of updates: `means`, and the first update at which each was not finite (-1: none)."""
+
+    means: dict[str, jax.Array]
+    first_nonfinite: dict[str, jax.Array]
+
+
+def repeat(step: Step, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
+    """Apply `step` to `state` `num_steps` times on the device; metrics are averaged over the steps.
+
+    The count is traced, so chunks of different lengths share one compilation.
+    """
+    shapes = jax.eval_shape(step, state)[1]
+    zeros = {name: jnp.zeros(()) for name in shapes}
+    never = {name: jnp.full((), -1, jnp.int32) for name in shapes}
+
+    def body(i: jax.Array, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        state, sums, first = carry
+        state, metrics = step(state)
+        sums = {name: sums[name] + metrics[name] for name in sums}
+        first = {
+            name: jnp.where((first[name] < 0) & ~jnp.isfinite(metrics[name]), i, first[name]).astype(jnp.int32)
+            for name in first
+        }
+        return state, sums, first
+
+    state, sums, first = jax.lax.fori_loop(0, num_steps, body, (state, zeros, never))
+    return state, Metrics({name: total / num_steps for name, total in sums.items()}, first)

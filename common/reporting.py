@@ -1,0 +1,83 @@
+"""What a finished run says: interquartile means, bootstrap intervals, the table on the screen, `curves.png`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
+    """Mean of the middle half: a quarter of the values, rounded down, is cut at each end (Agarwal et al., 2021)."""
+    ordered = np.sort(np.asarray(values, float).ravel())
+    cut = int(0.25 * len(ordered))
+    return float(ordered[cut : len(ordered) - cut].mean())
+
+
+def bootstrap_interval(strata: Sequence[Sequence[float] | np.ndarray], resamples: int = 2000) -> tuple[float, float]:
+    """95 % stratified percentile-bootstrap interval of the interquartile mean over all strata (e.g. tasks) of runs.
+
+    Within each stratum the runs are drawn with replacement (Agarwal et al., 2021, section 4.1). The generator is
+    seeded, so that the same values give the same interval.
+    """
+    rng = np.random.default_rng(0)
+    arrays = [np.asarray(values, float) for values in strata]
+    drawn = np.concatenate([x[rng.integers(0, len(x), (resamples, len(x)))] for x in arrays], axis=1)
+    means = [interquartile_mean(row) for row in drawn]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def aggregate(values: Sequence[float]) -> dict[str, Any]:
+    """Interquartile mean, its 95 % interval and the count; None where there is no value."""
+    finite = [value for value in values if value is not None and np.isfinite(value)]
+    if not finite:
+        return {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
+    low, high = bootstrap_interval([finite])
+    return {"iqm": interquartile_mean(finite), "ci_low": low, "ci_high": high, "count": len(finite)}
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name == columns[0] else "right")
+    for row in rows:
+        table.add_row(*(f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console().print(table)
+
+
+def plot_curves(path: Path, evaluations: Sequence[dict[str, str]], title: str, dataset_level: float | None) -> None:
+    """Score (raw return where there is none) against updates, then online steps: a line for each member, and the mean.
+
+    `dataset_level`, the average of the dataset's own episodes in the same unit, is drawn as a dashed line.
+    """
+    from matplotlib.figure import Figure
+
+    scored = all(row["score_mean"] for row in evaluations)
+    column = "score_mean" if scored else "return_mean"
+    phases = [phase for phase in ("offline", "online") if any(row["phase"] == phase for row in evaluations)]
+    figure = Figure(figsize=(6.0 * max(1, len(phases)), 4.0), layout="constrained")
+    for i, phase in enumerate(phases):
+        axes = figure.add_subplot(1, len(phases), i + 1)
+        by_step: dict[int, list[float]] = {}
+        members: dict[str, list[tuple[int, float]]] = {}
+        for row in evaluations:
+            if row["phase"] == phase:
+                point = (int(row["step"]), float(row[column]))
+                by_step.setdefault(point[0], []).append(point[1])
+                members.setdefault(row["member"], []).append(point)
+        for points in members.values():
+            axes.plot(*zip(*points, strict=True), color="tab:blue", alpha=0.35, linewidth=1.0)
+        steps = sorted(by_step)
+        axes.plot(steps, [np.mean(by_step[step]) for step in steps], color="tab:blue", linewidth=2.0, label="mean")
+        if dataset_level is not None:
+            axes.axhline(dataset_level, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
+        axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
+        axes.set_ylabel("normalised score" if scored else "return")
+        axes.set_title(f"{title} ({phase})", fontsize=10)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=120)
