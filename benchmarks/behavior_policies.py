@@ -7,8 +7,9 @@ Snapshots are measured by the return of sampled actions, which is how the datase
 weights to float16, which is how they are shipped.
 
 * expert: the best of the last snapshots of the run;
-* medium: the first snapshot at a third to a half of the expert's return, else the one closest to that;
-* mixed_0 ... mixed_7: snapshots evenly spaced in training time from the first to medium, which is mixed_7.
+* medium: the first snapshot at a third to a half of the expert's return, after at least seven that are not better
+  than that; without one, the closest;
+* mixed_0 ... mixed_7: snapshots evenly spaced among those not better, from the first to medium, which is mixed_7.
 
 It writes `<env>.npz` and the run's training curve `<env>_training.csv`. Doing it again is harmless: datasets made by
 other weights are recognised by their hash and collected anew.
@@ -76,20 +77,29 @@ def choose(env_id: str, paths: list[Path], args: Args) -> dict[str, tuple[Path, 
     best = max(paths[-args.num_last :], key=lambda path: measured(path, args.steps, 0))
     expert = measured(best, 4 * args.steps, 1)
     low, high = (fraction * expert for fraction in MEDIUM_BAND)
-    returns: dict[int, float] = {}
-    # Not before there are enough snapshots for the mixed set; a hit must hold when measured again.
-    for index in range(NUM_MIXED - 1, len(paths)):
-        returns[index] = measured(paths[index], args.steps, 0)
-        if low <= returns[index] <= high:
-            returns[index] = measured(paths[index], 4 * args.steps, 1)
-            if low <= returns[index] <= high:
+    returns: list[float] = []
+    poorer: list[int] = []  # snapshots that a mixture up to medium may have
+    candidates: dict[int, tuple[float, list[int]]] = {}  # distance to the band, and the mixture
+    for index, path in enumerate(paths):
+        returns.append(measured(path, args.steps, 0))
+        if len(poorer) >= NUM_MIXED - 1 and low <= returns[index] <= high:  # a hit must hold when measured again
+            returns[index] = measured(path, 4 * args.steps, 1)
+        if len(poorer) >= NUM_MIXED - 1:
+            spread = np.linspace(0, len(poorer) - 1, NUM_MIXED - 1).round().astype(int)
+            distance = abs(float(np.clip(returns[index], low, high)) - returns[index])
+            candidates[index] = distance, [*(poorer[i] for i in spread), index]
+            if distance == 0.0:
                 break
-    medium = min(returns, key=lambda index: (abs(np.clip(returns[index], low, high) - returns[index]), index))
-    chosen = {"expert": (best, expert)}
-    for number, index in enumerate(np.linspace(0, medium, NUM_MIXED).round().astype(int)):
-        value = returns[medium] if index == medium else measured(paths[index], args.steps, 0)
-        chosen[f"mixed_{number}"] = (paths[index], value)
-    return chosen
+        if returns[index] <= high:
+            poorer.append(index)
+    if not candidates:
+        raise UsageError(
+            f"{args.run_dir} has fewer than {NUM_MIXED - 1} snapshots poorer than medium: take more of them"
+        )
+    _, mixture = min(candidates.values())
+    return {"expert": (best, expert)} | {
+        f"mixed_{number}": (paths[index], returns[index]) for number, index in enumerate(mixture)
+    }
 
 
 def main(args: Args) -> None:

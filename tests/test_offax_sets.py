@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
+from benchmarks import behavior_policies
 from common import datasets, offax_sets
 from common.errors import UsageError
 
@@ -282,3 +283,49 @@ def test_collection_is_fast_enough() -> None:
     start = time.perf_counter()
     offax_sets.collect("Hopper-v5", None, 5000, [0])
     assert 5000 / (time.perf_counter() - start) > 2000
+
+
+def make_run(directory: Path, returns: list[float]) -> None:
+    """A SAC run whose snapshot i is recognised by its first bias, `returns[i]`."""
+    (directory / "snapshots").mkdir(parents=True)
+    lines = ["steps,return_mean"]
+    for number, value in enumerate(returns, 1):
+        arrays = {}
+        for i, (w, b) in enumerate(random_layers(number)):
+            arrays |= {f"w{i}": w.astype(np.float32), f"b{i}": b.astype(np.float32)}
+        arrays["b0"][0] = value
+        np.savez(directory / "snapshots" / f"{20_000 * number:09d}.npz", **arrays)
+        lines.append(f"{20_000 * number},{value}")
+    (directory / "training.csv").write_text("\n".join(lines))
+
+
+def test_export_chooses_expert_medium_and_mixed(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = tmp_path / "Hopper-v5", tmp_path / "policies"
+    #                0  1   2   3   4   5   6   7   8   9  10   11    12   13   14   15   16   17
+    make_run(run, [10, 20, 30, 900, 50, 60, 70, 80, 90, 350, 500, 450, 600, 900, 700, 990, 1000, 980])
+    monkeypatch.setattr(behavior_policies, "measure", lambda env_id, layers, steps, seed: float(layers[0][1][0]))
+    behavior_policies.main(behavior_policies.Args(run, out_dir=out))
+    with np.load(out / "hopper.npz") as file:
+        steps = {name.split("/")[0]: int(file[name]) for name in file.files if name.endswith("/steps")}
+    # Expert: the best of the last five. Medium: the first at a third to a half of it after seven not better than that.
+    assert steps == {"expert": 340_000} | {
+        f"mixed_{i}": 20_000 * (index + 1) for i, index in enumerate([0, 1, 2, 5, 6, 7, 8, 9])
+    }
+    assert (out / "hopper_training.csv").read_text() == (run / "training.csv").read_text()
+    monkeypatch.setattr(offax_sets, "POLICIES", out)
+    stored = offax_sets.read_policies("hopper")["expert"]
+    with np.load(run / "snapshots" / "000340000.npz") as file:
+        for i, (w, b) in enumerate(stored):
+            np.testing.assert_array_equal(w, file[f"w{i}"].astype(np.float16))
+            np.testing.assert_array_equal(b, file[f"b{i}"].astype(np.float16))
+    assert len(datasets.load("offax/hopper/medium-expert-v0").transitions.rewards) == TRANSITIONS
+
+
+def test_export_refuses_what_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not the directory of a SAC run"):
+        behavior_policies.main(behavior_policies.Args(tmp_path, env="Hopper-v5", out_dir=tmp_path))
+    with pytest.raises(UsageError, match="--env"):
+        behavior_policies.main(behavior_policies.Args(tmp_path))
+    make_run(tmp_path / "Hopper-v5", [1.0, 2.0])
+    with pytest.raises(UsageError, match="2 snapshots, at least 9"):
+        behavior_policies.main(behavior_policies.Args(tmp_path / "Hopper-v5", out_dir=tmp_path))
