@@ -3,12 +3,14 @@
 An algorithm file hands its `init`, `train` and `act` to `Run` and keeps the loop itself in its `main`.
 """
 
+import contextlib
 import dataclasses
 import errno
 import importlib.metadata
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -557,8 +559,8 @@ class Run:
         return json.loads(json.dumps({"algorithm": self.name} | fixed))
 
     def _config(self) -> dict[str, Any]:
-        packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari")
         device = jax.devices()[0]
+        scores = self._score(self.dataset_returns)
         return {
             "algorithm": self.name,
             "flags": self._flags(),
@@ -568,17 +570,21 @@ class Run:
             ],
             "environment": getattr(self.spec, "id", self.spec),
             "transitions": len(self.dataset.transitions.rewards),
+            "dataset_returns": {
+                "mean": float(self.dataset_returns.mean()),
+                "min": float(self.dataset_returns.min()),
+                "max": float(self.dataset_returns.max()),
+                "episodes": len(self.dataset_returns),
+                "score_mean": None if scores is None else float(scores.mean()),
+            },
             "transform": {
                 "observation_mean": self.transform.observation_mean.tolist(),
                 "observation_std": self.transform.observation_std.tolist(),
                 "reward_scale": self.transform.reward_scale,
                 "reward_shift": self.transform.reward_shift,
             },
-            "versions": {"python": sys.version.split()[0]}
-            | {package: importlib.metadata.version(package) for package in packages},
-            "git_commit": _git_commit(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": self.population.mesh.size},
-        }
+        } | provenance()
 
     def _tree(self) -> Any:
         """What a checkpoint holds: states, rings, and the normaliser."""
@@ -667,9 +673,30 @@ class Run:
         self.tracker.finish(per_member, score, 0 if final else 3)
 
 
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def provenance() -> dict[str, Any]:
+    """What made a result: package versions, git commit (and whether tracked code differs from it), processor."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
+    return {
+        "versions": {"python": sys.version.split()[0]} | versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
