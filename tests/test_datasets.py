@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import socket
 import subprocess
 import sys
@@ -296,16 +297,16 @@ def test_no_cache_where_none_can_be_written(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_loading_is_fast() -> None:
-    """100 episodes of 1,000 steps: a tenth of the size at which 2 s are asked for, and 0.3 s from the cache."""
+    """100 episodes of 1,000 steps, a tenth of what is to take 2 s, or 0.3 s from the cache; time of the processor."""
     observations, rewards = np.zeros((1001, 17)), np.zeros(1000)
     recorded = episode(observations, rewards, truncated=True, actions=np.zeros((1000, 6), np.float32))
     space, actions = spaces.Box(-np.inf, np.inf, (17,), np.float64), spaces.Box(-1, 1, (6,))
     write_minari("test/long-v0", [recorded] * 100, space, actions)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(datasets.load("test/long-v0").transitions.rewards) == 100_000
-    cold = time.perf_counter() - start
+    cold = time.process_time() - start
     datasets.load("test/long-v0")
-    assert cold < 2.0 and time.perf_counter() - start - cold < 0.3
+    assert cold < 1.0 and time.process_time() - start - cold < 0.1
 
 
 # .npz
@@ -415,13 +416,13 @@ def d4rl_arrays(terminals: list[int], timeouts: list[int] | None) -> dict[str, n
 
 
 def test_d4rl_without_next_observations(tmp_path: Path) -> None:
-    #                     rows: 0  1  2 | 3  4  5 | 6 | 7  8 | 9  10
-    arrays = d4rl_arrays([0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
-    dataset = datasets.load(write_d4rl(tmp_path / "hopper_medium-v2.hdf5", **arrays))
+    #               rows: 0  1  2 | 3  4  5 | 6 | 7  8 | 9 | 10 11
+    terminals, timeouts = [0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0]
+    dataset = datasets.load(write_d4rl(tmp_path / "hopper_medium-v2.hdf5", **d4rl_arrays(terminals, timeouts)))
     data = dataset.transitions
-    assert data.rewards.tolist() == [0, 1, 2, 3, 4, 7, 8, 9]  # rows of a timeout and the last, unfinished, are dropped
+    assert data.rewards.tolist() == [0, 1, 2, 3, 4, 7, 8, 10]  # not those with a timeout, nor the last, unfinished one
     assert data.observations[:, 0].tolist() == data.rewards.tolist()
-    assert data.next_observations[:, 0].tolist() == [1, 2, 2, 4, 5, 8, 8, 10]  # a terminal row's own, never the next's
+    assert data.next_observations[:, 0].tolist() == [1, 2, 2, 4, 5, 8, 8, 11]  # a terminal row's own, never the next's
     assert data.terminations.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
     assert data.truncations.tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
     assert datasets.episode_slices(data).tolist() == [[0, 3], [3, 5], [5, 7], [7, 8]]
@@ -559,10 +560,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_help_is_quick() -> None:
-    start = time.perf_counter()
+    """In time of the processor: a busy machine is no fault of ours."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "common.datasets", "stats", "--help"]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(datasets.__file__).parent.parent)
-    assert time.perf_counter() - start < 3
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
 def test_metadata_of_older_gymnasium_is_understood() -> None:

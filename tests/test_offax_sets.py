@@ -96,6 +96,7 @@ def test_policy_outputs_are_those_of_the_network() -> None:
     actions = offax_sets.sample_actions(layers, observations, noise)
     assert actions.dtype == np.float32
     np.testing.assert_allclose(actions, np.tanh(mean + std * noise), atol=1e-5)
+    np.testing.assert_array_equal(actions * 2**16, np.rint(actions * 2**16))  # last bits cannot make a difference
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -279,10 +280,10 @@ def test_shipped_policies_are_complete_and_small() -> None:
 
 
 def test_collection_is_fast_enough() -> None:
-    """A quarter of what a free core does, so that a loaded one passes too."""
-    start = time.perf_counter()
+    """A third of what a free core does, in time of the processor, so that a busy machine passes too."""
+    start = time.process_time()
     offax_sets.collect("Hopper-v5", None, 5000, [0])
-    assert 5000 / (time.perf_counter() - start) > 2000
+    assert 5000 / (time.process_time() - start) > 3000
 
 
 def make_run(directory: Path, returns: list[float]) -> None:
