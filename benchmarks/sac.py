@@ -79,6 +79,8 @@ class Args:
 
 
 class State(NamedTuple):
+    """Everything that training changes."""
+
     actor: Any
     critic: Any
     target_critic: Any
@@ -219,6 +221,7 @@ def export_policy(actor: Any) -> dict[str, np.ndarray]:
 
 
 def main(args: Args) -> None:
+    """Collect and update until `num_steps`, leaving a snapshot and a CSV row every `report_every` steps."""
     run_dir = Path(args.run_dir)
     (run_dir / "snapshots").mkdir(parents=True, exist_ok=True)
     envs = gym.make_vec(

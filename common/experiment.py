@@ -114,10 +114,9 @@ class RunArgs:
 
 
 # Flags that may differ between the run that wrote a checkpoint and the one that resumes it.
-FREE_TO_CHANGE = frozenset(
-    "num_updates online_steps eval_every eval_episodes final_eval_episodes checkpoint_every run_dir resume track "
-    "wandb_project wandb_group wandb_entity quiet preset".split()
-)
+FREE_TO_CHANGE = {"num_updates", "online_steps", "eval_every", "eval_episodes", "final_eval_episodes"}
+FREE_TO_CHANGE |= {"checkpoint_every", "run_dir", "resume", "quiet", "preset"}
+FREE_TO_CHANGE |= {"track", "wandb_project", "wandb_group", "wandb_entity"}
 DOMAINS = {
     "antmaze": "antmaze",
     "hopper|halfcheetah|walker2d|ant|humanoid|swimmer": "locomotion",

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common.buffers import Replay
 from common.errors import UsageError
 
 Step = Callable[[Any], tuple[Any, dict[str, jax.Array]]]
