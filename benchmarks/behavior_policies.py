@@ -37,6 +37,8 @@ MAX_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class Args:
+    """Which run, and how closely to measure its snapshots."""
+
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Directory of the SAC run; its name is the environment's id unless --env says otherwise."""
     env: str | None = None
@@ -103,6 +105,7 @@ def choose(env_id: str, paths: list[Path], args: Args) -> dict[str, tuple[Path, 
 
 
 def main(args: Args) -> None:
+    """Measure, choose and write; UsageError if the directory is not that of a long enough SAC run."""
     env_id = args.env or args.run_dir.resolve().name
     names = {env_id: name for name, env_id in offax_sets.ENVS.items()}
     if env_id not in names:

@@ -131,7 +131,7 @@ def sample_actions(layers: Layers | None, observations: np.ndarray, noise: np.nd
 class _Running:
     """An episode being collected in one environment."""
 
-    def __init__(self, env: Any, seed: Sequence[int], uniform: bool, limit: int):
+    def __init__(self, env: Any, seed: Sequence[int], uniform: bool, limit: int) -> None:
         rng = np.random.default_rng(seed)
         self.env, self.seed, self.length, self.terminated = env, int(rng.integers(2**31)), 0, False
         shape = (limit, env.action_space.shape[0])
