@@ -1,5 +1,6 @@
 """IQL's mathematics against closed forms, an independent numpy version, and tabular ground truth."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -109,7 +110,7 @@ def test_act_returns_the_mean_or_samples_around_it() -> None:
 def test_cosine_never_rises_again() -> None:
     factors = [float(cosine_decay(jnp.asarray(step), 100)) for step in range(0, 300, 10)]
     assert factors[0] == 1.0 and factors[5] == pytest.approx(0.5)
-    assert all(a >= b for a, b in zip(factors, factors[1:], strict=False)) and factors[10:] == [0.0] * 20
+    assert all(a >= b for a, b in itertools.pairwise(factors)) and factors[10:] == [0.0] * 20
     assert cosine_decay(jnp.asarray(10**6), 0) == 1.0
 
 
