@@ -1,0 +1,328 @@
+"""Tables and figures from the results that `benchmarks/suite.py` kept.
+
+    python benchmarks/report.py results/locomotion
+
+Reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below the one given, and writes
+into the latter `README.md`, `scores.csv` (a row for each seed), `scores.png` and, for each dataset, `curves_*.png`.
+
+Scores are those of the last policy, never of the best one. A number over seeds is their interquartile mean with a 95 %
+stratified bootstrap interval (Agarwal et al., 2021): the strata are the datasets, seeds are drawn within each.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from common import reporting
+from common.errors import UsageError
+from common.logging import Table
+
+FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Tables and figures from the results that benchmarks/suite.py kept."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """Folder of a suite, e.g. results/locomotion."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The members of one run that share algorithm, dataset and swept hyperparameters; they differ by their seeds."""
+
+    algorithm: str
+    dataset: str
+    members: list[dict[str, Any]]
+    evaluations: list[dict[str, str]]
+    config: dict[str, Any]
+    final: dict[str, Any]
+    command: str
+
+    def values(self, column: str) -> list[float]:
+        """Final `score_mean` or `return_mean` of the members that have one: the diverged have none."""
+        return [member[column] for member in self.members if member[column] is not None]
+
+
+def read(folder: Path) -> list[Cell]:
+    """All cells below `folder`, by dataset and algorithm. UsageError where there is none or one is there twice."""
+    cells: dict[tuple[str, str], Cell] = {}
+    for run in sorted(path.parent for path in folder.glob("*/config.json")):
+        if missing := [name for name in FILES if not (run / name).exists()]:
+            raise UsageError(f"{run} has no {missing[0]}")
+        config, final, command = (
+            json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")
+        )
+        with open(run / "evaluations.csv", newline="") as file:
+            evaluations = list(csv.DictReader(file))
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for member in final["members"]:
+            swept = "".join(f" {name}={value:g}" for name, value in member["swept"].items())
+            groups.setdefault(config["algorithm"] + swept, []).append(member)
+        for algorithm, members in groups.items():
+            key = (config["flags"]["dataset"], algorithm)
+            if key in cells:
+                raise UsageError(f"{folder} has {algorithm} on {key[0]} twice")
+            indices = {str(member["member"]) for member in members}
+            rows = [row for row in evaluations if row["member"] in indices]
+            cells[key] = Cell(algorithm, key[0], members, rows, config, final, command["command"])
+    if not cells:
+        raise UsageError(f"{folder} has no results: run benchmarks/suite.py first")
+    return [cells[key] for key in sorted(cells)]
+
+
+def unique(values: Sequence[Any]) -> list[Any]:
+    """The values without repetition, in order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
+    """Interquartile mean over all strata and its interval; None if a stratum is empty."""
+    if not strata or not all(len(values) for values in strata):
+        return None
+    low, high = reporting.bootstrap_interval(strata)
+    return {"iqm": reporting.interquartile_mean([x for values in strata for x in values]), "low": low, "high": high}
+
+
+def aggregate(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, float] | None]]:
+    """The scored datasets that every algorithm has, and over them the summary of each algorithm."""
+    algorithms = unique([cell.algorithm for cell in cells])
+    scores = {(cell.dataset, cell.algorithm): cell.values("score_mean") for cell in cells}
+    datasets = unique([cell.dataset for cell in cells])
+    common = [name for name in datasets if all(scores.get((name, algorithm)) for algorithm in algorithms)]
+    return common, {algorithm: summary([scores[name, algorithm] for name in common]) for algorithm in algorithms}
+
+
+# Tables
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def show(value: dict[str, float] | None, lost: int = 0) -> str:
+    """`mean [low, high]`, and how many seeds it lacks."""
+    text = "-" if value is None else f"{value['iqm']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+    return text + (f", {lost} diverged" if lost else "")
+
+
+def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]], list[str]], heads: list[str]) -> str:
+    """Datasets by algorithms, after what `of_data` says of the dataset; `column` is `score_mean` or `return_mean`."""
+    algorithms = sorted({cell.algorithm for cell in cells})
+    rows = []
+    for dataset in unique([cell.dataset for cell in cells]):
+        row = {cell.algorithm: cell for cell in cells if cell.dataset == dataset}
+        texts = []
+        for algorithm in algorithms:
+            if algorithm not in row:
+                texts.append("not run")
+                continue
+            values = row[algorithm].values(column)
+            texts.append(show(summary([values]), len(row[algorithm].members) - len(values)))
+        about = next(iter(row.values())).config.get("dataset_returns")
+        rows.append([dataset, *(of_data(about) if about else ["-"] * len(heads)), *texts])
+    if column == "score_mean" and len(rows) > 1:
+        datasets, totals = aggregate(cells)
+        if datasets:
+            name = f"all {len(datasets)}" if len(datasets) == len(rows) else f"the {len(datasets)} with every algorithm"
+            rows.append([name, *[""] * len(heads), *(show(totals[algorithm]) for algorithm in algorithms)])
+    return markdown(["dataset", *heads, *algorithms], rows)
+
+
+def origin(cells: Sequence[Cell]) -> str:
+    """What made a table: seeds, commits, hardware, versions, and the commands folded away."""
+    seeds = unique([member["seed"] for cell in cells for member in cell.members])
+    episodes = unique([member["episodes"] for cell in cells for member in cell.members if member["episodes"]])
+    configs = [cell.config for cell in cells]
+    commits = unique(
+        [
+            f"`{c['git_commit'] or 'unknown'}`" + (" with uncommitted changes" if c.get("git_dirty") else "")
+            for c in configs
+        ]
+    )
+    hardware = unique(
+        [f"{c['cpu']['model']}, {c['cpu']['cores']} cores" if c.get("cpu") else "unknown processor" for c in configs]
+    )
+    devices = unique([f"{c['device']['count']} x {c['device']['kind']}" for c in configs])
+    versions = unique([", ".join(f"{name} {version}" for name, version in c["versions"].items()) for c in configs])
+    lines = [
+        f"- seeds: {', '.join(map(str, seeds))}; episodes for each seed: {' or '.join(map(str, episodes))}",
+        f"- commit: {'; '.join(commits)}",
+        f"- processor: {'; '.join(hardware)}; JAX devices: {'; '.join(devices)}",
+        f"- versions: {'; '.join(versions)}",
+    ]
+    commands = "\n".join(unique([cell.command for cell in cells]))
+    return "\n".join(lines) + f"\n\n<details><summary>Commands</summary>\n\n```sh\n{commands}\n```\n\n</details>\n"
+
+
+def speed(cells: Sequence[Cell]) -> str:
+    """Each run's updates, rate and time."""
+    runs = {cell.command: cell for cell in cells}.values()
+    rows = []
+    for cell in runs:
+        rate, seconds = cell.final["updates_per_second"], cell.final["wall_clock_seconds"]
+        members = len(cell.final["members"])
+        name = f"{cell.config['algorithm']}, {cell.dataset}"
+        rows.append(
+            [name, f"{cell.final['updates']}", f"{members}", "-" if rate is None else f"{rate:.0f}", f"{seconds:.0f} s"]
+        )
+    return markdown(["run", "updates", "members", "updates/s, all members", "time of the last start"], rows)
+
+
+def write_scores(path: Path, cells: Sequence[Cell]) -> None:
+    """A row for each seed."""
+    path.unlink(missing_ok=True)
+    measured = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
+    rows = []
+    for cell in cells:
+        for member in cell.members:
+            row = {"algorithm": cell.algorithm, "dataset": cell.dataset, "seed": member["seed"]}
+            row |= {name: member[name] for name in measured}
+            diverged = (member["diverged"] or {}).get("step")
+            rows.append(row | {"diverged_at": diverged, "updates": cell.final["updates"]})
+            rows[-1] |= {"git_commit": cell.config["git_commit"]}
+    Table(path).append(rows)
+
+
+# Figures
+
+
+def level(cell: Cell, scored: bool) -> float | None:
+    """The dataset's own average score or return."""
+    return (cell.config.get("dataset_returns") or {}).get("score_mean" if scored else "mean")
+
+
+def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
+    """All algorithms on one dataset: mean over seeds, and the band from the worst to the best of them."""
+    from matplotlib.figure import Figure
+
+    rows = [row for cell in cells for row in cell.evaluations]
+    scored = all(row["score_mean"] for row in rows)
+    column = "score_mean" if scored else "return_mean"
+    phases = [phase for phase in ("offline", "online") if any(row["phase"] == phase for row in rows)]
+    figure = Figure(figsize=(6.0 * max(1, len(phases)), 4.0), layout="constrained")
+    for i, phase in enumerate(phases):
+        axes = figure.add_subplot(1, len(phases), i + 1)
+        for number, cell in enumerate(cells):
+            by_step: dict[int, list[float]] = {}
+            for row in cell.evaluations:
+                if row["phase"] == phase:
+                    by_step.setdefault(int(row["step"]), []).append(float(row[column]))
+            steps, color = sorted(by_step), f"C{number}"
+            means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
+            axes.plot(steps, means, color=color, label=cell.algorithm)
+            low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
+            axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        average = level(cells[0], scored)
+        if average is not None:
+            axes.axhline(average, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
+        axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
+        axes.set_ylabel("normalised score" if scored else "return")
+        axes.set_title(f"{cells[0].dataset} ({phase}): mean and range over seeds", fontsize=10)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=120)
+
+
+def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
+    """Final scores: the interquartile mean with its interval, the seeds as dots, the dataset's average as a line."""
+    from matplotlib.figure import Figure
+
+    datasets = unique([cell.dataset for cell in cells])
+    algorithms = sorted({cell.algorithm for cell in cells})
+    figure = Figure(figsize=(2.0 + 1.8 * len(datasets), 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    labelled: set[str] = set()
+    for cell in cells:
+        values = cell.values("score_mean")
+        value = summary([values])
+        if value is None:
+            continue
+        place = algorithms.index(cell.algorithm)
+        x = datasets.index(cell.dataset) + 0.7 * ((place + 0.5) / len(algorithms) - 0.5)
+        label = None if cell.algorithm in labelled else cell.algorithm
+        labelled.add(cell.algorithm)
+        axes.vlines(x, value["low"], value["high"], color=f"C{place}", linewidth=2.0)
+        axes.plot(x, value["iqm"], "_", color=f"C{place}", markersize=16, markeredgewidth=2.5, label=label)
+        axes.plot([x] * len(values), values, "o", color=f"C{place}", markersize=3, alpha=0.6)
+    for i, dataset in enumerate(datasets):
+        average = level(next(cell for cell in cells if cell.dataset == dataset), True)
+        if average is not None:
+            axes.hlines(average, i - 0.4, i + 0.4, color="tab:gray", linestyle="--", linewidth=1.0)
+    axes.set_xticks(range(len(datasets)), [name.replace("/", "/\n") for name in datasets], fontsize=8)
+    axes.set_ylabel("normalised score")
+    axes.set_title("Final score; dashed: average of the dataset", fontsize=10)
+    if labelled:
+        axes.legend(frameon=False)
+    axes.grid(axis="y", alpha=0.2)
+    figure.savefig(path, dpi=120)
+
+
+# The page
+
+
+def write(folder: Path) -> None:
+    """Write README.md, scores.csv and the figures of the suite in `folder`."""
+    cells = read(folder)
+    write_scores(folder / "scores.csv", cells)
+    parts = [
+        f"# Results: {folder.resolve().name}\n",
+        f"Made from the files beside it by `python benchmarks/report.py results/{folder.resolve().name}`.\n",
+        "The figures are those of the last policy, not of the best one: interquartile mean over the seeds [95 % "
+        "stratified bootstrap interval]. A quarter of the seeds, rounded down, is cut at each end, so with fewer than "
+        "four it is the mean; with fewer than about ten, the interval is narrower than its name says. Each seed by itself: [scores.csv](scores.csv).\n",
+    ]
+    with_score = {cell.dataset for cell in cells if cell.values("score_mean")}
+    scored = [cell for cell in cells if cell.dataset in with_score]  # with those that diverged there
+    if scored:
+        plot_scores(folder / "scores.png", scored)
+
+        def score(about: dict[str, Any]) -> list[str]:
+            return ["-" if about["score_mean"] is None else f"{about['score_mean']:.1f}"]
+
+        parts += [
+            "## Normalised score\n",
+            "0 is D4RL's random policy, 100 its expert.\n",
+            table(scored, "score_mean", score, ["data"]),
+            origin(scored),
+            "![Final scores](scores.png)\n",
+        ]
+
+    def returns(about: dict[str, Any]) -> list[str]:
+        return [f"{about['mean']:.0f}", f"{about['min']:.0f} to {about['max']:.0f}", str(about["episodes"])]
+
+    heads = ["data, average", "worst to best episode", "episodes"]
+    parts += ["## Return\n", table(cells, "return_mean", returns, heads), origin(cells)]
+    parts += ["## Learning curves\n"]
+    for dataset in unique([cell.dataset for cell in cells]):
+        name = f"curves_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}.png"
+        plot_curves(folder / name, [cell for cell in cells if cell.dataset == dataset])
+        parts.append(f"![{dataset}]({name})\n")
+    parts += ["## Speed\n", speed(cells), origin(cells)]
+    (folder / "README.md").write_text("\n".join(parts))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    try:
+        args = tyro.cli(Args, args=argv)
+        write(args.results)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.results / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
