@@ -1,0 +1,104 @@
+"""Two CPU devices for every test, compiled programs shared within the session, and a tiny dataset for whole runs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="offax-tests-"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for _name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[_name]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
+
+
+@pytest.fixture(scope="session", autouse=True)
+def devices() -> Iterator[None]:
+    """Start JAX now, before a run of one member would claim a single CPU device for the whole session."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.devices()
+    yield
+    if _own_cache:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def hopper_like(size: int = 400) -> dict[str, np.ndarray]:
+    """Arrays with Hopper's sizes: episodes of 20 steps that end in turn by termination and by truncation."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(size + 1, OBS_DIM)).astype(np.float32)
+    last, odd = np.arange(size) % 20 == 19, np.arange(size) // 20 % 2 == 1
+    return {
+        "observations": observations[:-1],
+        "actions": rng.uniform(-1, 1, (size, ACTION_DIM)).astype(np.float32),
+        "rewards": rng.normal(size=size).astype(np.float32),
+        "next_observations": observations[1:],
+        "terminations": last & odd,
+        "truncations": last & ~odd,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An .npz of 400 transitions for Hopper-v5."""
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **hopper_like())
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny: Path) -> list[str]:
+    """Flags of the smallest run: everything but its length and its directory."""
+    return [
+        *("--dataset", str(tiny), "--env", "Hopper-v5", "--preset", "none", "--hidden-dim", "8", "--batch-size", "16"),
+        *("--eval-episodes", "1", "--final-eval-episodes", "1", "--quiet", "True"),
+    ]
+
+
+class Outcome(NamedTuple):
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def iql(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`iql(*flags)`: the command line of IQL, in this process."""
+    from algorithms import iql as script
+    from common.experiment import launch
+
+    def call(*flags: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["iql.py", *map(str, flags)])
+        capfd.readouterr()
+        status = 0
+        try:
+            launch(script.main, script.Args, script.PRESETS)
+        except SystemExit as stop:
+            status = stop.code
+        return Outcome(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Callable[..., subprocess.Popen]:
+    """`spawn(*arguments)`: Python in a process of its own, with the repository importable."""
+
+    def start(*arguments: object, **options: object) -> subprocess.Popen:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *map(str, arguments)], **pipes | {"env": env} | options)
+
+    return start
