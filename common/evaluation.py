@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from common.errors import UsageError
+from common.offax_sets import without_deprecations
 from common.transforms import Transform
 
 Policy = Callable[[np.ndarray, int], np.ndarray]
@@ -28,7 +29,7 @@ def make_environment(spec: Any) -> gym.Env:
     """
     name = getattr(spec, "id", spec)
     try:
-        with warnings.catch_warnings():
+        with without_deprecations(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
             try:
                 env = gym.make(spec, disable_env_checker=True)

@@ -262,7 +262,7 @@ class Run:
         self.updates_done = self.online_done = 0
         self.diverged: dict[int, dict[str, Any]] = {}
         self.ring: buffers.Ring | None = None
-        self.train_seconds = self.timed_updates = 0.0
+        self.train_seconds, self.timed_updates, self._compiled = 0.0, 0, False
         self._signal: int | None = None
         self._state: Any = None
         self._actions: Any = None
@@ -516,11 +516,10 @@ class Run:
 
     def _time(self, updates: int, seconds: float) -> None:
         """Count towards the rate, but for the first chunk of the process, which compiles."""
-        if self.train_seconds or self.timed_updates:
+        if self._compiled:
             self.train_seconds += seconds
             self.timed_updates += updates
-        else:
-            self.timed_updates = 1e-9
+        self._compiled = True
         rate = self._rate()
         if rate and self._progress is not None:
             self._progress.update(self._task, description=f"{self.name} {rate:.0f} updates/s")
