@@ -205,7 +205,8 @@ def _spaces(env: str) -> tuple[int, np.ndarray, np.ndarray]:
         with offax_sets.without_deprecations(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer versions of the environment
             with contextlib.suppress(ImportError):
-                import gymnasium_robotics
+                with contextlib.redirect_stderr(None):  # it prints a notice about versions
+                    import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)
             made = gym.make(env)

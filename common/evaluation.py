@@ -1,5 +1,6 @@
 """Environments to evaluate and collect in, and the evaluation of a whole population at once."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ def make_environment(spec: Any) -> gym.Env:
             try:
                 env = gym.make(spec, disable_env_checker=True)
             except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
-                import gymnasium_robotics
+                with contextlib.redirect_stderr(None):  # it prints a notice about versions
+                    import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)
                 env = gym.make(spec, disable_env_checker=True)
