@@ -20,6 +20,7 @@ What comes out is the same for each (`Dataset`). What goes in:
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -205,7 +206,7 @@ def _spaces(env: str) -> tuple[int, np.ndarray, np.ndarray]:
         with offax_sets.without_deprecations(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer versions of the environment
             with contextlib.suppress(ImportError):
-                with contextlib.redirect_stderr(None):  # it prints a notice about versions
+                with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about versions
                     import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)

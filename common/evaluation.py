@@ -1,6 +1,7 @@
 """Environments to evaluate and collect in, and the evaluation of a whole population at once."""
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ def make_environment(spec: Any) -> gym.Env:
             try:
                 env = gym.make(spec, disable_env_checker=True)
             except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
-                with contextlib.redirect_stderr(None):  # it prints a notice about versions
+                with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about versions
                     import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)
