@@ -1,0 +1,180 @@
+"""Buffers and transforms against Python lists, frequencies and constants worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import buffers, transforms
+from common.buffers import Replay, Ring, Transitions
+from common.errors import UsageError
+
+insert = jax.jit(buffers.insert)
+
+
+def rows(values: list[float]) -> Transitions:
+    """Transitions of which each number tells its row; terminations at even values, truncations at odd ones."""
+    x = np.asarray(values, np.float32)
+    wide = x[:, None]
+    flags = {"terminations": (x % 2 == 0).astype(np.float32), "truncations": (x % 2 == 1).astype(np.float32)}
+    return Transitions(np.hstack([wide, -wide]), wide * 10, x * 100, np.hstack([wide + 1, wide]), **flags)
+
+
+def assert_rows(found: Transitions, values: list[float]) -> None:
+    for name, one, other in zip(Transitions._fields, found, rows(values), strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def filled(capacity: int, values: list[float]) -> Ring:
+    ring = buffers.empty_ring(capacity, 2, 1)
+    for value in values:
+        ring = insert(ring, rows([value]))
+    return ring
+
+
+# The ring
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 8])
+def test_ring_keeps_the_newest_as_a_list_would(capacity: int) -> None:
+    rng = np.random.default_rng(capacity)
+    ring, slots, position, newest = buffers.empty_ring(capacity, 2, 1), [None] * capacity, 0, []
+    value = 1.0
+    for _ in range(12):
+        new = [value + i for i in range(rng.integers(1, capacity + 1))]
+        value += len(new)
+        ring = insert(ring, rows(new))
+        for item in new:
+            slots[position] = item
+            position = (position + 1) % capacity
+        newest = (newest + new)[-capacity:]
+        assert int(ring.size) == len(newest)
+        written = [item for item in slots if item is not None]
+        assert_rows(jax.tree.map(lambda x: x[: len(written)], ring.data), written)  # noqa: B023
+        assert sorted(written) == newest
+    assert not np.any(buffers.empty_ring(capacity, 2, 1).data.rewards)
+
+
+def test_more_rows_than_capacity_are_refused() -> None:
+    with pytest.raises(AssertionError, match="do not fit"):
+        buffers.insert(buffers.empty_ring(2, 2, 1), rows([1, 2, 3]))
+
+
+# Sampling
+
+
+def counts_of(replay: Replay, values: list[float], batches: int = 60, size: int = 500) -> np.ndarray:
+    """How often each row was drawn; every column of a drawn row must belong to the same row."""
+    replay, keys = jax.tree.map(jnp.asarray, replay), jax.random.split(jax.random.key(3), batches)
+    drawn = jax.jit(jax.vmap(lambda key: buffers.sample(key, replay, size)))(keys)
+    flat = jax.tree.map(lambda x: np.asarray(x).reshape(batches * size, *x.shape[2:]), drawn)
+    found = (flat.rewards / 100).tolist()
+    assert set(found) <= set(values)
+    assert_rows(flat, found)
+    return np.array([found.count(value) for value in values])
+
+
+def assert_uniform(counts: np.ndarray) -> None:
+    """Chi-square against the uniform distribution, at six standard deviations of the statistic."""
+    expected = counts.sum() / len(counts)
+    freedom = len(counts) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_offline_rows_are_drawn_uniformly() -> None:
+    values = list(range(1, 41))
+    assert_uniform(counts_of(Replay(rows(values)), values))
+
+
+@pytest.mark.parametrize("inserted", [3, 10, 14])
+def test_the_union_is_drawn_uniformly_and_unwritten_rows_never(inserted: int) -> None:
+    old, new = list(range(1, 31)), list(range(101, 101 + inserted))
+    kept = new[-10:]
+    assert_uniform(counts_of(Replay(rows(old), filled(10, new)), old + kept))
+
+
+def test_before_the_first_insertion_the_union_is_the_offline_data() -> None:
+    old = list(range(1, 31))
+    assert_uniform(counts_of(Replay(rows(old), buffers.empty_ring(10, 2, 1)), old))
+
+
+@pytest.mark.parametrize("inserted", [1, 7, 25])
+def test_a_ring_alone_is_drawn_uniformly(inserted: int) -> None:
+    new = list(range(101, 101 + inserted))
+    kept = new[-20:]
+    counts = counts_of(Replay(None, filled(20, new)), kept)
+    if len(kept) > 1:
+        assert_uniform(counts)
+    else:
+        assert counts.tolist() == [30_000]
+
+
+def test_a_row_may_be_drawn_twice_and_keys_decide() -> None:
+    data = Replay(rows([1, 2, 3]))
+    batch = buffers.sample(jax.random.key(0), data, 64)
+    assert batch.rewards.shape == (64,) and batch.observations.shape == (64, 2)
+    np.testing.assert_array_equal(batch.rewards, buffers.sample(jax.random.key(0), data, 64).rewards)
+    assert np.any(batch.rewards != buffers.sample(jax.random.key(1), data, 64).rewards)
+
+
+# Transforms
+
+
+def two_episodes() -> Transitions:
+    """Returns 6 (terminated) and -2 (truncated); the second observation has standard deviation 0."""
+    zeros = np.zeros(4, np.float32)
+    return Transitions(
+        observations=np.float32([[1, 5], [3, 5], [5, 5], [7, 5]]),
+        actions=np.zeros((4, 1), np.float32),
+        rewards=np.float32([2, 4, 1, -3]),
+        next_observations=np.float32([[3, 5], [100, 5], [7, 5], [9, 5]]),
+        terminations=zeros + np.float32([0, 1, 0, 0]),
+        truncations=zeros + np.float32([0, 0, 0, 1]),
+    )
+
+
+def test_observations_are_centred_and_scaled_by_the_dataset() -> None:
+    data = two_episodes()
+    fitted = transforms.fit(data, True, False, 1.0, 0.0)
+    # Mean (1 + 3 + 5 + 7) / 4 = 4, variance (9 + 1 + 1 + 9) / 4 = 5; next observations take no part.
+    np.testing.assert_allclose(fitted.observation_mean, [4, 5], rtol=1e-6)
+    np.testing.assert_allclose(fitted.observation_std, [5**0.5 + 1e-3, 1e-3], rtol=1e-6)
+    out = fitted.transitions(data)
+    np.testing.assert_allclose(out.observations[0], [-3 / (5**0.5 + 1e-3), 0], rtol=1e-6)
+    np.testing.assert_allclose(out.next_observations[1], [96 / (5**0.5 + 1e-3), 0], rtol=1e-6)
+    np.testing.assert_array_equal(out.rewards, data.rewards)
+    for name in ("actions", "terminations", "truncations"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(data, name))
+    assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype(np.float32)}
+
+
+def test_rewards_are_scaled_by_the_range_of_returns() -> None:
+    data = two_episodes()
+    fitted = transforms.fit(data, False, True, 1.0, 0.0)
+    assert fitted.reward_scale == pytest.approx(1000 / (6 - -2))
+    np.testing.assert_allclose(fitted.transitions(data).rewards, [250, 500, 125, -375])
+    np.testing.assert_array_equal(fitted.transitions(data).observations, data.observations)
+
+
+def test_scale_and_shift_compose() -> None:
+    data = two_episodes()
+    plain = transforms.fit(data, False, False, 3.0, -1.0)
+    np.testing.assert_allclose(plain.rewards(data.rewards), [5, 11, 2, -10])
+    both = transforms.fit(data, False, True, 0.1, -1.0)
+    np.testing.assert_allclose(both.rewards(data.rewards), [24, 49, 11.5, -38.5])  # 12.5 r - 1
+
+
+def test_equal_returns_cannot_be_scaled() -> None:
+    data = two_episodes()._replace(rewards=np.float32([1, 1, 1, 1]))
+    with pytest.raises(UsageError, match="same return"):
+        transforms.fit(data, False, True, 1.0, 0.0)
+
+
+def test_sampled_rows_keep_both_flags() -> None:
+    data = jax.tree.map(jnp.asarray, two_episodes())
+    batch = buffers.sample(jax.random.key(0), Replay(data), 200)
+    for reward, ends in ((4, (1, 0)), (-3, (0, 1)), (2, (0, 0))):
+        picked = np.asarray(batch.rewards) == reward
+        assert picked.any()
+        assert set(np.asarray(batch.terminations)[picked]) == {ends[0]}
+        assert set(np.asarray(batch.truncations)[picked]) == {ends[1]}
