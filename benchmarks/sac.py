@@ -12,10 +12,9 @@ critics is larger than the policy's (CleanRL's choice); environment steps come f
 that several steps are followed by several updates; the critics may have layer normalisation (`--critic-layer-norm`),
 which makes learning steadier at this budget.
 
-    python benchmarks/sac.py --env Hopper-v5 --num-steps 1000000
+    python benchmarks/sac.py --env Hopper-v5 --updates-per-step 0.5 --critic-layer-norm True
 """
 
-import csv
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -23,31 +22,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
-from common import buffers, checkpoints, networks
-from common.buffers import Ring, Transitions
+from common import buffers, checkpoints, networks, populations
+from common.buffers import Replay, Ring, Transitions
+from common.collection import Collector
+from common.errors import exit_status
+from common.evaluation import make_environment
+from common.logging import Table
+from common.optimization import descend
+from common.transforms import Transform
 
 
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
     actor_learning_rate: float = 3e-4
+    """Adam's rate for the policy (paper, table 1)."""
     critic_learning_rate: float = 1e-3
+    """Adam's rate for the Q-functions (CleanRL; paper: 3e-4)."""
     alpha_learning_rate: float = 3e-4
+    """Adam's rate for the temperature (paper, table 1)."""
     discount: float = 0.99
+    """Discount factor (paper, table 1)."""
     polyak: float = 0.005
+    """Share of the critic that moves into its target at every update (paper, table 1)."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Everything that decides a shape or a loop count."""
+    """SAC: soft actor-critic, online."""
 
+    hp: Hyperparameters = Hyperparameters()
     env: str = "Hopper-v5"
     """Gymnasium id of an environment with continuous vectors."""
     seed: int = 0
@@ -125,59 +135,66 @@ def init(key: jax.Array, args: Args, obs_dim: int, action_dim: int) -> State:
     )
 
 
-def adam_step(params: Any, grads: Any, opt: optax.OptState, learning_rate: jax.Array) -> tuple[Any, optax.OptState]:
-    """One Adam step at a traced learning rate."""
-    updates, opt = ADAM.update(grads, opt)
-    return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt
+# Eq. (5), (6)
+def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
+    loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
+    return loss, {"critic/loss": loss, "critic/q_mean": q.mean()}
+
+
+# Eq. (7), (9)
+def actor_loss(log_prob: jax.Array, q: jax.Array, alpha: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Entropy-regularised negative value of the policy's own actions: their `log_prob [batch]` and `q [batch]`."""
+    loss = jnp.mean(alpha * log_prob - q)
+    return loss, {"actor/loss": loss, "actor/entropy": -log_prob.mean()}
+
+
+# Eq. (18), on log alpha
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: float) -> jax.Array:
+    """Raises the temperature while the policy's `entropy` is below its target."""
+    return log_alpha * (entropy - target_entropy)
 
 
 def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) -> tuple[State, dict[str, jax.Array]]:
-    """Critics, actor, temperature, targets, each from the networks before this update but for the new critics."""
+    """One update: critics, actor (on the new critics), temperature, target."""
     action_dim = batch.actions.shape[-1]
     actor, critic = modules(args, action_dim)
-    alpha, target_entropy = jnp.exp(state.log_alpha), -float(action_dim)
+    alpha = jnp.exp(state.log_alpha)
     next_key, actor_key, key = jax.random.split(state.key, 3)
 
     next_actions, next_log_prob = networks.squashed_sample(next_key, *actor.apply(state.actor, batch.next_observations))
     next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * (next_q - alpha * next_log_prob)
 
-    def critic_loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        q = critic.apply(params, batch.observations, batch.actions)
-        return jnp.sum(jnp.mean((q - targets) ** 2, axis=1)), {"critic/q_mean": q.mean()}
+    def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return critic_loss(critic.apply(params, batch.observations, batch.actions), targets)
 
-    (critic_value, info), grads = jax.value_and_grad(critic_loss, has_aux=True)(state.critic)
-    critic_params, critic_opt = adam_step(state.critic, grads, state.critic_opt, hp.critic_learning_rate)
+    grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
+    critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
 
-    def actor_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+    def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         actions, log_prob = networks.squashed_sample(actor_key, *actor.apply(params, batch.observations))
         q = critic.apply(critic_params, batch.observations, actions).min(axis=0)
-        return jnp.mean(alpha * log_prob - q), log_prob.mean()
+        return actor_loss(log_prob, q, alpha)
 
-    (actor_value, log_prob), grads = jax.value_and_grad(actor_loss, has_aux=True)(state.actor)
-    actor_params, actor_opt = adam_step(state.actor, grads, state.actor_opt, hp.actor_learning_rate)
+    grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
+    actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, hp.actor_learning_rate)
 
-    alpha_grad = -(log_prob + target_entropy)
-    log_alpha, alpha_opt = adam_step(state.log_alpha, alpha_grad, state.alpha_opt, hp.alpha_learning_rate)
+    grads = jax.grad(alpha_loss)(state.log_alpha, actor_info["actor/entropy"], -float(action_dim))
+    log_alpha, alpha_opt = descend(ADAM, state.log_alpha, grads, state.alpha_opt, hp.alpha_learning_rate)
     target_critic = optax.incremental_update(critic_params, state.target_critic, hp.polyak)
-    metrics = {
-        "critic/loss": critic_value,
-        "actor/loss": actor_value,
-        "actor/entropy": -log_prob,
-        "alpha/value": alpha,
-    } | info
-    state = State(
-        actor_params,
-        critic_params,
-        target_critic,
-        log_alpha,
-        actor_opt,
-        critic_opt,
-        alpha_opt,
-        state.step + 1,
-        key,
+    new_state = State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=target_critic,
+        log_alpha=log_alpha,
+        actor_opt=actor_opt,
+        critic_opt=critic_opt,
+        alpha_opt=alpha_opt,
+        step=state.step + 1,
+        key=key,
     )
-    return state, metrics
+    return new_state, critic_info | actor_info | {"alpha/value": alpha}
 
 
 def act(state: State, observations: jax.Array, key: jax.Array, args: Args, action_dim: int) -> jax.Array:
@@ -186,30 +203,29 @@ def act(state: State, observations: jax.Array, key: jax.Array, args: Args, actio
     return networks.squashed_sample(key, mean, log_std)[0]
 
 
-@partial(jax.jit, static_argnames=("args", "num_updates"), donate_argnums=(0, 1))
+def train(
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+) -> tuple[State, populations.Metrics]:
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+
+    def step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        key, sample_key = jax.random.split(state.key)
+        batch = buffers.sample(sample_key, data, args.batch_size)
+        return update(state._replace(key=key), batch, hp, args)
+
+    return populations.repeat(step, state, num_updates)
+
+
+@partial(jax.jit, static_argnames="args", donate_argnums=(0, 1))
 def advance(
-    state: State,
-    ring: Ring,
-    new: Transitions,
-    observations: jax.Array,
-    hp: Hyperparameters,
-    args: Args,
-    num_updates: int,
+    state: State, ring: Ring, new: Transitions, observations: jax.Array, args: Args, num_updates: int
 ) -> tuple[State, Ring, jax.Array, dict[str, jax.Array]]:
     """Store the new transitions, update `num_updates` times, and act: one dispatch per vector step."""
     ring = buffers.insert(ring, new)
-
-    def body(state: State, _: None) -> tuple[State, dict[str, jax.Array]]:
-        key, sample_key = jax.random.split(state.key)
-        rows = jax.random.randint(sample_key, (args.batch_size,), 0, ring.size)
-        batch = jax.tree.map(lambda x: x[rows], ring.data)
-        return update(state._replace(key=key), batch, hp, args)
-
-    state, metrics = jax.lax.scan(body, state, length=num_updates)
+    state, metrics = train(state, args.hp, Replay(None, ring), num_updates, args)
     key, act_key = jax.random.split(state.key)
-    state = state._replace(key=key)
     actions = act(state, observations, act_key, args, new.actions.shape[-1])
-    return state, ring, actions, jax.tree.map(jnp.mean, metrics)
+    return state._replace(key=key), ring, actions, metrics.means
 
 
 def export_policy(actor: Any) -> dict[str, np.ndarray]:
@@ -222,80 +238,55 @@ def export_policy(actor: Any) -> dict[str, np.ndarray]:
 
 def main(args: Args) -> None:
     """Collect and update until `num_steps`, leaving a snapshot and a CSV row every `report_every` steps."""
+    env = make_environment(args.env)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    env.close()
+    raw = Transform(np.zeros(obs_dim, np.float32), np.ones(obs_dim, np.float32), reward_scale=1.0, reward_shift=0.0)
     run_dir = Path(args.run_dir)
     (run_dir / "snapshots").mkdir(parents=True, exist_ok=True)
-    envs = gym.make_vec(
-        args.env,
-        num_envs=args.num_envs,
-        vectorization_mode="sync",
-        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
-    )
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    high = envs.single_action_space.high
-    num_updates = int(args.num_envs * args.updates_per_step)
-    hp = Hyperparameters()
-
     state = init(jax.random.key(args.seed), args, obs_dim, action_dim)
     ring = buffers.empty_ring(args.num_steps, obs_dim, action_dim)
-    checkpoint, done_steps = run_dir / "checkpoint.npz", 0
+    checkpoint, first = run_dir / "checkpoint.npz", 0
     if checkpoint.exists():
         state, ring = checkpoints.load(checkpoint, (state, ring))
-        done_steps = checkpoints.metadata(checkpoint)["steps"]
-    csv_path = run_dir / "training.csv"
-    columns = ["steps", "updates", "seconds", "episodes", "return_mean", "return_std", "length_mean"]
-    columns += ["critic/loss", "critic/q_mean", "actor/loss", "actor/entropy", "alpha/value"]
-    rows: list[list[str]] = []
-    if csv_path.exists():
-        with open(csv_path) as file:
-            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= done_steps]
-    with open(csv_path, "w") as file:
-        csv.writer(file).writerows([columns, *rows])
+        first = checkpoints.metadata(checkpoint)["steps"]
+    table = Table(run_dir / "training.csv")
+    table.rewind(lambda row: int(row["steps"]) <= first)
 
-    rng = np.random.default_rng([args.seed, done_steps])
-    observations, _ = envs.reset(seed=args.seed + done_steps)
-    returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    finished: list[tuple[float, int]] = []
-    actions: Any = rng.uniform(-1, 1, (args.num_envs, action_dim))
-    metrics: list[Any] = []
-    start, first = time.time(), done_steps
-    for steps in range(done_steps + args.num_envs, args.num_steps + 1, args.num_envs):
-        actions = np.asarray(actions, np.float32)
-        after, rewards, terminations, truncations, info = envs.step(actions * high)
-        returns, lengths = returns + rewards, lengths + 1
-        true_next = after.copy()
-        for i in np.flatnonzero(terminations | truncations):
-            true_next[i] = info["final_obs"][i]
-            finished.append((returns[i], lengths[i]))
-            returns[i] = lengths[i] = 0
-        new = Transitions(*(np.asarray(x, np.float32) for x in (observations, actions, rewards, true_next)),
-                          *(np.asarray(x, np.float32) for x in (terminations, truncations)))  # fmt: skip
-        observations = after
-        learning = steps > args.random_steps
-        state, ring, actions, step_metrics = advance(
-            state, ring, new, np.asarray(after, np.float32), hp, args, num_updates if learning else 0
-        )
-        if learning:
-            metrics.append(step_metrics)
-        else:
-            actions = rng.uniform(-1, 1, (args.num_envs, action_dim))
+    collector = Collector(args.env, args.num_envs, raw, [args.seed + first + i for i in range(args.num_envs)])
+    rng = np.random.default_rng([args.seed, first])
+    actions: Any = None
+    metrics: list[dict[str, jax.Array]] = []
+    start = time.time()
+    for steps in range(first + args.num_envs, args.num_steps + 1, args.num_envs):
+        if steps <= args.random_steps or actions is None:
+            actions = rng.uniform(-1.0, 1.0, (args.num_envs, action_dim))
+        new = collector.step(actions)
+        num_updates = int(args.num_envs * args.updates_per_step) if steps > args.random_steps else 0
+        state, ring, actions, means = advance(state, ring, new, collector.observations, args, num_updates)
+        if num_updates:
+            metrics.append(means)
         if steps // args.report_every > (steps - args.num_envs) // args.report_every:
-            ends = np.array(finished or [(np.nan, 0)])
-            row = [steps, int(state.step), round(time.time() - start, 1), len(finished)]
-            row += [f"{x:.2f}" for x in (ends[:, 0].mean(), ends[:, 0].std(), ends[:, 1].mean())]
-            row += [f"{np.mean([m[name] for m in metrics]):.4f}" if metrics else "" for name in columns[7:]]
-            with open(csv_path, "a") as file:
-                csv.writer(file).writerow(row)
+            seconds = time.time() - start
+            returns = [value for _, value, _ in collector.episodes] or [np.nan]
+            lengths = [length for _, _, length in collector.episodes] or [0]
+            row = {"steps": steps, "updates": int(state.step), "seconds": seconds, "episodes": len(collector.episodes)}
+            row |= {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
+            row |= {"length_mean": float(np.mean(lengths))}
+            row |= {name: float(np.mean([m[name] for m in metrics])) if metrics else None for name in means}
+            table.append([row])
             np.savez(run_dir / "snapshots" / f"{steps:09d}.npz", **export_policy(state.actor))
-            rate = (steps - first) / (time.time() - start)
-            print(
-                f"{args.env} step {steps} return {row[4]} +- {row[5]} length {row[6]}, {rate:.0f} steps/s", flush=True
-            )
-            finished, metrics = [], []
+            rate = (steps - first) / seconds
+            print(f"{args.env} {steps}: return {row['return_mean']:.0f}, {rate:.0f} steps/s", flush=True)
+            collector.episodes.clear()
+            metrics.clear()
         if steps // args.checkpoint_every > (steps - args.num_envs) // args.checkpoint_every:
             checkpoints.save(checkpoint, (state, ring), {"steps": steps, "args": asdict(args)})
+    collector.close()
 
 
 if __name__ == "__main__":
-    # One thread: three runs side by side on few cores lose nothing to each other.
+    # One thread: runs side by side on few cores lose nothing to each other.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,)))
+    with exit_status():
+        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)))

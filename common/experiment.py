@@ -5,7 +5,6 @@ An algorithm file hands its `init`, `train` and `act` to `Run` and keeps the loo
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import io
 import json
@@ -31,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common import buffers, checkpoints, populations, reporting, transforms
 from common.buffers import Replay, Transitions
-from common.errors import UsageError
+from common.errors import UsageError, exit_status
 from common.logging import Table, Tracker, write_json
 
 A = TypeVar("A", bound="RunArgs")
@@ -174,20 +173,10 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
 
     0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
     """
-    try:
+    with exit_status():
         args = parse(args_type, presets)
         args.validate()
         main(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        print(f"error: {error.filename or 'writing results'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def use_compilation_cache() -> None:

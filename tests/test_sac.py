@@ -1,0 +1,89 @@
+"""SAC's losses against numpy, its masks and order of updates, and a short run that is stopped and continued."""
+
+import csv
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import sac
+from common import networks, offax_sets
+from common.buffers import Transitions
+
+OBS, ACT, BATCH = 3, 2, 12
+ARGS = sac.Args(hidden_dim=8, batch_size=BATCH)
+update = jax.jit(sac.update, static_argnames="args")
+
+
+def random_batch() -> Transitions:
+    rng = np.random.default_rng(0)
+    flags = np.arange(BATCH) % 3
+    return Transitions(
+        observations=jnp.asarray(rng.standard_normal((BATCH, OBS), np.float32)),
+        actions=jnp.asarray(rng.uniform(-1, 1, (BATCH, ACT)).astype(np.float32)),
+        rewards=jnp.asarray(rng.standard_normal(BATCH, np.float32)),
+        next_observations=jnp.asarray(rng.standard_normal((BATCH, OBS), np.float32)),
+        terminations=jnp.asarray((flags == 1).astype(np.float32)),
+        truncations=jnp.asarray((flags == 2).astype(np.float32)),
+    )
+
+
+def test_critic_loss_is_that_of_the_entropy_regularised_target() -> None:
+    """The first update's critic loss, recomputed by hand from the same next actions."""
+    state, batch = sac.init(jax.random.key(0), ARGS, OBS, ACT), random_batch()
+    state = state._replace(log_alpha=jnp.log(0.3))
+    actor, critic = sac.modules(ARGS, ACT)
+    next_key = jax.random.split(state.key, 3)[0]
+    mean, log_std = actor.apply(state.actor, batch.next_observations)
+    next_actions, next_log_prob = networks.squashed_sample(next_key, mean, log_std)
+    next_q = np.asarray(critic.apply(state.target_critic, batch.next_observations, next_actions)).min(axis=0)
+    bootstrap = np.where(np.arange(BATCH) % 3 == 1, 0.0, 0.99 * (next_q - 0.3 * np.asarray(next_log_prob)))
+    targets = np.asarray(batch.rewards) + bootstrap
+    q = np.asarray(critic.apply(state.critic, batch.observations, batch.actions))
+    expected = ((q[0] - targets) ** 2).mean() + ((q[1] - targets) ** 2).mean()
+    assert float(update(state, batch, ARGS.hp, ARGS)[1]["critic/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_temperature_rises_below_the_target_entropy_and_falls_above() -> None:
+    gradient = jax.grad(sac.alpha_loss)
+    assert gradient(0.0, -5.0, -2.0) == pytest.approx(-3.0)  # too little entropy: descent raises log alpha
+    assert gradient(0.0, 1.0, -2.0) == pytest.approx(3.0)
+
+
+def test_actor_climbs_the_value_when_the_temperature_is_zero() -> None:
+    log_prob, q = jnp.array([1.0, -2.0]), jnp.array([3.0, 5.0])
+    assert sac.actor_loss(log_prob, q, jnp.zeros(()))[0] == -4.0
+    assert sac.actor_loss(log_prob, q, jnp.array(0.5))[0] == pytest.approx(-4.25)
+
+
+def test_target_moves_by_the_polyak_amount() -> None:
+    state, batch = sac.init(jax.random.key(0), ARGS, OBS, ACT), random_batch()
+    after, _ = update(state, batch, ARGS.hp._replace(polyak=0.2), ARGS)
+    expected = jax.tree.map(lambda old, new: 0.8 * old + 0.2 * new, state.target_critic, after.critic)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.target_critic, expected)
+
+
+def test_exported_policy_is_the_actor() -> None:
+    state, observations = sac.init(jax.random.key(3), ARGS, OBS, ACT), random_batch().observations
+    arrays = sac.export_policy(state.actor)
+    layers = [(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(3)]
+    mean, std = offax_sets.policy_outputs(layers, np.asarray(observations))
+    expected_mean, expected_log_std = sac.modules(ARGS, ACT)[0].apply(state.actor, observations)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.log(std), expected_log_std, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_leaves_snapshots_and_a_curve_and_goes_on_from_its_checkpoint(tmp_path) -> None:
+    args = sac.Args(num_steps=400, num_envs=4, random_steps=100, report_every=200, checkpoint_every=200, hidden_dim=8,
+                    updates_per_step=0.5, run_dir=str(tmp_path / "run"))  # fmt: skip
+    sac.main(args)
+    with open(tmp_path / "run" / "training.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["steps"]) for row in rows] == [200, 400]
+    assert [int(row["updates"]) for row in rows] == [50, 150]
+    assert len(list((tmp_path / "run" / "snapshots").glob("*.npz"))) == 2
+    before = (tmp_path / "run" / "training.csv").read_text()
+    sac.main(args)  # the checkpoint is at 400: nothing is left to do
+    assert (tmp_path / "run" / "training.csv").read_text() == before
