@@ -34,17 +34,16 @@ class Table:
         self.columns: list[str] | None = None
         self.rows: list[dict[str, str]] = []
         if path.exists():
-            with open(path, newline="") as file:
-                reader = csv.DictReader(file)
-                self.rows = list(reader)
-                self.columns = list(reader.fieldnames or []) or None
+            text = path.read_text()
+            reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a kill may cut the last line
+            self.rows = list(reader)
+            self.columns = list(reader.fieldnames or []) or None
 
     def rewind(self, keep: Any) -> None:
         """Drop the rows for which `keep(row)` is false: those written after the checkpoint that is resumed."""
         if self.columns is None:
             return
-        complete = [row for row in self.rows if None not in row and None not in row.values()]
-        self.rows = [row for row in complete if keep(row)]
+        self.rows = [row for row in self.rows if keep(row)]
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
@@ -64,7 +63,7 @@ class Table:
             cells = {name: "" if value is None else _format(value) for name, value in row.items()}
             writer.writerow(cells)
             self.rows.append(cells)
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "w" if new else "a", newline="") as file:
             file.write(text.getvalue())
 
 
@@ -132,6 +131,7 @@ class Tracker:
                 run.finish(exit_code=exit_code)
         except Exception as error:
             self._give_up(error)
+        self.enabled = False
 
     def _give_up(self, error: Exception) -> None:
         print(f"wandb: {' '.join(str(error).split())}; tracking is off, training goes on", file=sys.stderr)
