@@ -1,0 +1,254 @@
+"""The run directory's tables, the report's statistics, and Weights & Biases with everything that can go wrong in it."""
+
+import csv
+import errno
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import reporting
+from common.logging import Table, Tracker, write_json
+
+# Tables
+
+
+def content(path: Path) -> list[list[str]]:
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_rows_are_on_disk_at_once_and_numbers_survive(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    table = Table(path)
+    table.append([{"step": 10, "loss": 0.1, "note": None}, {"step": 20, "loss": float("nan"), "note": "a,b"}])
+    assert content(path) == [["step", "loss", "note"], ["10", "0.1", ""], ["20", "nan", "a,b"]]
+    table.append([{"step": 30, "loss": 1 / 3}])
+    assert content(path)[-1] == ["30", "0.3333333", ""]
+    assert float(Table(path).rows[-1]["loss"]) == pytest.approx(1 / 3, rel=1e-6)
+
+
+def test_rewinding_drops_what_came_after_and_writing_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    Table(path).append([{"step": step, "loss": step / 10} for step in (10, 20, 30)])
+    again = Table(path)
+    again.rewind(lambda row: int(row["step"]) <= 20)
+    again.append([{"step": 25, "loss": 2.5}])
+    assert content(path) == [["step", "loss"], ["10", "1"], ["20", "2"], ["25", "2.5"]]
+    assert [row["step"] for row in again.rows] == ["10", "20", "25"]
+
+
+WRITTEN = b"step,member,episodes\n10,0,10\n20,0,10\n"
+
+
+@pytest.mark.parametrize("length", range(len(WRITTEN) + 1))
+def test_a_table_cut_anywhere_goes_on_with_its_whole_rows(tmp_path: Path, length: int) -> None:
+    """A kill or a full disk may leave any prefix; even `10,0,1` of a last row `10,0,10` looks complete."""
+    path = tmp_path / "table.csv"
+    path.write_bytes(WRITTEN[:length])
+    whole = WRITTEN[:length].decode().rpartition("\n")[0].split("\n")[1:]
+    table = Table(path)
+    table.rewind(lambda row: True)
+    table.append([{"step": 30, "member": 0, "episodes": 10}])
+    header, *rows = content(path)
+    assert header == ["step", "member", "episodes"]
+    assert [",".join(row) for row in rows] == [*whole, "30,0,10"]
+    assert [row["step"] for row in Table(path).rows] == [row[0] for row in rows]
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [math.nan, 1.5, {"b": math.inf}], 3: (None, True)})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert found == {"a": [None, 1.5, {"b": None}], "3": [None, True]}
+
+
+# Statistics
+
+
+def test_interquartile_mean_by_hand() -> None:
+    assert reporting.interquartile_mean([5.0]) == 5
+    assert reporting.interquartile_mean([1, 2, 6]) == 3  # a quarter of three, rounded down, is none
+    assert reporting.interquartile_mean([100, 1, 3, -50]) == 2
+    assert reporting.interquartile_mean([0, 1, 2, 3, 4, 5, 6, 70]) == 3.5
+
+
+def test_bootstrap_interval_of_two_values_and_of_strata() -> None:
+    # Two draws of {0, 1}: means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4.
+    assert reporting.bootstrap_interval([[0.0, 1.0]]) == (0.0, 1.0)
+    # Each task is resampled by itself, so equal runs of a task never vary: 0, 0, 1, 1 in the middle.
+    assert reporting.bootstrap_interval([[0.0] * 3, [1.0] * 3]) == (0.5, 0.5)
+    # For many runs of one task: mean +- 1.96 standard errors of the interquartile mean, by simulation.
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=200)
+    middle = np.sort(rng.normal(size=(4000, 200)), axis=1)[:, 50:150].mean(axis=1)
+    low, high = reporting.bootstrap_interval([values])
+    assert high - low == pytest.approx(2 * 1.96 * middle.std(), rel=0.2)
+    assert low < reporting.interquartile_mean(values) < high
+
+
+def test_aggregate_leaves_out_what_is_missing() -> None:
+    assert reporting.aggregate([None, math.nan]) == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
+    assert reporting.aggregate([3.0, None]) == {"iqm": 3.0, "ci_low": 3.0, "ci_high": 3.0, "count": 1}
+
+
+# Weights & Biases
+
+
+class FakeRun:
+    def __init__(self, options: dict[str, Any], broken: str) -> None:
+        self.options, self.broken = options, broken
+        self.logged: list[tuple[int, dict]] = []
+        self.exit_code: int | None = None
+        self.summary = self
+
+    def _maybe(self, what: str) -> None:
+        if self.broken == what or self.exit_code is not None:
+            raise RuntimeError(f"{what}:\n the network is dead")
+
+    def log(self, row: dict, step: int) -> None:
+        self._maybe("log")
+        assert None not in row.values()
+        self.logged.append((step, dict(row)))
+
+    def update(self, row: dict) -> None:
+        self._maybe("update")
+        self.final = dict(row)
+
+    def finish(self, exit_code: int) -> None:
+        self._maybe("finish")
+        self.exit_code = exit_code
+
+
+class FakeWandb(SimpleNamespace):
+    """Stands in for the module; `broken` names the call that raises."""
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__(runs=[], broken=broken, Settings=dict)
+
+    def init(self, **options: Any) -> FakeRun:
+        if self.broken == "init":
+            raise RuntimeError("init:\n the network is dead")
+        self.runs.append(FakeRun(options, self.broken))
+        return self.runs[-1]
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, broken: str = "") -> FakeWandb:
+    module = FakeWandb(broken)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+@pytest.fixture
+def short(small_run: list[str]) -> list[str]:
+    return [*small_run, "--num-updates", "20", "--num-seeds", "2"]
+
+
+def test_off_by_default_and_never_imported(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    outcome = iql(*short, "--run-dir", tmp_path / "run")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_one_run_for_each_member_in_one_group(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    flags = ["--track=True", "--wandb-project", "p", "--wandb-group", "g", "--wandb-entity", "e", "--grid", "beta=1,2"]
+    outcome = iql(*short, *flags, "--run-dir", tmp_path / "run")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert len(wandb.runs) == 4
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    rows = Table(tmp_path / "run/metrics.csv").rows
+    for i, run in enumerate(wandb.runs):
+        assert [run.options[name] for name in ("project", "group", "entity")] == ["p", "g", "e"]
+        assert (run.options["config"]["beta"], run.options["config"]["seed"]) == ([1, 1, 2, 2][i], [0, 1, 0, 1][i])
+        losses = [row["value/loss"] for _, row in run.logged if "value/loss" in row]
+        assert losses == pytest.approx([float(row["value/loss"]) for row in rows if row["member"] == str(i)], rel=1e-6)
+        assert [step for step, row in run.logged if "evaluation/return_mean" in row] == [0, 20]
+        assert run.final["final_score"] == final["members"][i]["score_mean"]
+        assert run.exit_code == 0
+    assert len({run.options["name"] for run in wandb.runs}) == 4
+
+
+def test_under_a_sweep_agent_one_run_reports_the_population(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    outcome = iql(*short, "--beta=2.0", f"--run_dir={tmp_path / 'run'}")
+    assert (outcome.status, outcome.err) == (0, "")
+    (run,) = wandb.runs
+    assert run.options["config"]["beta"] == 2
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    assert run.final["final_score_iqm"] == final["aggregate"]["score"]["iqm"]
+    assert run.final["final_score_iqm"] == pytest.approx(np.mean([m["score_mean"] for m in final["members"]]))
+    (losses,) = [row["value/loss"] for _, row in run.logged if "value/loss" in row]
+    rows = Table(tmp_path / "run/metrics.csv").rows
+    assert losses == pytest.approx(np.mean([float(row["value/loss"]) for row in rows]), rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["missing", "init", "log", "update", "finish"])
+def test_whatever_raises_in_wandb_training_goes_on(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    fake(monkeypatch, broken)
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    outcome = iql(*short, "--track", "True", "--run-dir", tmp_path / "run")
+    assert outcome.status == 0
+    assert outcome.err.startswith("wandb: ") and outcome.err.count("\n") == 1, "said once"
+    assert len(content(tmp_path / "run/metrics.csv")) == 3
+    assert (tmp_path / "run/final.json").exists()
+
+
+def test_a_diverged_population_is_finished_once(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    outcome = iql(*short, "--discount", "1e30", "--track", "True", "--run-dir", tmp_path / "run")
+    assert outcome.status == 3
+    assert [run.exit_code for run in wandb.runs] == [3, 3]
+    assert "wandb" not in outcome.err
+
+
+def test_an_error_closes_the_runs_as_failed(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Table, "append", full)
+    assert iql(*short, "--track", "True", "--run-dir", tmp_path / "run").status == 2
+    assert [run.exit_code for run in wandb.runs] == [1, 1]
+
+
+def test_offline_mode_writes_a_run_for_each_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real wandb, without a network."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    tracker = Tracker(True, "project", "the-group-of-both", None)
+    tracker.start([{"beta": 1.0}, {"beta": 2.0}], ["first", "second"], tmp_path)
+    tracker.log(10, [{"loss": 1.0}, {"loss": 2.0, "missing": None}])
+    tracker.finish([{"final_score": 3.0}, {"final_score": None}], {}, 0)
+    assert "tracking is off" not in capfd.readouterr().err
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert all(b"the-group-of-both" in file.read_bytes() for file in files)
+    assert sum(b"second" in file.read_bytes() for file in files) == 1
