@@ -6,6 +6,7 @@ act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,8 +14,27 @@ import jax.numpy as jnp
 
 Initializer = Callable[..., jax.Array]
 
-# Orthogonal, gain sqrt(2): what the official IQL and jaxrl use for every layer.
-orthogonal = nn.initializers.orthogonal(math.sqrt(2.0))
+
+def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Orthonormal columns (rows, where they are fewer) times sqrt(2), as the official IQL and jaxrl start every layer.
+
+    The matrices are those of flax's `orthogonal`, up to rounding: Gram-Schmidt, done twice for accuracy, gives the
+    factor Q of the QR decomposition with a positive diagonal of R. JAX's own decomposition is avoided because on a CPU
+    its LAPACK calls wait inside the thread pool they need: as many at once as there are cores hang the process.
+    """
+    rows, columns = max(shape), min(shape)
+    random = jax.random.normal(key, (rows, columns), dtype)
+
+    def orthonormalise(i: jax.Array, q: jax.Array) -> jax.Array:
+        column = random[:, i]  # columns of q from i on are still zero
+        for _ in range(2):
+            column = column - q @ (q.T @ column)
+        return q.at[:, i].set(column / jnp.linalg.norm(column))
+
+    q = jax.lax.fori_loop(0, columns, orthonormalise, jnp.zeros_like(random))
+    return math.sqrt(2.0) * (q if shape[0] > shape[1] else q.T)
+
+
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, so that of TD3+BC, CORL and CleanRL.
 uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
