@@ -32,7 +32,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32)
         return q.at[:, i].set(column / jnp.linalg.norm(column))
 
     q = jax.lax.fori_loop(0, columns, orthonormalise, jnp.zeros_like(random))
-    return math.sqrt(2.0) * (q if shape[0] > shape[1] else q.T)
+    return math.sqrt(2.0) * (q if shape[0] >= shape[1] else q.T)
 
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, so that of TD3+BC, CORL and CleanRL.
