@@ -280,7 +280,8 @@ def write(folder: Path) -> None:
         f"Made from the files beside it by `python benchmarks/report.py results/{folder.resolve().name}`.\n",
         "The figures are those of the last policy, not of the best one: interquartile mean over the seeds [95 % "
         "stratified bootstrap interval]. A quarter of the seeds, rounded down, is cut at each end, so with fewer than "
-        "four it is the mean; with fewer than about ten, the interval is narrower than its name says. Each seed by itself: [scores.csv](scores.csv).\n",
+        "four it is the mean; with fewer than about ten, the interval is narrower than its name says. Each seed by "
+        "itself: [scores.csv](scores.csv).\n",
     ]
     with_score = {cell.dataset for cell in cells if cell.values("score_mean")}
     scored = [cell for cell in cells if cell.dataset in with_score]  # with those that diverged there

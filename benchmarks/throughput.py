@@ -1,0 +1,235 @@
+"""Speed of IQL on this machine: updates per second of populations, time to the first update, peak memory.
+
+    python benchmarks/throughput.py
+
+Every figure is that of `python algorithms/iql.py` itself, run on synthetic data with 17 observations and 6 actions
+(those of HalfCheetah and Walker2d): nothing of the product is imitated here.
+
+* updates/s: `updates_per_second` of final.json, summed over the members; evaluation, checkpoints and the first chunk of
+  1,000 updates, which compiles, are outside of it. Runs of all population sizes take turns, so that whatever else the
+  machine does meets them alike; the load average at each start is recorded.
+* time to the first update: from just before the process is started until the first row of metrics.csv is written,
+  with --num-updates 1, so that this row is one update. Cold: JAX's compilation cache is empty; warm: a run has filled
+  it. Python and its packages are on the disk or in the system's page cache, as they happen to be.
+* peak memory: the process's largest resident set (`ru_maxrss` of wait4), over the whole run.
+
+It writes a row for each measurement to `<output>.csv` and the table made from them to `<output>.md`.
+"""
+
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from common.errors import UsageError
+from common.experiment import provenance
+from common.logging import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = Path("algorithms", "iql.py")
+ENV, OBS_DIM, ACTION_DIM = "Walker2d-v5", 17, 6
+FIRST_CHUNK = 1000
+QUANTITIES = {
+    "updates/s": "updates/s, all members",
+    "first update, cold": "first update, no compilation cache",
+    "first update, warm": "first update, warm cache",
+    "first update, cold, evaluation first": "first update after the evaluation at 0, no compilation cache",
+    "first update, warm, evaluation first": "first update after the evaluation at 0, warm cache",
+    "peak memory": "peak memory",
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Speed of IQL on this machine."""
+
+    populations: tuple[int, ...] = (1, 2, 4, 8)
+    """Members of the populations whose updates are timed."""
+    repeats: int = 5
+    """Measurements of each figure."""
+    timed_updates: int = 4000
+    """Updates of all members together that are timed in a run; at least 1000 for each member."""
+    transitions: int = 200_000
+    """Rows of the synthetic dataset."""
+    start_up: bool = True
+    """Measure the time to the first update too."""
+    output: Path = Path("results/throughput")
+    """Without its endings .csv and .md."""
+
+
+class Measured(NamedTuple):
+    """What one run of the script gave; updates/s is None where fewer than two chunks ran."""
+
+    updates_per_second: float | None
+    first_row_seconds: float
+    peak_bytes: int
+
+
+def write_dataset(path: Path, transitions: int) -> None:
+    """Random transitions in episodes of 500 steps; the same file every time."""
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((transitions + 1, OBS_DIM), np.float32)
+    np.savez(
+        path,
+        observations=observations[:-1],
+        actions=rng.uniform(-1, 1, (transitions, ACTION_DIM)).astype(np.float32),
+        rewards=rng.uniform(0, 1, transitions).astype(np.float32),
+        next_observations=observations[1:],
+        terminations=np.zeros(transitions, np.float32),
+        truncations=(np.arange(transitions) % 500 == 499).astype(np.float32),
+    )
+
+
+def measure(dataset: Path, run_dir: Path, cache: Path, flags: Sequence[str]) -> Measured:
+    """Run the script once. UsageError if it fails."""
+    words = ["--dataset", str(dataset), "--env", ENV, "--run-dir", str(run_dir), "--quiet", "True", *flags]
+    run_dir.mkdir(parents=True)
+    with open(run_dir / "log.txt", "w") as log:
+        start = time.time()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / SCRIPT), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+        )
+        try:
+            _, status, usage = os.wait4(process.pid, 0)  # this child's memory alone
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UsageError(f"{shlex.join(map(str, words))}: {(run_dir / 'log.txt').read_text().strip()[-500:]}")
+    final = json.loads((run_dir / "final.json").read_text())
+    unit = 1 if sys.platform == "darwin" else 1024
+    first = (run_dir / "metrics.csv").stat().st_mtime - start
+    return Measured(final["updates_per_second"], first, usage.ru_maxrss * unit)
+
+
+class Job(NamedTuple):
+    """One run of the script; runs with the same `cache` share JAX's compilation cache, which starts empty."""
+
+    quantity: str
+    members: int
+    flags: str
+    cache: str
+
+
+def plan(args: Args, repeat: int) -> list[Job]:
+    """One round: every population size, then cold and warm starts."""
+    shared = "--checkpoint-every 0 --final-eval-episodes 1"
+    jobs = []
+    for members in args.populations:
+        updates = FIRST_CHUNK + max(1000, -(-args.timed_updates // members // 1000) * 1000)
+        flags = f"--num-seeds {members} --num-updates {updates} --eval-every 0 {shared}"
+        jobs.append(Job("updates/s", members, flags, "rates"))
+    if args.start_up:
+        # Without and with what the script does first by default: evaluate ten episodes of the untrained policy.
+        for ending, every in (("", 0), (", evaluation first", 10_000)):
+            for kind in ("cold", "warm"):
+                flags = f"--num-seeds 1 --num-updates 1 --eval-every {every} {shared}"
+                jobs.append(Job(f"first update, {kind}{ending}", 1, flags, f"start-{repeat}{ending}"))
+    return jobs
+
+
+def run(args: Args) -> None:
+    """All measurements, a row of the CSV after each."""
+    if args.repeats < 1 or any(members < 1 for members in args.populations):
+        raise UsageError("--repeats and --populations must be at least 1")
+    path = args.output.with_name(args.output.name + ".csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    about = provenance()
+    shared = {
+        "cpu": about["cpu"]["model"],
+        "cores": about["cpu"]["cores"],
+        "git_commit": (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else ""),
+    } | {name: about["versions"][name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
+    table = Table(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        dataset = folder / "synthetic.npz"
+        write_dataset(dataset, args.transitions)
+        for repeat in range(args.repeats):
+            for number, job in enumerate(plan(args, repeat)):
+                load = os.getloadavg()[0]
+                run_dir = folder / f"run-{repeat}-{number}"
+                measured = measure(dataset, run_dir, folder / job.cache, job.flags.split())
+                if job.quantity == "updates/s":
+                    memory = measured.peak_bytes / 2**20
+                    values = {"updates/s": (measured.updates_per_second, "1/s"), "peak memory": (memory, "MiB")}
+                else:
+                    values = {job.quantity: (measured.first_row_seconds, "s")}
+                for quantity, (value, unit) in values.items():
+                    row = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "quantity": quantity, "members": job.members}
+                    row |= {"repeat": repeat, "value": value, "unit": unit, "load_average": load}
+                    command = f"python {SCRIPT} --dataset synthetic.npz --env {ENV} {job.flags}"
+                    table.append([row | shared | {"transitions": args.transitions, "command": command}])
+                    print(f"{quantity}, {job.members} members, repeat {repeat}: {value:.4g} {unit}", flush=True)
+                args.output.with_name(args.output.name + ".md").write_text(report(path))
+
+
+def report(path: Path) -> str:
+    """The Markdown page made from the CSV at `path`."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["quantity"], int(row["members"])), []).append(row)
+    order = list(QUANTITIES)
+    lines = ["| quantity | members | median | min | max | runs | unit |", "| :-- | --: | --: | --: | --: | --: | :-- |"]
+    for quantity, members in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
+        group = groups[quantity, members]
+        values = [float(row["value"]) for row in group]
+        digits = 1 if group[0]["unit"] == "s" else 0
+        numbers = [f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values))]
+        cells = [QUANTITIES[quantity], str(members), *numbers, str(len(values)), group[0]["unit"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    loads = [float(row["load_average"]) for row in rows]
+
+    def distinct(*names: str) -> str:
+        return "; ".join(dict.fromkeys(" ".join([row[name] for name in names]) for row in rows))
+
+    packages = ("python", "jax", "jaxlib", "flax", "optax", "numpy")
+    commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
+    return "\n".join(
+        [
+            "# Throughput of IQL\n",
+            "Made by `python benchmarks/throughput.py`, whose head says what each figure is.\n",
+            *lines,
+            "",
+            f"- data: {distinct('transitions')} transitions, {OBS_DIM} observations, {ACTION_DIM} actions",
+            f"- processor: {distinct('cpu')}, {distinct('cores')} cores; load average at the start of each run "
+            f"{min(loads):.1f} to {max(loads):.1f}",
+            f"- date: {rows[0]['date']} to {rows[-1]['date']}; commit: {distinct('git_commit')}",
+            f"- versions: {', '.join(f'{name} {distinct(name)}' for name in packages)}",
+            f"\n```sh\n{commands}\n```\n",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    try:
+        run(tyro.cli(Args, args=argv, config=(tyro.conf.FlagConversionOff,)))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
