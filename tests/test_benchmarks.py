@@ -1,0 +1,285 @@
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import bc, report, suite, throughput
+from common.buffers import Replay, Transitions
+from common.errors import UsageError
+
+ROOT = Path(suite.ROOT)
+EXTRA = "--env Hopper-v5 --eval-every 0 --final-eval-episodes 1 --hidden-dim 8 --normalize-observations False"
+
+
+def linear_policy(rows, obs_dim=11, action_dim=3):
+    """Transitions whose actions are a linear function of the observations."""
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((rows, obs_dim)).astype(np.float32)
+    weights = (0.1 * rng.standard_normal((obs_dim, action_dim))).astype(np.float32)
+    ends = (np.arange(rows) % 50 == 49).astype(np.float32)
+    rewards = rng.uniform(0, 1, rows).astype(np.float32)
+    zeros = np.zeros(rows, np.float32)
+    actions = np.clip(observations @ weights, -1, 1)
+    return Transitions(observations, actions, rewards, observations, zeros, ends), weights
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a tiny dataset."""
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "tiny.npz", **linear_policy(500)[0]._asdict())
+    return tmp_path
+
+
+# Behaviour cloning
+
+
+def test_bc_loss_is_the_mean_square_over_batch_and_action():
+    policy, actions = np.array([[0.5, -0.5], [1.0, 0.0]]), np.array([[0.0, -0.5], [0.0, -0.25]])
+    loss, metrics = bc.actor_loss(jnp.array(policy), jnp.array(actions))
+    assert float(loss) == pytest.approx(((policy - actions) ** 2).mean()) == pytest.approx(1.3125 / 4)
+    assert float(metrics["actor/loss"]) == float(loss)
+
+
+def test_bc_loss_does_not_broadcast():
+    with pytest.raises(AssertionError):
+        bc.actor_loss(jnp.zeros((4, 1)), jnp.zeros((4, 3)))
+
+
+def test_bc_recovers_a_linear_policy():
+    data, weights = linear_policy(2000)
+    args = bc.Args(hidden_dim=64)
+    hp = bc.Hyperparameters(actor_learning_rate=1e-3)
+    state = bc.init(jax.random.key(0), hp, args, 11, 3)
+    replay = Replay(jax.tree.map(jnp.asarray, data))
+    trained, metrics = jax.jit(lambda state: bc.train(state, hp, replay, 600, args))(state)
+    unseen = np.random.default_rng(1).standard_normal((500, 11)).astype(np.float32)
+
+    def error(state):
+        chosen = bc.act(state, jnp.asarray(unseen), jax.random.key(0), args, 3, sample=False)
+        return float(np.mean((chosen - unseen @ weights) ** 2))
+
+    spread = float(np.var(unseen @ weights))
+    assert error(trained) < 0.03 * spread < 0.5 * error(state)
+    assert int(trained.step) == 600
+    assert set(metrics.means) == {"actor/loss"}
+
+
+def test_bc_has_no_online_phase_and_normalises_by_default():
+    bc.Args(num_updates=1).validate()
+    assert bc.Args().normalize_observations
+    with pytest.raises(UsageError, match="online"):
+        bc.Args(online_steps=5).validate()
+
+
+# The suite
+
+
+def suite_args(**changes):
+    settings = {"name": "s", "algorithms": ("bc",), "datasets": ("tiny.npz",), "num_seeds": 2, "num_updates": 20}
+    return suite.Args(**settings | {"extra": EXTRA} | changes)
+
+
+def test_plan_runs_all_algorithms_on_the_first_dataset_first():
+    jobs = suite.plan(suite_args(algorithms=("iql", "bc"), datasets=("offax/hopper/medium-v0", "x.npz")))
+    assert [job.name for job in jobs] == [
+        "iql_offax-hopper-medium-v0",
+        "bc_offax-hopper-medium-v0",
+        "iql_x.npz",
+        "bc_x.npz",
+    ]
+    assert jobs[0].command.startswith(
+        "python algorithms/iql.py --dataset offax/hopper/medium-v0 --seed 0 --num-seeds 2"
+    )
+    assert jobs[1].command.startswith("python benchmarks/bc.py ")
+    assert jobs[1].command.endswith(EXTRA)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"algorithms": ("nothing",)}, {"extra": "--num_updates 3"}, {"name": "a/b"}, {"datasets": ("x", "x")}]
+)
+def test_plan_refuses(changes):
+    with pytest.raises(UsageError):
+        suite.plan(suite_args(**changes))
+
+
+def test_suite_keeps_going_after_a_failure_and_skips_what_is_done(folder, monkeypatch, capsys):
+    args = suite_args(datasets=("missing.npz", "tiny.npz"))
+    assert suite.main(args) == 1
+    captured = capsys.readouterr()
+    assert "there is no file missing.npz" in captured.out
+    assert "1 of 2 runs failed: bc_missing.npz" in captured.err
+    kept = folder / "results" / "s" / "bc_tiny.npz"
+    assert sorted(path.name for path in kept.iterdir()) == sorted([*suite.KEPT, "command.json"])
+    assert not (folder / "results" / "s" / "bc_missing.npz").exists()
+    final = json.loads((kept / "final.json").read_text())
+    assert [member["seed"] for member in final["members"]] == [0, 1]
+    assert json.loads((kept / "command.json").read_text())["command"] == suite.plan(args)[1].command
+
+    started = []
+    monkeypatch.setattr(suite, "run", lambda job: started.append(job.name) or 0)
+    shutil.rmtree(kept)
+    assert suite.main(suite_args()) == 0
+    assert started == []
+    assert (kept / "final.json").exists()  # the small files are kept even of what was skipped
+    monkeypatch.setattr(suite.Job, "keep", lambda job: None)
+    suite.main(suite_args(num_updates=30))  # another command is not done
+    assert started == ["bc_tiny.npz"]
+
+
+def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder):
+    args = suite_args(num_updates=30_000, extra=EXTRA + " --batch-size 2")
+    run_dir = suite.plan(args)[0].run_dir
+    words = [sys.executable, str(ROOT / "benchmarks" / "suite.py"), "--name", args.name, "--algorithms", "bc"]
+    words += ["--datasets", "tiny.npz", "--num-seeds", "2", "--num-updates", "30000", f"--extra={args.extra}"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = run_dir / "metrics.csv"
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "start the suite again" in errors
+    assert (run_dir / "checkpoint" / "state.npz").exists()
+    assert not (run_dir / "final.json").exists()
+    header, first, *others = metrics.read_text().splitlines()
+    marked = first.rpartition(",")[0] + ",123"  # a run that started anew would write this row again
+    metrics.write_text("\n".join([header, marked, *others]) + "\n")
+
+    assert suite.main(args) == 0
+    assert json.loads((run_dir / "final.json").read_text())["updates"] == 30_000
+    with open(metrics, newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["member"] == "0"]
+    assert steps == list(range(1000, 30_001, 1000))
+    assert metrics.read_text().splitlines()[1] == marked
+    assert (run_dir / "log.txt").read_text().count("$ python benchmarks/bc.py") == 2
+
+
+# The report
+
+
+def write_run(folder, algorithm, dataset, scores, average=30.0):
+    """Files of a run as a suite keeps them; a score of None is a member that diverged."""
+    run = folder / f"{algorithm}_{dataset}"
+    run.mkdir(parents=True)
+    flags = {"dataset": dataset}
+    about = {"mean": 1000.0, "min": 10.0, "max": 2000.0, "episodes": 7, "score_mean": average}
+    config = {"algorithm": algorithm, "flags": flags, "dataset_returns": about, "git_commit": "abc123"}
+    config |= {"git_dirty": False, "cpu": {"model": "A processor", "cores": 3}, "versions": {"jax": "9.9"}}
+    config |= {"device": {"platform": "cpu", "kind": "cpu", "count": 3}}
+    members, rows = [], []
+    for i, score in enumerate(scores):
+        result = {"return_mean": None, "return_std": None, "score_mean": score, "score_std": None, "episodes": 10}
+        if score is not None:
+            result |= {"return_mean": 10 * score, "return_std": 1.0, "score_std": 0.1}
+            for step in (0, 100):
+                row = {"phase": "offline", "step": step, "member": i, "seed": i, "return_mean": step, "return_std": 0}
+                rows.append(row | {"score_mean": score * step / 100, "score_std": 0, "episodes": 10})
+        diverged = {"step": 42, "metric": "actor/loss"} if score is None else None
+        members.append({"member": i, "seed": i, "swept": {}, "diverged": diverged} | result)
+    final = {"members": members, "updates": 100, "wall_clock_seconds": 12.0, "updates_per_second": 321.4}
+    for name, content in (
+        ("config", config),
+        ("final", final),
+        ("command", {"command": f"python {algorithm} {dataset}"}),
+    ):
+        (run / f"{name}.json").write_text(json.dumps(content))
+    with open(run / "evaluations.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def cells_of(page, first):
+    """The cells of the first table row that starts with `first`."""
+    line = next(line for line in page.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_report_is_computed_by_hand(tmp_path):
+    write_run(tmp_path, "bc", "easy", [10.0, 20.0, 30.0, 90.0])  # the middle half: 20 and 30
+    write_run(tmp_path, "iql", "easy", [50.0, 50.0, 50.0, 50.0])
+    write_run(tmp_path, "bc", "hard", [0.0, 0.0, 0.0, 0.0])
+    write_run(tmp_path, "iql", "hard", [4.0, None, 8.0, 6.0])  # three scores: nothing is cut
+    assert report.main([str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+
+    assert cells_of(page, "dataset") == ["dataset", "data", "bc", "iql"]
+    easy = cells_of(page, "easy")
+    assert easy[:2] == ["easy", "30.0"]
+    assert easy[2].startswith("25.0 [")
+    assert easy[3] == "50.0 [50.0, 50.0]"
+    hard = cells_of(page, "hard")
+    assert hard[2] == "0.0 [0.0, 0.0]"
+    assert hard[3] == "6.0 [4.0, 8.0], 1 diverged"
+    total = cells_of(page, "all 2")
+    assert total[2].startswith("7.5 [")  # of 0 0 | 0 0 10 20 | 30 90
+    assert total[3].startswith("32.8 [")  # of 4 | 6 8 50 50 50 | 50
+    for text in ("abc123", "A processor, 3 cores", "jax 9.9", "python iql hard", "seeds: 0, 1, 2, 3", "321"):
+        assert text in page
+    returns = cells_of(page[page.index("## Return") :], "easy")
+    assert returns[1:4] == ["1000", "10 to 2000", "7"]
+    assert returns[4].startswith("250.0 [")
+
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    lost = next(row for row in rows if row["dataset"] == "hard" and row["algorithm"] == "iql" and row["seed"] == "1")
+    assert (lost["score_mean"], lost["diverged_at"]) == ("", "42")
+    for name in ("scores", "curves_easy", "curves_hard"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
+    write_run(tmp_path, "bc", "easy", [10.0])
+    write_run(tmp_path, "bc", "hard", [2.0])
+    write_run(tmp_path, "iql", "easy", [30.0])
+    datasets, totals = report.aggregate(report.read(tmp_path))
+    assert datasets == ["easy"]
+    assert totals == {"bc": {"iqm": 10.0, "low": 10.0, "high": 10.0}, "iql": {"iqm": 30.0, "low": 30.0, "high": 30.0}}
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "hard")[3] == "not run"
+    assert cells_of(page, "the 1 with every algorithm")[2] == "10.0 [10.0, 10.0]"
+
+
+def test_report_without_results_is_one_line(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# Throughput
+
+
+def test_throughput_page_has_median_and_range(tmp_path):
+    names = ("cpu", "cores", "git_commit", "python", "jax", "jaxlib", "flax", "optax", "numpy", "transitions")
+    shared = dict.fromkeys(names, "x") | {"date": "today", "load_average": 0.5, "command": "python algorithms/iql.py"}
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["quantity", "members", "value", "unit", *shared])
+        writer.writeheader()
+        for value in (300, 100, 260):
+            writer.writerow({"quantity": "updates/s", "members": 2, "value": value, "unit": "1/s"} | shared)
+        writer.writerow({"quantity": "first update, cold", "members": 1, "value": 7.25, "unit": "s"} | shared)
+    page = throughput.report(tmp_path / "t.csv")
+    assert cells_of(page, "updates/s, all members") == ["updates/s, all members", "2", "260", "100", "300", "3", "1/s"]
+    assert cells_of(page, "first update, no compilation cache")[2:5] == ["7.2", "7.2", "7.2"]
+
+
+def test_throughput_plan_times_whole_chunks_after_the_first():
+    jobs = throughput.plan(throughput.Args(populations=(1, 8), timed_updates=4000), 0)
+    assert [job.members for job in jobs[:2]] == [1, 8]
+    assert "--num-updates 5000 " in jobs[0].flags
+    assert "--num-updates 2000 " in jobs[1].flags
+    cold, warm = jobs[2:4]
+    assert cold.quantity == "first update, cold" and warm.quantity == "first update, warm"
+    assert cold.cache == warm.cache != throughput.plan(throughput.Args(), 1)[-4].cache
