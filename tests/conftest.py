@@ -27,6 +27,7 @@ OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
 def devices() -> Iterator[None]:
     """Start JAX now, before a run of one member would claim a single CPU device for the whole session."""
     jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.devices()
     yield
     if _own_cache:

@@ -1,0 +1,255 @@
+"""Populations: members are independent of each other, of their number, of padding and of chunk boundaries."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algorithms import iql
+from common import populations
+from common.buffers import Replay, Transitions
+from common.errors import UsageError
+from common.populations import Population
+
+
+class HP(NamedTuple):
+    beta: float = 3.0
+    learning_rate: float = 0.1
+    gamma: float = 0.5
+
+
+# Members
+
+
+def test_grid_is_every_combination_the_last_name_fastest() -> None:
+    assert populations.parse_grid("", HP()) == [{}]
+    assert populations.parse_grid("beta=1,3 learning-rate=0.5,1e-3", HP()) == [
+        {"beta": 1.0, "learning_rate": 0.5},
+        {"beta": 1.0, "learning_rate": 0.001},
+        {"beta": 3.0, "learning_rate": 0.5},
+        {"beta": 3.0, "learning_rate": 0.001},
+    ]
+
+
+def test_members_are_combinations_times_seeds() -> None:
+    members = populations.make_members(HP(), "beta=1,2", 7, 3)
+    assert [(m.index, m.seed, m.hp.beta, m.swept) for m in members] == [
+        (0, 7, 1.0, {"beta": 1.0}),
+        (1, 8, 1.0, {"beta": 1.0}),
+        (2, 9, 1.0, {"beta": 1.0}),
+        (3, 7, 2.0, {"beta": 2.0}),
+        (4, 8, 2.0, {"beta": 2.0}),
+        (5, 9, 2.0, {"beta": 2.0}),
+    ]
+    assert {m.hp[1:] for m in members} == {(0.1, 0.5)}
+    assert str(members[4]) == "member 4 (seed 8, beta=2)"
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ("alpha=1", "no hyperparameter alpha"),
+        ("beta=1,x", "not a list of numbers"),
+        ("beta=", "not a list of numbers"),
+        ("beta=1,,2", "not a list of numbers"),
+        ("beta", "name=value"),
+        ("beta=1 beta=2", "twice"),
+        ("beta=1,2,1.0", "differ"),
+        ("beta=nan", "finite"),
+        ("beta=1,inf", "finite"),
+        ("beta=1, 2", "not a list of numbers"),
+        ("_fields=1", "no hyperparameter"),
+    ],
+)
+def test_bad_grids(grid: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        populations.parse_grid(grid, HP())
+    assert "\n" not in str(caught.value) and "--grid" in str(caught.value)
+
+
+# repeat
+
+
+def counting_step(state: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """Integer state, so that sums are exact; `bad` is not finite at states 5 and 7, `worse` always."""
+    count, key = state
+    key, draw = jax.random.split(key)
+    metrics = {
+        "count": count.astype(jnp.float32),
+        "square": (count**2).astype(jnp.float32),
+        "noise": jax.random.normal(draw),
+        "bad": jnp.where((count == 5) | (count == 7), jnp.inf, 1.0),
+        "worse": jnp.float32(jnp.nan),
+    }
+    return (count + 1, key), metrics
+
+
+def test_repeat_is_a_python_loop() -> None:
+    state = (jnp.int32(3), jax.random.key(0))
+    final, metrics = jax.jit(partial(populations.repeat, counting_step))(state, 8)
+    history = []
+    for _ in range(8):
+        state, one = counting_step(state)
+        history.append({name: float(value) for name, value in one.items()})
+    assert int(final[0]) == 11
+    np.testing.assert_array_equal(jax.random.key_data(final[1]), jax.random.key_data(state[1]))
+    assert float(metrics.means["count"]) == 6.5  # mean of 3 ... 10
+    assert float(metrics.means["square"]) == (9 + 16 + 25 + 36 + 49 + 64 + 81 + 100) / 8
+    assert float(metrics.means["noise"]) == pytest.approx(np.mean([one["noise"] for one in history]), rel=1e-5)
+    first = {name: int(value) for name, value in metrics.first_nonfinite.items()}
+    assert first == {"count": -1, "square": -1, "noise": -1, "bad": 2, "worse": 0}
+
+
+def test_repeat_in_chunks_is_repeat_at_once() -> None:
+    run = jax.jit(partial(populations.repeat, counting_step))
+    whole = run((jnp.int32(0), jax.random.key(1)), 9)
+    state, parts = (jnp.int32(0), jax.random.key(1)), []
+    for length in (1, 5, 3):
+        state, metrics = run(state, length)
+        parts.append(length * float(metrics.means["noise"]))
+    np.testing.assert_array_equal(jax.random.key_data(state[1]), jax.random.key_data(whole[0][1]))
+    assert sum(parts) / 9 == pytest.approx(float(whole[1].means["noise"]), abs=1e-6)
+
+
+# Independence
+
+
+def batch_of_data() -> Transitions:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 4)).astype(np.float32)
+    flags = [(rng.random(64) < p).astype(np.float32) for p in (0.1, 0.1)]
+    return Transitions(
+        jnp.asarray(x),
+        jnp.asarray(rng.uniform(-1, 1, (64, 2)).astype(np.float32)),
+        jnp.asarray(rng.normal(size=64).astype(np.float32)),
+        jnp.asarray(np.roll(x, -1, 0)),
+        *map(jnp.asarray, flags),
+    )
+
+
+ARGS = iql.Args(hidden_dim=8, batch_size=16, actor_decay_updates=0, dropout=0.1)
+MEMBERS = [(0, iql.Hyperparameters()), (5, iql.Hyperparameters(beta=0.5, expectile=0.9)), (2, iql.Hyperparameters())]
+
+
+@jax.jit
+def start(seed: int, hp: iql.Hyperparameters) -> iql.State:
+    return iql.init(jax.random.key(seed), hp, ARGS, 4, 2)
+
+
+train_alone = jax.jit(partial(iql.train, args=ARGS))
+
+
+@cache
+def population_of(size: int) -> tuple[Population, Callable[..., Any]]:
+    """A population and its compiled training."""
+    population = Population(size)
+
+    def program(_: Any, members: Any, shared: Any) -> Any:
+        return population.each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
+
+    return population, population.compile(program)
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    """Numpy leaves, of keys their data."""
+    flat = jax.tree.leaves(tree)
+    keys = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in flat]
+    return [np.asarray(jax.random.key_data(x) if key else x) for x, key in zip(flat, keys, strict=True)]
+
+
+def train_population(members: list[tuple[int, Any]], updates: int = 30, inactive: tuple[int, ...] = ()) -> list[Any]:
+    """The members' final states and metrics, one by one, on the host."""
+    population, train = population_of(len(members))
+    population.active[: len(members)] = [i not in inactive for i in range(len(members))]
+    states = [start(*member) for member in members]
+    states = population.shard(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    hp = population.shard(jax.tree.map(lambda *x: jnp.array(x, jnp.float32), *(hp for _, hp in members)))
+    data = population.replicate(batch_of_data())
+    result = population.to_host(train((), (states, hp), (data, jnp.int32(updates))))
+    return [jax.tree.map(lambda x, i=i: x[i], result) for i in range(len(members))]
+
+
+@pytest.fixture(scope="module")
+def trained() -> list[Any]:
+    return train_population(MEMBERS)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def assert_close(one: Any, other: Any) -> None:
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_padding_is_inactive() -> None:
+    population = Population(3)
+    assert population.mesh.size == 2 and population.padded == 4
+    assert population.active.tolist() == [True, True, True, False]
+    whole = population.shard({"x": jnp.arange(3), "keys": jax.random.split(jax.random.key(0), 3)})
+    assert whole["x"].shape == (4,)
+    back = population.to_host(whole)
+    np.testing.assert_array_equal(back["x"], [0, 1, 2])
+    np.testing.assert_array_equal(leaves(back["keys"])[0], leaves(jax.random.split(jax.random.key(0), 3))[0])
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_member_is_the_same_seed_and_hyperparameters_alone(trained: list[Any], index: int) -> None:
+    """Not bit for bit: alone, a matrix product may be split over threads and so be summed in another order."""
+    seed, hp = MEMBERS[index]
+    alone = train_alone(start(seed, hp), hp, Replay(batch_of_data()), 30)
+    assert_close(trained[index], alone)
+    assert int(trained[index][0].step) == 30
+    assert_close(trained[index], train_population([MEMBERS[index]])[0])
+
+
+def test_members_differ(trained: list[Any]) -> None:
+    """What the tests of equality here could not see if seeds or hyperparameters were ignored."""
+    first, second = leaves(trained[0][0].actor), leaves(trained[1][0].actor)
+    assert max(np.abs(a - b).max() for a, b in zip(first, second, strict=True)) > 0.01
+
+
+def test_what_else_is_in_the_population_does_not_matter(trained: list[Any]) -> None:
+    others = [(9, iql.Hyperparameters(discount=1e30)), MEMBERS[1], (3, iql.Hyperparameters(critic_learning_rate=1.0))]
+    again = train_population(others)
+    assert_equal(again[1], trained[1])
+    assert any(not np.isfinite(x).all() for x in leaves(again[0]) if x.dtype == np.float32)
+    moved = train_population([MEMBERS[1], MEMBERS[2], MEMBERS[0]])
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        assert_equal(moved[i], trained[j])
+
+
+def test_an_inactive_member_changes_nothing_for_the_others(trained: list[Any]) -> None:
+    result = train_population(MEMBERS, inactive=(1,))
+    assert_equal(result[0], trained[0])
+    assert_equal(result[2], trained[2])
+
+
+def test_select_picks_by_member() -> None:
+    population = Population(3)
+    new, old = (population.shard({"x": jnp.full((3, 2), value), "y": jnp.full(3, value)}) for value in (1, 2))
+    keep = np.array([True, False, True, True])
+    picked = population.to_host(population.select(keep, new, old))
+    np.testing.assert_array_equal(picked["x"], [[1, 1], [2, 2], [1, 1]])
+    np.testing.assert_array_equal(picked["y"], [1, 2, 1])
+
+
+# Whole runs
+
+
+def test_a_member_of_a_run_is_that_run_alone(tmp_path: Path, small_run: list[str], iql: Callable[..., Any]) -> None:
+    short = [*small_run, "--num-updates", "30"]
+    assert iql(*short, "--grid", "beta=1,2", "--num-seeds", "2", "--run-dir", tmp_path / "all").status == 0
+    assert iql(*short, "--beta", "2", "--seed", "1", "--run-dir", tmp_path / "one").status == 0
+    with np.load(tmp_path / "all/checkpoint/state.npz") as a, np.load(tmp_path / "one/checkpoint/state.npz") as b:
+        names = [name for name in a.files if "'state'" in name]
+        assert len(names) > 30
+        for name in names:
+            np.testing.assert_allclose(a[name][3], b[name][0], rtol=1e-4, atol=1e-5, err_msg=name)
