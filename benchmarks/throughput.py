@@ -20,6 +20,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -223,6 +224,7 @@ def report(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run in progress, cleans up
     try:
         run(tyro.cli(Args, args=argv, config=(tyro.conf.FlagConversionOff,)))
     except UsageError as error:
