@@ -108,6 +108,11 @@ class RunArgs:
                 raise UsageError(f"--{flag} {value}: must be at least {least.get(field.name, 0)}")
             if isinstance(value, float) and not np.isfinite(value):
                 raise UsageError(f"--{field.name.replace('_', '-')} {value}: must be finite")
+        for name, value in self.hp._asdict().items():
+            if not np.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be finite")
+        if self.seed + self.num_seeds > 2**31:
+            raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:
             raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
 
@@ -320,6 +325,9 @@ class Run:
         if self.checkpoint_path.exists():
             self._restore()
         self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoint_path.exists():
+            for table in (self.metrics, self.evaluations):  # what a run killed before its first checkpoint left
+                table.clear()
         write_json(self.directory / "config.json", self._config())
         done = {"offline": self.updates_done, "online": self.online_done}
         self.metrics.rewind(lambda row: int(row["step"]) <= self.updates_done + self.online_done)
@@ -452,8 +460,11 @@ class Run:
 
     def _evaluate(self, phase: str, step: int, episodes: int) -> dict[int, dict[str, Any]]:
         """Evaluate every living member, unless the table has the step already; rows by member."""
-        if any(row["phase"] == phase and int(row["step"]) == step for row in self.evaluations.rows):
+        at_step = [row for row in self.evaluations.rows if (row["phase"], int(row["step"])) == (phase, step)]
+        if at_step and len(at_step) >= len(self.members) - len(self.diverged):
             return {}
+        if at_step:  # a kill came between the rows of two members
+            self.evaluations.rewind(lambda row: row not in at_step)
         seeds = [1_000_000 + 1000 * member.seed for member in self.members]
         state = jax.device_put(self.population.to_host(self._state), jax.devices()[0])
         keys = jax.random.split(jax.random.key(0), len(self.members))
@@ -600,8 +611,11 @@ class Run:
         tree = checkpoints.load(self.checkpoint_path, self._tree())
         self._state = self.population.shard(tree["state"])
         self.ring = None if tree["ring"] is None else self.population.shard(tree["ring"])
-        self.updates_done, self.online_done = metadata["updates_done"], metadata["online_done"]
-        self.diverged = {int(index): what for index, what in metadata["diverged"].items()}
+        try:
+            self.updates_done, self.online_done = int(metadata["updates_done"]), int(metadata["online_done"])
+            self.diverged = {int(index): what for index, what in metadata["diverged"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UsageError(f"checkpoint {self.checkpoint_path} is damaged or was edited (its metadata)") from None
         for index in self.diverged:
             self.population.active[index] = False
 

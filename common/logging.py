@@ -50,6 +50,11 @@ class Table:
         writer.writerows(self.rows)
         write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
 
+    def clear(self) -> None:
+        """Start anew: no rows, no columns, no file."""
+        self.columns, self.rows = None, []
+        self.path.unlink(missing_ok=True)
+
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows in one go; the first row ever written fixes the columns."""
         text = io.StringIO()
