@@ -46,29 +46,33 @@ def insert(ring: Ring, transitions: Transitions) -> Ring:
 
 
 class Replay(NamedTuple):
-    """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union."""
+    """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union.
+
+    With a `member` the ring is that of a population, `[members, capacity, ...]`, and that member's part is meant:
+    rows are then picked from the whole, because slicing the part out would copy it.
+    """
 
     offline: Transitions | None
     ring: Ring | None = None
+    member: jax.Array | None = None
 
 
 def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
     """A minibatch `[batch_size, ...]`, uniform with replacement over all rows of the offline data and the ring."""
-    offline, ring = replay
+    offline, ring, member = replay
+    num_offline = 0 if offline is None else len(offline.rewards)
     if ring is None:
-        assert offline is not None, "nothing to sample from"
-        rows = jax.random.randint(key, (batch_size,), 0, len(offline.rewards))
+        assert num_offline, "nothing to sample from"
+        rows = jax.random.randint(key, (batch_size,), 0, num_offline)
         return jax.tree.map(lambda x: x[rows], offline)
+    size = ring.size if member is None else ring.size[member]
+    rows = jax.random.randint(key, (batch_size,), 0, num_offline + size)
+    from_ring, ring_rows = rows >= num_offline, jnp.maximum(rows - num_offline, 0)
+    new = jax.tree.map(lambda x: x[ring_rows] if member is None else x[member, ring_rows], ring.data)
     if offline is None:
-        rows = jax.random.randint(key, (batch_size,), 0, ring.size)
-        return jax.tree.map(lambda x: x[rows], ring.data)
-    num_offline = len(offline.rewards)
-    rows = jax.random.randint(key, (batch_size,), 0, num_offline + ring.size)
-    from_ring = rows >= num_offline
-    old_rows, new_rows = jnp.minimum(rows, num_offline - 1), jnp.maximum(rows - num_offline, 0)
+        return new
 
     def pick(old: jax.Array, new: jax.Array) -> jax.Array:
-        mask = from_ring.reshape(-1, *[1] * (old.ndim - 1))
-        return jnp.where(mask, new[new_rows], old[old_rows])
+        return jnp.where(from_ring.reshape(-1, *[1] * (new.ndim - 1)), new, old[jnp.minimum(rows, num_offline - 1)])
 
-    return jax.tree.map(pick, offline, ring.data)
+    return jax.tree.map(pick, offline, new)

@@ -265,27 +265,37 @@ class Run:
 
     def _compile(self, train: Callable, act: Callable) -> None:
         """The functions of one member, mapped over the population."""
+        population = self.population
 
-        def train_member(member: Any, shared: Any) -> Any:
-            state, hp, ring = member
+        def train_all(_: Any, members: Any, shared: Any) -> Any:
             offline, num_updates = shared
-            return train(state, hp, Replay(offline, ring), num_updates)
+            return population.each(lambda member: train(*member, Replay(offline), num_updates), members)
 
-        def online_member(member: Any, shared: Any) -> Any:
-            state, hp, ring, transition, observation, key = member
+        def collect_and_train_all(consumed: Any, members: Any, shared: Any) -> Any:
+            state, ring = consumed
+            hp, transitions, observations, keys = members
             offline, step = shared
-            ring = buffers.insert(ring, jax.tree.map(lambda x: x[None], transition))
-            state, metrics = train(state, hp, Replay(offline, ring), 1)
-            action = act(state, observation[None], jax.random.fold_in(key, step), sample=True)[0]
-            return state, ring, action, metrics
+            ring = jax.vmap(buffers.insert)(ring, jax.tree.map(lambda x: x[:, None], transitions))
 
-        def first_action(member: Any, shared: Any) -> Any:
-            state, observation, key = member
-            return act(state, observation[None], jax.random.fold_in(key, shared), sample=True)[0]
+            def one(member: Any) -> Any:
+                state, hp, observation, key, place = member
+                state, metrics = train(state, hp, Replay(offline, ring, place), 1)
+                return state, act(state, observation[None], jax.random.fold_in(key, step), sample=True)[0], metrics
 
-        self._train = self.population.over_members(train_member)
-        self._online = self.population.over_members(online_member)
-        self._first_action = self.population.over_members(first_action)
+            places = jnp.arange(len(ring.size))
+            state, actions, metrics = population.each(one, (state, hp, observations, keys, places))
+            return (state, ring), actions, metrics
+
+        def first_actions(_: Any, members: Any, step: jax.Array) -> Any:
+            def one(member: Any) -> jax.Array:
+                state, observation, key = member
+                return act(state, observation[None], jax.random.fold_in(key, step), sample=True)[0]
+
+            return population.each(one, members)
+
+        self._train = population.compile(train_all)
+        self._collect_and_train = population.compile(collect_and_train_all)
+        self._first_actions = population.compile(first_actions)
         self._act = jax.jit(jax.vmap(partial(act, sample=False)))
 
     # ---- the loop, as an algorithm's main sees it ----
@@ -314,7 +324,7 @@ class Run:
 
     def begin(self) -> Any:
         """The members' first states, or those of the checkpoint; opens the run directory."""
-        # One by one on one device: orthogonal initialisation (LAPACK) inside a multi-device program can deadlock.
+        # One by one, so that a member's start is the same to the last bit whatever the population.
         initialise = jax.jit(self._init)
         states = [initialise(jax.random.key(member.seed), member.hp) for member in self.members]
         self._state = self.population.shard(jax.tree.map(lambda *rows: jnp.stack(rows), *states))
@@ -365,7 +375,7 @@ class Run:
         """`num_updates` updates of every member on the offline data."""
         start = time.time()
         count = jnp.asarray(num_updates, jnp.int32)
-        result = jax.block_until_ready(self._train((state, self.hp, None), (self.offline_data, count)))
+        result = jax.block_until_ready(self._train((), (state, self.hp), (self.offline_data, count)))
         self._time(num_updates, time.time() - start)
         self.updates_done += num_updates
         return result
@@ -376,9 +386,10 @@ class Run:
         keys = self.population.shard(jnp.stack([jax.random.key(member.seed + 1) for member in self.members]))
         offline = self.offline_data if self.args.num_updates else None
         collector = self._collector
+        state = jax.tree.map(jnp.copy, state)  # the steps below reuse its memory; the original is kept for freezing
         if self._actions is None:
             observations = self.population.shard(collector.observations)
-            self._actions = self._first_action((state, observations, keys), jnp.asarray(self.online_done))
+            self._actions = self._first_actions((), (state, observations, keys), jnp.asarray(self.online_done))
         for _ in range(num_steps):
             actions = self.population.to_host(self._actions)
             # A member that diverged in this chunk stands still until the chunk's end, where it is frozen and named.
@@ -386,8 +397,11 @@ class Run:
             transitions = self.population.shard(collector.step(actions))
             observations = self.population.shard(collector.observations)
             self.online_done += 1
-            member = (state, self.hp, self.ring, transitions, observations, keys)
-            state, self.ring, self._actions, metrics = self._online(member, (offline, jnp.asarray(self.online_done)))
+            (state, self.ring), self._actions, metrics = self._collect_and_train(
+                (state, self.ring),
+                (self.hp, transitions, observations, keys),
+                (offline, jnp.asarray(self.online_done)),
+            )
             collected.append(metrics)
         stacked = jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *collected)
         first = {

@@ -109,38 +109,51 @@ class Population:
 
         return jax.tree.map(fetch, tree)
 
-    def over_members(self, function: Callable[..., Any], donate: bool = False) -> Callable[[Any, Any], Any]:
-        """Compile `function(member, shared)` to one of a tree of members `[padded, ...]` and a replicated tree.
+    def compile(self, program: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+        """Compile `program(consumed, members, shared)` to run on every device with the device's own members.
 
-        For inactive members the result is zeros (on a CPU) or meaningless (on a GPU).
+        `consumed` and `members` are trees of `[padded, ...]` arrays; the former's memory is reused for the results
+        (so that a ring is written in place) and is gone after the call. `shared` is replicated. The program calls
+        `each` to reach single members; its results are trees of `[padded, ...]` arrays.
         """
 
-        def on_device(members: Any, shared: Any, active: jax.Array) -> Any:
-            if not self.in_turn:
-                return jax.vmap(function, in_axes=(0, None))(members, shared)
-
-            def one(arguments: tuple[Any, jax.Array]) -> Any:
-                member, is_active = arguments
-                result = jax.eval_shape(function, member, shared)
-
-                def skip(_: Any) -> Any:
-                    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
-
-                return jax.lax.cond(is_active, lambda member: function(member, shared), skip, member)
-
-            return jax.lax.map(one, (members, active))
+        def on_device(consumed: Any, members: Any, shared: Any, active: jax.Array) -> Any:
+            self._active_here = active
+            return program(consumed, members, shared)
 
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(P(AXIS), P(), P(AXIS)),
+            in_specs=(P(AXIS), P(AXIS), P(), P(AXIS)),
             out_specs=P(AXIS),
             check_vma=False,
         )
         # One thread for each device: the devices are the parallelism, and share the cores.
         options = {"xla_cpu_multi_thread_eigen": False} if self.in_turn and self.mesh.size > 1 else {}
-        compiled = jax.jit(mapped, compiler_options=options, donate_argnums=(0,) if donate else ())
-        return lambda members, shared: compiled(members, shared, jnp.asarray(self.active))
+        compiled = jax.jit(mapped, compiler_options=options, donate_argnums=0)
+        return lambda consumed, members, shared: compiled(consumed, members, shared, jnp.asarray(self.active))
+
+    def each(self, function: Callable[[Any], Any], members: Any) -> Any:
+        """Within a compiled program, `function(member)` for each of the device's members.
+
+        Results of inactive members have no meaning; where members take turns they cost nothing. Whatever large array
+        the function reads should come to it by closure, not in `members`, of which every member's part is copied.
+        """
+        if not self.in_turn:
+            return jax.vmap(function)(members)
+        if self.padded == self.mesh.size:  # a single member: its arrays stay where they are
+            return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], members)))
+
+        def one(arguments: tuple[Any, jax.Array]) -> Any:
+            member, is_active = arguments
+            result = jax.eval_shape(function, member)
+
+            def skip(_: Any) -> Any:
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+
+            return jax.lax.cond(is_active, function, skip, member)
+
+        return jax.lax.map(one, (members, self._active_here))
 
     def select(self, keep: np.ndarray, new: Any, old: Any) -> Any:
         """Per member, `new` where `keep [padded]` and `old` elsewhere."""
