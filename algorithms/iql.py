@@ -26,7 +26,8 @@ import optax
 
 from common import buffers, networks, populations
 from common.buffers import Replay, Transitions
-from common.experiment import Run, RunArgs, launch
+from common.experiment import Run
+from common.flags import RunArgs, launch
 from common.optimization import cosine_decay, descend
 
 

@@ -17,7 +17,6 @@ other weights are recognised by their hash and collected anew.
 
 import csv
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ import numpy as np
 import tyro
 
 from common import checkpoints, offax_sets
-from common.errors import UsageError
+from common.errors import UsageError, exit_status
 from common.offax_sets import Layers
 from common.reference_scores import normalized_score
 
@@ -133,8 +132,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_status():
         main(tyro.cli(Args))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

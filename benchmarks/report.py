@@ -12,7 +12,6 @@ stratified bootstrap interval (Agarwal et al., 2021): the strata are the dataset
 import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from common import reporting
-from common.errors import UsageError
+from common.errors import UsageError, exit_status
 from common.logging import Table
 
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
@@ -313,17 +312,13 @@ def write(folder: Path) -> None:
     (folder / "README.md").write_text("\n".join(parts))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
-    try:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; SystemExit(2), with one line on stderr, where there is nothing to report."""
+    with exit_status():
         args = tyro.cli(Args, args=argv)
         write(args.results)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.results / 'README.md'}")
-    return 0
+        print(f"wrote {args.results / 'README.md'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,14 +21,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from common.errors import UsageError
+from common.errors import UsageError, exit_status
 from common.logging import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,14 +206,6 @@ def main(args: Args) -> int:
     return 1 if failures else 0
 
 
-def launch(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run the suite; the exit status."""
-    try:
-        return main(tyro.cli(Args, args=argv))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(launch())
+    with exit_status():
+        sys.exit(main(tyro.cli(Args)))

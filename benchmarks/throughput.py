@@ -34,9 +34,9 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from common.errors import UsageError
-from common.experiment import provenance
+from common.errors import UsageError, exit_status
 from common.logging import Table
+from common.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
@@ -222,16 +222,7 @@ def report(path: Path) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run in progress, cleans up
-    try:
-        run(tyro.cli(Args, args=argv, config=(tyro.conf.FlagConversionOff,)))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run in progress, cleans up
+    with exit_status():
+        run(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,)))

@@ -45,6 +45,8 @@ def save(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
     arrays["metadata"] = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process killed while it wrote
+        leftover.unlink(missing_ok=True)
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 import warnings
 import zipfile
@@ -40,7 +39,7 @@ import numpy as np
 
 from common import offax_sets
 from common.buffers import Transitions
-from common.errors import UsageError
+from common.errors import UsageError, exit_status
 from common.reference_scores import normalized_score
 
 if TYPE_CHECKING:
@@ -622,25 +621,21 @@ def _statistics(dataset: Dataset) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; without a command it lists. SystemExit(2), with one line on stderr, for what does not work."""
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description="List, collect, describe datasets.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the datasets that need no network, and whether they are on this disk")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="the datasets that need no network, and whether they are on this disk (default)")
     build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
     build.add_argument("ids", nargs="*", help="which (default: all)")
     stats = commands.add_parser("stats", help="table of returns and endings")
     stats.add_argument("ids", nargs="+", help="dataset ids, .npz or D4RL .hdf5 paths")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            for dataset_id in offax_sets.ids():
-                there = (offax_sets.datasets_root() / dataset_id / "data").exists()
-                print(f"{dataset_id:36}{'on disk' if there else 'collected on first use'}")
-        elif args.command == "build":
+    with exit_status():
+        if args.command == "build":
             for dataset_id in args.ids or offax_sets.ids():
                 print(offax_sets.ensure(dataset_id))
-        else:
+        elif args.command == "stats":
             from rich.console import Console
             from rich.table import Table
 
@@ -648,11 +643,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in args.ids:
                 table.add_row(*_statistics(load(name)))
             Console(width=1000).print(table)  # a pipe or a narrow terminal must not cut the numbers
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        else:
+            for dataset_id in offax_sets.ids():
+                there = (offax_sets.datasets_root() / dataset_id / "data").exists()
+                print(f"{dataset_id:36}{'on disk' if there else 'collected on first use'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,187 +1,43 @@
-"""The life of a run: flags, presets, run directory, the loop's bookkeeping, resuming, signals, the report.
+"""The life of a run: run directory, the loop's bookkeeping, resuming, signals, the report.
 
 An algorithm file hands its `init`, `train` and `act` to `Run` and keeps the loop itself in its `main`.
 """
 
-import contextlib
 import dataclasses
-import importlib.metadata
-import io
+import hashlib
 import json
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common import buffers, checkpoints, populations, reporting, transforms
 from common.buffers import Replay, Transitions
-from common.errors import UsageError, exit_status
+from common.errors import UsageError
+from common.flags import RunArgs
 from common.logging import Table, Tracker, write_json
-
-A = TypeVar("A", bound="RunArgs")
+from common.provenance import provenance
 
 LOG_EVERY = 1000
 """Updates (online: environment steps) for each row of metrics.csv, and between looks at signals and divergence."""
 
 
-@dataclass(frozen=True)
-class RunArgs:
-    """The flags that every script has."""
-
-    dataset: str = "offax/hopper/medium-expert-v0"
-    """Minari id, or path of an .npz or a D4RL .hdf5 file."""
-    env: str | None = None
-    """Gymnasium id to evaluate in. Default: the dataset's own environment."""
-    preset: str = "auto"
-    """Named settings of the domain (see PRESETS in the script), under the flags given; auto: by the name of the
-    dataset; none: the defaults shown here."""
-    seed: int = 0
-    """First seed; it decides networks, minibatches and evaluation."""
-    num_seeds: int = 1
-    """Members with seeds seed, seed + 1, ..., trained in one process."""
-    grid: str = ""
-    """Hyperparameter values to combine with each other and with every seed: "beta=1,3,10 expectile=0.7,0.9"."""
-    num_updates: int = 1_000_000
-    """Offline gradient updates."""
-    online_steps: int = 0
-    """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
-    batch_size: int = 256
-    """Transitions in a minibatch."""
-    eval_every: int = 10_000
-    """Updates (online: environment steps) between evaluations; 0: only at the end."""
-    eval_episodes: int = 10
-    """Episodes for each member in an evaluation."""
-    final_eval_episodes: int = 100
-    """Episodes for each member in the last evaluation."""
-    checkpoint_every: int = 50_000
-    """Updates (online: environment steps) between checkpoints; 0: only at the end of a phase."""
-    run_dir: str | None = None
-    """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
-    resume: bool = False
-    """Continue from the last checkpoint in --run-dir, or start there if there is none."""
-    normalize_observations: bool = False
-    """Centre and scale states by the dataset's mean and standard deviation."""
-    normalize_returns: bool = False
-    """Scale rewards by 1000 / (largest - smallest episode return of the dataset)."""
-    reward_scale: float = 1.0
-    """Multiplies every reward, offline and online."""
-    reward_shift: float = 0.0
-    """Added to every reward after scaling, offline and online."""
-    track: bool = False
-    """Log to Weights & Biases too; always on under a sweep agent."""
-    wandb_project: str = "offax"
-    """Project of the Weights & Biases runs."""
-    wandb_group: str | None = None
-    """Group of the members' runs. Default: algorithm, dataset and time."""
-    wandb_entity: str | None = None
-    """Weights & Biases user or team. Default: yours."""
-    quiet: bool = False
-    """No progress bar."""
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    def validate(self) -> None:
-        """UsageError for a count that is out of range."""
-        least = {"num_seeds": 1, "batch_size": 1, "eval_episodes": 1, "final_eval_episodes": 1, "num_critics": 1}
-        least |= {"hidden_dim": 1, "num_layers": 1, "seed": 0}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < least.get(field.name, 0):
-                flag = field.name.replace("_", "-")
-                raise UsageError(f"--{flag} {value}: must be at least {least.get(field.name, 0)}")
-            if isinstance(value, float) and not np.isfinite(value):
-                raise UsageError(f"--{field.name.replace('_', '-')} {value}: must be finite")
-        for name, value in self.hp._asdict().items():
-            if not np.isfinite(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be finite")
-        if self.seed + self.num_seeds > 2**31:
-            raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
-        if self.num_updates + self.online_steps == 0:
-            raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
-
-
-# Flags that may differ between the run that wrote a checkpoint and the one that resumes it.
-FREE_TO_CHANGE = {"num_updates", "online_steps", "eval_every", "eval_episodes", "final_eval_episodes"}
+# Flags that may differ between the run that wrote a checkpoint and the one that resumes it: the lengths of the phases
+# until the online phase has begun, and whatever does not touch the training's course.
+PHASE_LENGTHS = {"num_updates", "online_steps"}
+FREE_TO_CHANGE = PHASE_LENGTHS | {"eval_every", "eval_episodes", "final_eval_episodes"}
 FREE_TO_CHANGE |= {"checkpoint_every", "run_dir", "resume", "quiet", "preset"}
 FREE_TO_CHANGE |= {"track", "wandb_project", "wandb_group", "wandb_entity"}
-DOMAINS = {
-    "antmaze": "antmaze",
-    "hopper|halfcheetah|walker2d|ant|humanoid|swimmer": "locomotion",
-    "kitchen": "kitchen",
-    "pen|door|hammer|relocate": "adroit",
-}
-
-
-def choose_preset(args: RunArgs, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The entry of `presets` that --preset names, or that fits the names of the dataset and environment."""
-    if args.preset == "none":
-        return {}
-    if args.preset != "auto":
-        if args.preset not in presets:
-            raise UsageError(f"--preset {args.preset}: choose from auto, none, {', '.join(presets)}")
-        return presets[args.preset]
-    words = set(re.split(r"[^a-z0-9]+", f"{args.env or ''} {args.dataset}".lower()))
-    for pattern, domain in DOMAINS.items():
-        if any(re.match(rf"({pattern})", word) for word in words):
-            return presets.get(domain, {})
-    return {}
-
-
-def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
-    """Flags into `args_type`; those not given come from the preset, then from the class.
-
-    UsageError, in one line, for a bad flag; SystemExit(0) after --help.
-    """
-    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-
-    def run_parser(default: A) -> A:
-        out, err = io.StringIO(), io.StringIO()
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                return tyro.cli(args_type, args=argv, default=default, config=config)
-        except SystemExit as stop:
-            if stop.code in (0, None):
-                print(out.getvalue(), end="")
-                raise
-            words = re.sub(r"[╭╮╰╯│─]+", " ", err.getvalue() + out.getvalue())
-            message = re.sub(r"\s*For full helptext.*", "", " ".join(words.split()))
-            raise UsageError(f"{message} (see --help)") from None
-
-    def with_preset(settings: dict[str, Any]) -> A:
-        plain = args_type()
-        hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
-        others = {name: value for name, value in settings.items() if name not in hp}
-        return plain.replace(hp=plain.hp._replace(**hp), **others)
-
-    return run_parser(with_preset(choose_preset(run_parser(args_type()), presets)))
-
-
-def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dict[str, Any]]) -> None:
-    """Parse the command line, run `main`, and end with the exit status of the contract.
-
-    0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
-    """
-    with exit_status():
-        args = parse(args_type, presets)
-        args.validate()
-        main(args)
 
 
 def use_compilation_cache() -> None:
@@ -238,6 +94,8 @@ class Run:
             raw, args.normalize_observations, args.normalize_returns, args.reward_scale, args.reward_shift
         )
         self.dataset_returns = datasets.episode_returns(raw)
+        arrays = (raw.observations[:1000], raw.actions, raw.rewards)  # enough to tell two datasets of one name apart
+        self._fingerprint = hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()[:16]
         self._score = partial(datasets.normalized_score, self.dataset.domain)
 
         self.population = populations.Population(len(self.members))
@@ -567,7 +425,9 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with: the algorithm and every flag that decides the training's course."""
-        fixed = {name: value for name, value in self._flags().items() if name not in FREE_TO_CHANGE}
+        free = FREE_TO_CHANGE - (PHASE_LENGTHS if self.online_done else set())
+        fixed = {name: value for name, value in self._flags().items() if name not in free}
+        fixed["dataset"] += f" with sha256 {self._fingerprint}"
         return json.loads(json.dumps({"algorithm": self.name} | fixed))
 
     def _config(self) -> dict[str, Any]:
@@ -599,9 +459,9 @@ class Run:
         } | provenance()
 
     def _tree(self) -> Any:
-        """What a checkpoint holds: states, rings, and the normaliser."""
-        whole = self.population.to_host({"state": self._state, "ring": self.ring})
-        return whole | {"transform": jax.tree.map(np.asarray, self.transform)}
+        """What a checkpoint holds: states, the normaliser, and rings once the online phase has begun."""
+        members = {"state": self._state} | ({"ring": self.ring} if self.online_done else {})
+        return self.population.to_host(members) | {"transform": jax.tree.map(np.asarray, self.transform)}
 
     def _save(self) -> None:
         metadata = {
@@ -609,12 +469,20 @@ class Run:
             "updates_done": self.updates_done,
             "online_done": self.online_done,
             "diverged": self.diverged,
+            "seconds": time.time() - self.started,
         }
         checkpoints.save(self.checkpoint_path, self._tree(), metadata)
 
     def _restore(self) -> None:
         metadata = checkpoints.metadata(self.checkpoint_path)
-        theirs, ours = metadata.get("identity", {}), self._identity()
+        try:
+            theirs = dict(metadata["identity"])
+            self.updates_done, self.online_done = int(metadata["updates_done"]), int(metadata["online_done"])
+            self.diverged = {int(index): what for index, what in metadata["diverged"].items()}
+            self.started -= float(metadata["seconds"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UsageError(f"checkpoint {self.checkpoint_path} is damaged or was edited (its metadata)") from None
+        ours = self._identity()
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
                 flag = name.replace("_", "-")
@@ -624,12 +492,8 @@ class Run:
                 )
         tree = checkpoints.load(self.checkpoint_path, self._tree())
         self._state = self.population.shard(tree["state"])
-        self.ring = None if tree["ring"] is None else self.population.shard(tree["ring"])
-        try:
-            self.updates_done, self.online_done = int(metadata["updates_done"]), int(metadata["online_done"])
-            self.diverged = {int(index): what for index, what in metadata["diverged"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UsageError(f"checkpoint {self.checkpoint_path} is damaged or was edited (its metadata)") from None
+        if "ring" in tree:
+            self.ring = self.population.shard(tree["ring"])
         for index in self.diverged:
             self.population.active[index] = False
 
@@ -641,30 +505,9 @@ class Run:
             entry = {"member": m.index, "seed": m.seed, "swept": m.swept, "diverged": self.diverged.get(m.index)}
             names = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
             members.append(entry | {name: row.get(name) for name in names})
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for entry in members:
-            groups.setdefault(json.dumps(entry["swept"]), []).append(entry)
-        by_combination = [
-            {
-                "swept": json.loads(key),
-                "score": reporting.aggregate([entry["score_mean"] for entry in entries]),
-                "return": reporting.aggregate([entry["return_mean"] for entry in entries]),
-            }
-            for key, entries in groups.items()
-        ]
-        summary = {
-            "score": reporting.aggregate([entry["score_mean"] for entry in members]),
-            "return": reporting.aggregate([entry["return_mean"] for entry in members]),
-        }
-        result = {
-            "members": members,
-            "combinations": by_combination,
-            "aggregate": summary,
-            "updates": self.updates_done,
-            "online_steps": self.online_done,
-            "wall_clock_seconds": time.time() - self.started,
-            "updates_per_second": rate,
-        }
+        result = {"members": members} | reporting.summarise(members)
+        result |= {"updates": self.updates_done, "online_steps": self.online_done}
+        result |= {"wall_clock_seconds": time.time() - self.started, "updates_per_second": rate}
         write_json(self.directory / "final.json", result)
         if self._progress is not None:
             self._progress.stop()
@@ -683,35 +526,7 @@ class Run:
         reporting.print_table(f"{self.name} on {self.args.dataset}", columns, rows)
         speed = f", {rate:.0f} updates/s" if rate else ""
         print(f"{time.time() - self.started:.0f} s{speed}; results in {self.directory}", flush=True)
-        score = {"final_score_iqm": summary["score"]["iqm"], "final_return_iqm": summary["return"]["iqm"]}
+        aggregate = result["aggregate"]
+        score = {"final_score_iqm": aggregate["score"]["iqm"], "final_return_iqm": aggregate["return"]["iqm"]}
         per_member = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in members]
         self.tracker.finish(per_member, score, 0 if final else 3)
-
-
-def provenance() -> dict[str, Any]:
-    """What made a result: package versions, git commit (and whether tracked code differs from it), processor."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
-    return {
-        "versions": {"python": sys.version.split()[0]} | versions,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import write_atomically
+from common.errors import UsageError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -61,6 +62,8 @@ class Table:
         new = self.columns is None
         if self.columns is None:
             self.columns = list(rows[0])
+        if unknown := sorted(set(rows[0]) - set(self.columns)):
+            raise UsageError(f"{self.path} was begun without the column {unknown[0]}; use another --run-dir")
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         if new:
             writer.writeheader()

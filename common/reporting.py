@@ -39,6 +39,24 @@ def aggregate(values: Sequence[float]) -> dict[str, Any]:
     return {"iqm": interquartile_mean(finite), "ci_low": low, "ci_high": high, "count": len(finite)}
 
 
+def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`aggregate` of all members' final scores and returns, and `combinations`: the same for each swept setting.
+
+    A member is its entry in final.json: `swept`, `score_mean`, `return_mean`; the means are None where it diverged.
+    """
+
+    def of(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {name: aggregate([entry[f"{name}_mean"] for entry in entries]) for name in ("score", "return")}
+
+    settings: list[dict[str, float]] = []
+    for member in members:
+        if member["swept"] not in settings:
+            settings.append(member["swept"])
+    groups = [[member for member in members if member["swept"] == swept] for swept in settings]
+    combinations = [{"swept": swept} | of(group) for swept, group in zip(settings, groups, strict=True)]
+    return {"combinations": combinations, "aggregate": of(members)}
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout."""
     table = Table(title=title, title_justify="left")

@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 def iql(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`iql(*flags)`: the command line of IQL, in this process."""
     from algorithms import iql as script
-    from common.experiment import launch
+    from common.flags import launch
 
     def call(*flags: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["iql.py", *map(str, flags)])

@@ -21,7 +21,7 @@ from conftest import ROOT, hopper_like
 from algorithms.iql import PRESETS, Args
 from common import checkpoints, experiment
 from common.errors import UsageError
-from common.experiment import choose_preset, parse
+from common.flags import choose_preset, parse
 
 IQL = ROOT / "algorithms" / "iql.py"
 CONTRACT = [
@@ -285,7 +285,7 @@ def append(table, rows):
 
 checkpoints.save, logging.Table.append = save, append
 from algorithms import iql
-from common.experiment import launch
+from common.flags import launch
 launch(iql.main, iql.Args, iql.PRESETS)
 '''
 
@@ -536,6 +536,19 @@ def test_online_from_scratch_and_resumed(tmp_path: Path, small_run: list[str], i
     assert [row["step"] for row in rows_of(run / "evaluations.csv")] == ["20"]
 
 
+def test_online_from_an_offline_checkpoint_equals_training_through(
+    tmp_path: Path, small_run: list[str], iql: Any
+) -> None:
+    flags = [*small_run, "--num-updates", "20", "--actor-decay-updates", "0", "--num-seeds", "2"]
+    assert iql(*flags, "--online-steps", "15", "--run-dir", tmp_path / "through").status == 0
+    assert iql(*flags, "--run-dir", tmp_path / "later").status == 0
+    assert iql(*flags, "--online-steps", "15", "--run-dir", tmp_path / "later", "--resume", "True").status == 0
+    assert_same_arrays(tmp_path / "through", tmp_path / "later")
+    # Once online transitions are in the ring, the phases' lengths are fixed.
+    outcome = iql(*flags, "--online-steps", "25", "--run-dir", tmp_path / "later", "--resume", "True")
+    assert_refused(outcome, "--online-steps", "15")
+
+
 # Bad input
 
 
@@ -669,6 +682,16 @@ def test_another_configurations_checkpoint(
     given = [part for i, part in enumerate(small_run) if small_run[i - i % 2] not in flags]
     assert_refused(iql(*given, *LONG, *flags, "--run-dir", taken, "--resume", "True"), word, str(taken))
     assert snapshot(taken) == before
+
+
+def test_another_dataset_of_the_same_name(tmp_path: Path, tiny: Path, small_run: list[str], iql: Any) -> None:
+    data, run = tmp_path / "data.npz", tmp_path / "run"
+    shutil.copy(tiny, data)
+    flags = ["--num-updates", "10", "--dataset", data, "--run-dir", run, "--resume", "True"]
+    assert iql(*small_run, *flags).status == 0
+    with np.load(tiny) as file:
+        np.savez(data, **dict(file) | {"rewards": file["rewards"] + np.float32(1)})
+    assert_refused(iql(*small_run, *flags), "--dataset", "sha256")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other shapes", "other names", "no steps"])

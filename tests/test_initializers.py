@@ -17,7 +17,9 @@ def test_orthogonal_is_that_of_flax(shape):
 
 
 def test_orthogonal_has_orthonormal_columns_times_the_gain_under_vmap():
-    kernels = jax.jit(jax.vmap(lambda key: networks.orthogonal(key, (256, 256))))(jax.random.split(jax.random.key(0), 2))
+    kernels = jax.jit(jax.vmap(lambda key: networks.orthogonal(key, (256, 256))))(
+        jax.random.split(jax.random.key(0), 2)
+    )
     assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01
     for kernel in kernels:
         np.testing.assert_allclose(kernel.T @ kernel, 2.0 * np.eye(256), atol=1e-5)

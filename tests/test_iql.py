@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from algorithms import iql
-from common import experiment
+from common import flags
 from common.buffers import Replay, Transitions
 from common.optimization import cosine_decay
 
@@ -296,9 +296,9 @@ def test_actor_rate_follows_the_cosine() -> None:
 def test_presets_name_real_settings() -> None:
     fields = {*iql.Hyperparameters._fields, *iql.Args.__dataclass_fields__}
     assert all(set(settings) <= fields for settings in iql.PRESETS.values())
-    args = experiment.parse(iql.Args, iql.PRESETS, ["--dataset", "D4RL/antmaze/umaze-v1", "--beta", "7"])
+    args = flags.parse(iql.Args, iql.PRESETS, ["--dataset", "D4RL/antmaze/umaze-v1", "--beta", "7"])
     assert (args.hp.expectile, args.hp.beta, args.reward_shift) == (0.9, 7.0, -1.0)
-    args = experiment.parse(iql.Args, iql.PRESETS, ["--dataset", "D4RL/door/human-v2"])
+    args = flags.parse(iql.Args, iql.PRESETS, ["--dataset", "D4RL/door/human-v2"])
     assert (args.hp.beta, args.dropout, args.normalize_returns) == (0.5, 0.1, False)
 
 

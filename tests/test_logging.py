@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from common import reporting
+from common.errors import UsageError
 from common.logging import Table, Tracker, write_json
 
 # Tables
@@ -32,6 +33,14 @@ def test_rows_are_on_disk_at_once_and_numbers_survive(tmp_path: Path) -> None:
     table.append([{"step": 30, "loss": 1 / 3}])
     assert content(path)[-1] == ["30", "0.3333333", ""]
     assert float(Table(path).rows[-1]["loss"]) == pytest.approx(1 / 3, rel=1e-6)
+
+
+def test_a_column_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    Table(path).append([{"step": 10}])
+    with pytest.raises(UsageError, match="without the column loss"):
+        Table(path).append([{"step": 20, "loss": 1.0}])
+    assert content(path) == [["step"], ["10"]]
 
 
 def test_rewinding_drops_what_came_after_and_writing_goes_on(tmp_path: Path) -> None:

@@ -241,6 +241,22 @@ def test_select_picks_by_member() -> None:
     np.testing.assert_array_equal(picked["y"], [1, 2, 1])
 
 
+def test_vmapped_members_as_on_a_gpu_are_those_that_take_turns(trained: list[Any]) -> None:
+    population = Population(len(MEMBERS))
+    population.in_turn = False
+
+    def program(_: Any, members: Any, shared: Any) -> Any:
+        return population.each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
+
+    states = jax.tree.map(lambda *x: jnp.stack(x), *[start(*member) for member in MEMBERS])
+    hp = jax.tree.map(lambda *x: jnp.array(x, jnp.float32), *(hp for _, hp in MEMBERS))
+    shared = population.replicate((batch_of_data(), jnp.int32(30)))
+    result = population.compile(program)((), (population.shard(states), population.shard(hp)), shared)
+    result = population.to_host(result)
+    for i in range(len(MEMBERS)):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], result), trained[i])
+
+
 # Whole runs
 
 

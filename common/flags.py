@@ -1,0 +1,157 @@
+"""The command line: the flags that every script has, presets by domain, parsing, exit status."""
+
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import tyro
+
+from common.errors import UsageError, exit_status
+
+A = TypeVar("A", bound="RunArgs")
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """The flags that every script has."""
+
+    dataset: str = "offax/hopper/medium-expert-v0"
+    """Minari id, or path of an .npz or a D4RL .hdf5 file."""
+    env: str | None = None
+    """Gymnasium id to evaluate in. Default: the dataset's own environment."""
+    preset: str = "auto"
+    """Named settings of the domain (see PRESETS in the script), under the flags given; auto: by the name of the
+    dataset; none: the defaults shown here."""
+    seed: int = 0
+    """First seed; it decides networks, minibatches and evaluation."""
+    num_seeds: int = 1
+    """Members with seeds seed, seed + 1, ..., trained in one process."""
+    grid: str = ""
+    """Hyperparameter values to combine with each other and with every seed: "beta=1,3,10 expectile=0.7,0.9"."""
+    num_updates: int = 1_000_000
+    """Offline gradient updates."""
+    online_steps: int = 0
+    """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
+    batch_size: int = 256
+    """Transitions in a minibatch."""
+    eval_every: int = 10_000
+    """Updates (online: environment steps) between evaluations; 0: only at the end."""
+    eval_episodes: int = 10
+    """Episodes for each member in an evaluation."""
+    final_eval_episodes: int = 100
+    """Episodes for each member in the last evaluation."""
+    checkpoint_every: int = 50_000
+    """Updates (online: environment steps) between checkpoints; 0: only at the end of a phase."""
+    run_dir: str | None = None
+    """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
+    resume: bool = False
+    """Continue from the last checkpoint in --run-dir, or start there if there is none."""
+    normalize_observations: bool = False
+    """Centre and scale states by the dataset's mean and standard deviation."""
+    normalize_returns: bool = False
+    """Scale rewards by 1000 / (largest - smallest episode return of the dataset)."""
+    reward_scale: float = 1.0
+    """Multiplies every reward, offline and online."""
+    reward_shift: float = 0.0
+    """Added to every reward after scaling, offline and online."""
+    track: bool = False
+    """Log to Weights & Biases too; always on under a sweep agent."""
+    wandb_project: str = "offax"
+    """Project of the Weights & Biases runs."""
+    wandb_group: str | None = None
+    """Group of the members' runs. Default: algorithm, dataset and time."""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team. Default: yours."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def validate(self) -> None:
+        """UsageError for a count that is out of range."""
+        least = {"num_seeds": 1, "batch_size": 1, "eval_episodes": 1, "final_eval_episodes": 1, "num_critics": 1}
+        least |= {"hidden_dim": 1, "num_layers": 1, "seed": 0}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < least.get(field.name, 0):
+                flag = field.name.replace("_", "-")
+                raise UsageError(f"--{flag} {value}: must be at least {least.get(field.name, 0)}")
+            if isinstance(value, float) and not np.isfinite(value):
+                raise UsageError(f"--{field.name.replace('_', '-')} {value}: must be finite")
+        for name, value in self.hp._asdict().items():
+            if not np.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be finite")
+        if self.seed + self.num_seeds > 2**31:
+            raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
+        if self.num_updates + self.online_steps == 0:
+            raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
+
+
+DOMAINS = {
+    "antmaze": "antmaze",
+    "hopper|halfcheetah|walker2d|ant|humanoid|swimmer": "locomotion",
+    "kitchen": "kitchen",
+    "pen|door|hammer|relocate": "adroit",
+}
+
+
+def choose_preset(args: RunArgs, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entry of `presets` that --preset names, or that fits the names of the dataset and environment."""
+    if args.preset == "none":
+        return {}
+    if args.preset != "auto":
+        if args.preset not in presets:
+            raise UsageError(f"--preset {args.preset}: choose from auto, none, {', '.join(presets)}")
+        return presets[args.preset]
+    words = set(re.split(r"[^a-z0-9]+", f"{args.env or ''} {args.dataset}".lower()))
+    for pattern, domain in DOMAINS.items():
+        if any(re.match(rf"({pattern})", word) for word in words):
+            return presets.get(domain, {})
+    return {}
+
+
+def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
+    """Flags into `args_type`; those not given come from the preset, then from the class.
+
+    UsageError, in one line, for a bad flag; SystemExit(0) after --help.
+    """
+    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+    def run_parser(default: A) -> A:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                return tyro.cli(args_type, args=argv, default=default, config=config)
+        except SystemExit as stop:
+            if stop.code in (0, None):
+                print(out.getvalue(), end="")
+                raise
+            words = re.sub(r"[╭╮╰╯│─]+", " ", err.getvalue() + out.getvalue())
+            message = re.sub(r"\s*For full helptext.*", "", " ".join(words.split()))
+            raise UsageError(f"{message} (see --help)") from None
+
+    def with_preset(settings: dict[str, Any]) -> A:
+        plain = args_type()
+        hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
+        others = {name: value for name, value in settings.items() if name not in hp}
+        return plain.replace(hp=plain.hp._replace(**hp), **others)
+
+    return run_parser(with_preset(choose_preset(run_parser(args_type()), presets)))
+
+
+def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dict[str, Any]]) -> None:
+    """Parse the command line, run `main`, and end with the exit status of the contract.
+
+    0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
+    """
+    with exit_status():
+        args = parse(args_type, presets)
+        args.validate()
+        main(args)
