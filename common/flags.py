@@ -133,9 +133,11 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
             if stop.code in (0, None):
                 print(out.getvalue(), end="")
                 raise
-            words = re.sub(r"[╭╮╰╯│─]+", " ", err.getvalue() + out.getvalue())
-            message = re.sub(r"\s*For full helptext.*", "", " ".join(words.split()))
-            raise UsageError(f"{message} (see --help)") from None
+            # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
+            text = (err.getvalue() + out.getvalue()).replace("│", " ")
+            parts = [" ".join(part.split()) for part in re.split(r"[╭╮╰╯─]{2,}|-{5,}", text)]
+            parts = [part for part in parts if part and not part.startswith("For full helptext")]
+            raise UsageError(f"{'; '.join(parts[1:] or parts)} (see --help)") from None
 
     def with_preset(settings: dict[str, Any]) -> A:
         plain = args_type()
