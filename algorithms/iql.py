@@ -6,11 +6,12 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) V(s'))^2                           (Eq. 6)
     L_pi = -mean min(exp(beta (q - V(s))), 100) log pi(a|s)                                          (Eq. 7)
 
-Differences from the paper, all as in the authors' code: the weight is clipped at 100; twin critics; rewards are scaled
-by the dataset's range of returns on locomotion and shifted by -1 on AntMaze; the policy is a Gaussian with tanh on its
-mean (not on its samples) and a standard deviation that does not depend on the state; its learning rate decays by a
-cosine offline and stays constant when an online phase follows. Ours: terminations alone cut the bootstrap, and the
-truncated last step of an episode is kept and bootstraps; the ensemble may have any size.
+Settings are the paper's (appendix B) unless a flag says otherwise. From the authors' code, not the paper: returns are
+scaled to a range of 1000, the policy's mean passes through tanh and its log standard deviation is clipped to [-5, 2],
+kernels start orthogonal. Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept
+and bootstraps; the ensemble may have any size; the policy's rate decays by a cosine over the offline phase and is
+constant at its full value online, so that fine-tuning may start from any offline checkpoint (the authors' code does
+not decay it at all in a run that will be fine-tuned).
 
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v0
 """
@@ -67,8 +68,12 @@ class Args(RunArgs):
     dropout: float = 0.0
     """Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen)."""
     actor_decay_updates: int | None = None
-    """Updates until the cosine takes the policy's rate to 0; 0: never. Default: --num-updates, or 0 when
-    --online-steps is given (authors' code)."""
+    """Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates."""
+
+    @property
+    def actor_horizon(self) -> int:
+        """Updates over which the policy's rate decays."""
+        return self.num_updates if self.actor_decay_updates is None else self.actor_decay_updates
 
 
 PRESETS = {  # from the configurations in the authors' code
@@ -131,7 +136,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     return State(
         actor=actor_params,
         critic=critic_params,
-        target_critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
         value=value_params,
         actor_opt=ADAM.init(actor_params),
         critic_opt=ADAM.init(critic_params),
@@ -144,6 +149,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
 # Eq. (5)
 def value_loss(v: jax.Array, q: jax.Array, expectile: jax.Array | float) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Asymmetric squared error of `v [batch]` towards `q [batch]`: weight expectile above, 1 - expectile below."""
+    assert v.shape == q.shape, (v.shape, q.shape)
     weight = jnp.abs(expectile - (q < v))
     loss = jnp.mean(weight * (q - v) ** 2)
     return loss, {"value/loss": loss, "value/v_mean": v.mean()}
@@ -152,6 +158,7 @@ def value_loss(v: jax.Array, q: jax.Array, expectile: jax.Array | float) -> tupl
 # Eq. (6)
 def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
+    assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
     loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
     return loss, {"critic/loss": loss, "critic/q_mean": q.mean(), "critic/q_std": q.std(axis=0).mean()}
 
@@ -161,6 +168,7 @@ def actor_loss(
     log_prob: jax.Array, advantages: jax.Array, hp: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Negative log-likelihood `[batch]`, weighted by the exponentiated `advantages [batch]`, which are constants."""
+    assert log_prob.shape == advantages.shape, (log_prob.shape, advantages.shape)
     weights = jnp.minimum(jnp.exp(hp.beta * advantages), hp.weight_clip)
     loss = -jnp.mean(weights * log_prob)
     return loss, {
@@ -172,7 +180,9 @@ def actor_loss(
     }
 
 
-def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) -> tuple[State, dict[str, jax.Array]]:
+def update(
+    state: State, batch: Transitions, hp: Hyperparameters, args: Args, online: bool = False
+) -> tuple[State, dict[str, jax.Array]]:
     """One update in the order of the authors' code: value, policy (with the new value), critic, target."""
     actor, critic, value = modules(args, batch.actions.shape[-1])
     key, dropout_key = jax.random.split(state.key)
@@ -183,15 +193,16 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
 
     grads, value_info = jax.grad(loss_of_value, has_aux=True)(state.value)
     value_params, value_opt = descend(ADAM, state.value, grads, state.value_opt, hp.value_learning_rate)
-    v, next_v = value.apply(value_params, jnp.stack([batch.observations, batch.next_observations])).squeeze(-1)
+    both = jnp.stack([batch.observations, batch.next_observations])  # one larger product instead of two
+    v, next_v = value.apply(value_params, both).squeeze(-1)
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         mean, log_std = actor.apply(params, batch.observations, training=True, rngs={"dropout": dropout_key})
         return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), q - v, hp)
 
     grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
-    actor_rate = hp.actor_learning_rate * cosine_decay(state.step, args.actor_decay_updates or 0)
-    actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, actor_rate)
+    decay = 1.0 if online else cosine_decay(state.step, args.actor_horizon)
+    actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, decay * hp.actor_learning_rate)
 
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_v
 
@@ -216,7 +227,15 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     return new_state, value_info | critic_info | actor_info
 
 
-def act(state: State, observations: jax.Array, key: jax.Array, args: Args, action_dim: int, sample: bool) -> jax.Array:
+def act(
+    state: State,
+    hp: Hyperparameters,
+    observations: jax.Array,
+    key: jax.Array,
+    args: Args,
+    action_dim: int,
+    sample: bool,
+) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
     mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
     noise = jnp.exp(log_std) * jax.random.normal(key, mean.shape) if sample else 0.0
@@ -231,15 +250,14 @@ def train(
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
         batch = buffers.sample(sample_key, data, args.batch_size)
-        return update(state._replace(key=key), batch, hp, args)
+        return update(state._replace(key=key), batch, hp, args, online=data.ring is not None)
 
     return populations.repeat(step, state, num_updates)
 
 
 def main(args: Args) -> None:
     """Load, initialise, train in chunks, evaluate, checkpoint, fine-tune online, report."""
-    if args.actor_decay_updates is None:
-        args = args.replace(actor_decay_updates=0 if args.online_steps else args.num_updates)
+    args = args.replace(actor_decay_updates=args.actor_horizon)  # a resumed run is held to it
     functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
     with Run("iql", args, *functions) as run:
         state = run.begin()

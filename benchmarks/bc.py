@@ -113,7 +113,15 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     return state._replace(actor=actor_params, actor_opt=actor_opt, step=state.step + 1), actor_info
 
 
-def act(state: State, observations: jax.Array, key: jax.Array, args: Args, action_dim: int, sample: bool) -> jax.Array:
+def act(
+    state: State,
+    hp: Hyperparameters,
+    observations: jax.Array,
+    key: jax.Array,
+    args: Args,
+    action_dim: int,
+    sample: bool,
+) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]; the policy is deterministic, so `key` and `sample` change nothing."""
     return modules(args, action_dim).apply(state.actor, observations)
 

@@ -45,6 +45,14 @@ def insert(ring: Ring, transitions: Transitions) -> Ring:
     return Ring(data, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))
 
 
+def end_episodes(rings: Ring) -> Ring:
+    """Rings `[members, capacity, ...]` whose newest row is the last of its episode: what follows starts another one."""
+    members, newest = jnp.arange(len(rings.size)), (rings.position - 1) % rings.data.rewards.shape[1]
+    cut = jnp.where(rings.size > 0, 1.0 - rings.data.terminations[members, newest], 0.0)
+    truncations = jnp.asarray(rings.data.truncations).at[members, newest].set(cut)
+    return rings._replace(data=rings.data._replace(truncations=truncations))
+
+
 class Replay(NamedTuple):
     """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union.
 

@@ -14,7 +14,11 @@ from common.offax_sets import without_deprecations
 from common.transforms import Transform
 
 Policy = Callable[[np.ndarray, int], np.ndarray]
-"""Actions in [-1, 1], `[members, episodes, action_dim]`, of observations `[members, episodes, obs_dim]` at a step."""
+"""Actions in [-1, 1], `[members, width, action_dim]`, of observations `[members, width, obs_dim]`, and a number that is
+another at every time step of every wave."""
+
+
+MAX_ENVIRONMENTS = 64
 
 
 class Returns(NamedTuple):
@@ -57,10 +61,10 @@ def make_environment(spec: Any) -> gym.Env:
 
 
 class Evaluator:
-    """Runs every member's episodes side by side: one call of the policy for each time step.
+    """Runs the members' episodes side by side: one call of the policy for each time step.
 
-    Each sub-environment runs one episode and then waits, so long episodes are not under-counted, and none is stepped
-    past its end. Environments are made once and kept.
+    Each environment runs one episode and then waits, so long episodes are not under-counted, and none is stepped past
+    its end. At most about `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes.
     """
 
     def __init__(self, spec: Any, num_members: int, transform: Transform) -> None:
@@ -76,27 +80,38 @@ class Evaluator:
 
         `check_interrupt` is called before each time step and may raise.
         """
-        count = self.num_members * episodes
-        while len(self.environments) < count:
+        waves = -(-episodes // max(1, MAX_ENVIRONMENTS // self.num_members))
+        width = -(-episodes // waves)
+        returns = np.zeros((self.num_members, waves * width))
+        lengths = np.zeros((self.num_members, waves * width), int)
+        for wave in range(waves):
+            columns = np.arange(wave * width, (wave + 1) * width)
+            running = [(m, j) for m in range(self.num_members) for j in range(width) if columns[j] < episodes]
+            observations = self._reset(running, width, [[seed + int(i) for i in columns] for seed in seeds])
+            step = 0
+            while running:
+                check_interrupt()
+                actions = np.asarray(policy(self.transform.observations(observations), wave * 1_000_000 + step))
+                still_running = []
+                for m, j in running:
+                    env = self.environments[m * width + j]
+                    observations[m, j], reward, terminated, truncated, _ = env.step(actions[m, j])
+                    returns[m, columns[j]] += float(reward)
+                    lengths[m, columns[j]] += 1
+                    if not (terminated or truncated):
+                        still_running.append((m, j))
+                running, step = still_running, step + 1
+        return Returns(returns[:, :episodes], lengths[:, :episodes])
+
+    def _reset(self, places: list[tuple[int, int]], width: int, seeds: list[list[int]]) -> np.ndarray:
+        """First observations `[members, width, obs_dim]`; zeros where no episode is to be run."""
+        while len(self.environments) < self.num_members * width:
             self.environments.append(make_environment(self.spec))
-        environments = self.environments[:count]
-        starts = [env.reset(seed=seeds[i // episodes] + i % episodes)[0] for i, env in enumerate(environments)]
-        observations = np.stack(starts).astype(np.float32)
-        returns, lengths = np.zeros(count), np.zeros(count, int)
-        running, step = list(range(count)), 0
-        while running:
-            check_interrupt()
-            shaped = self.transform.observations(observations).reshape(self.num_members, episodes, -1)
-            actions = np.asarray(policy(shaped, step)).reshape(count, -1)
-            still_running = []
-            for i in running:
-                observations[i], reward, terminated, truncated, _ = environments[i].step(actions[i])
-                returns[i] += float(reward)
-                lengths[i] += 1
-                if not (terminated or truncated):
-                    still_running.append(i)
-            running, step = still_running, step + 1
-        return Returns(returns.reshape(-1, episodes), lengths.reshape(-1, episodes))
+        obs_dim = self.environments[0].observation_space.shape[0]
+        observations = np.zeros((self.num_members, width, obs_dim), np.float32)
+        for m, j in places:
+            observations[m, j] = self.environments[m * width + j].reset(seed=seeds[m][j])[0]
+        return observations
 
     def close(self) -> None:
         """Close all environments."""

@@ -5,6 +5,7 @@ An algorithm file hands its `init`, `train` and `act` to `Run` and keeps the loo
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -21,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common import buffers, checkpoints, populations, reporting, transforms
+from common import buffers, checkpoints, datasets, populations, reporting, transforms
 from common.buffers import Replay, Transitions
 from common.errors import UsageError
-from common.flags import RunArgs
+from common.flags import RunArgs, preset_name
 from common.logging import Table, Tracker, write_json
 from common.provenance import provenance
 
@@ -48,6 +49,18 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def _unused(path: Path) -> Path:
+    """`path`, or with -1, -2, ... after it: created, so that no other run started in this second takes it."""
+    for suffix in itertools.count():
+        candidate = path.with_name(f"{path.name}-{suffix}") if suffix else path
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
 class Interrupted(Exception):
     """A signal arrived; raised where the state is whole."""
 
@@ -56,7 +69,7 @@ class Run:
     """One run: data, population, environments, run directory. Use it as a context manager around the loop.
 
     `init(key, hp, obs_dim=, action_dim=) -> state`, `train(state, hp, data, num_updates) -> (state, Metrics)` and
-    `act(state, observations, key, action_dim=, sample=) -> actions` are functions of one member.
+    `act(state, hp, observations, key, action_dim=, sample=) -> actions` are functions of one member.
     """
 
     def __init__(self, name: str, args: RunArgs, init: Callable, train: Callable, act: Callable) -> None:
@@ -67,13 +80,11 @@ class Run:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.directory = Path(args.run_dir or Path("runs", name, slug, stamp))
         self.label = f"{name} {slug} {stamp}"
-        self.checkpoint_path = self.directory / "checkpoint" / "state.npz"
         self._check_directory()
         use_compilation_cache()
         populations.use_cpu_cores(len(self.members))
 
-        from common import datasets  # imports after the flags are known to be good: --help stays quick
-        from common.evaluation import Evaluator, make_environment
+        from common.evaluation import Evaluator, make_environment  # slow to import, and --help must be quick
 
         self.dataset = datasets.load(args.dataset, args.env)
         spec = args.env or self.dataset.env_spec
@@ -94,7 +105,8 @@ class Run:
             raw, args.normalize_observations, args.normalize_returns, args.reward_scale, args.reward_shift
         )
         self.dataset_returns = datasets.episode_returns(raw)
-        arrays = (raw.observations[:1000], raw.actions, raw.rewards)  # enough to tell two datasets of one name apart
+        # Enough to tell two datasets of one name apart.
+        arrays = (raw.observations[:1000], raw.actions, raw.rewards, raw.terminations, raw.truncations)
         self._fingerprint = hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()[:16]
         self._score = partial(datasets.normalized_score, self.dataset.domain)
 
@@ -108,13 +120,11 @@ class Run:
         self._init = partial(init, obs_dim=self.obs_dim, action_dim=self.action_dim)
         self._compile(train, partial(act, action_dim=self.action_dim))
 
-        self.metrics = Table(self.directory / "metrics.csv")
-        self.evaluations = Table(self.directory / "evaluations.csv")
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_group or self.label, args.wandb_entity)
         self.updates_done = self.online_done = 0
         self.diverged: dict[int, dict[str, Any]] = {}
         self.ring: buffers.Ring | None = None
-        self.train_seconds, self.timed_updates, self._compiled = 0.0, 0, False
+        self._timing: dict[str, np.ndarray] = {}
         self._signal: int | None = None
         self._state: Any = None
         self._actions: Any = None
@@ -123,13 +133,12 @@ class Run:
 
     def _compile(self, train: Callable, act: Callable) -> None:
         """The functions of one member, mapped over the population."""
-        population = self.population
 
-        def train_all(_: Any, members: Any, shared: Any) -> Any:
+        def train_all(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
             offline, num_updates = shared
-            return population.each(lambda member: train(*member, Replay(offline), num_updates), members)
+            return each(lambda member: train(*member, Replay(offline), num_updates), members)
 
-        def collect_and_train_all(consumed: Any, members: Any, shared: Any) -> Any:
+        def collect_and_train_all(consumed: Any, members: Any, shared: Any, each: populations.Each) -> Any:
             state, ring = consumed
             hp, transitions, observations, keys = members
             offline, step = shared
@@ -138,23 +147,29 @@ class Run:
             def one(member: Any) -> Any:
                 state, hp, observation, key, place = member
                 state, metrics = train(state, hp, Replay(offline, ring, place), 1)
-                return state, act(state, observation[None], jax.random.fold_in(key, step), sample=True)[0], metrics
+                key = jax.random.fold_in(key, step)
+                return state, act(state, hp, observation[None], key, sample=True)[0], metrics
 
             places = jnp.arange(len(ring.size))
-            state, actions, metrics = population.each(one, (state, hp, observations, keys, places))
+            state, actions, metrics = each(one, (state, hp, observations, keys, places))
             return (state, ring), actions, metrics
 
-        def first_actions(_: Any, members: Any, step: jax.Array) -> Any:
+        def first_actions(_: Any, members: Any, step: jax.Array, each: populations.Each) -> Any:
             def one(member: Any) -> jax.Array:
-                state, observation, key = member
-                return act(state, observation[None], jax.random.fold_in(key, step), sample=True)[0]
+                state, hp, observation, key = member
+                return act(state, hp, observation[None], jax.random.fold_in(key, step), sample=True)[0]
 
-            return population.each(one, members)
+            return each(one, members)
 
-        self._train = population.compile(train_all)
-        self._collect_and_train = population.compile(collect_and_train_all)
-        self._first_actions = population.compile(first_actions)
-        self._act = jax.jit(jax.vmap(partial(act, sample=False)))
+        def evaluation_actions(state: Any, hp: Any, observations: jax.Array, key: jax.Array) -> jax.Array:
+            keys = jax.random.split(key, len(observations))
+            return jax.vmap(partial(act, sample=False))(state, hp, observations, keys)
+
+        self._train = self.population.compile(train_all)
+        self._collect_and_train = self.population.compile(collect_and_train_all)
+        self._first_actions = self.population.compile(first_actions)
+        self._finite = self.population.compile(lambda _, state, __, each: each(populations.all_finite, state))
+        self._act = jax.jit(evaluation_actions)
 
     # ---- the loop, as an algorithm's main sees it ----
 
@@ -164,24 +179,29 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Checkpoint after a signal; close environments and trackers."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        """Checkpoint after a signal, first of all; then close environments and trackers."""
+        stopped = kind is Interrupted and self._signal is not None
+        if stopped:
+            self._save()
         if self._progress is not None:
             self._progress.stop()
         self.evaluator.close()
         if self._collector is not None:
             self._collector.close()
         if kind is not None:
-            code = 128 + self._signal if kind is Interrupted and self._signal else 1
-            self.tracker.finish([{} for _ in self.members], {}, code)
-        if kind is Interrupted and self._signal:
-            self._save()
-            print(f"stopped; continue with --run-dir {self.directory} --resume True", file=sys.stderr)
+            self.tracker.finish([{} for _ in self.members], {}, 128 + self._signal if stopped else 1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if stopped:
+            print(f"stopped; continue with the same flags, --run-dir {self.directory} --resume True", file=sys.stderr)
             sys.exit(128 + self._signal)
 
     def begin(self) -> Any:
         """The members' first states, or those of the checkpoint; opens the run directory."""
+        if not self.args.run_dir:
+            self.directory = _unused(self.directory)
+        self.metrics = Table(self.directory / "metrics.csv")
+        self.evaluations = Table(self.directory / "evaluations.csv")
         # One by one, so that a member's start is the same to the last bit whatever the population.
         initialise = jax.jit(self._init)
         states = [initialise(jax.random.key(member.seed), member.hp) for member in self.members]
@@ -225,7 +245,8 @@ class Run:
             return
         from common.collection import Collector
 
-        seeds = [member.seed + 10_000 + self.online_done for member in self.members]
+        states = [np.random.SeedSequence([member.seed, self.online_done]) for member in self.members]
+        seeds = [int(state.generate_state(1)[0]) for state in states]
         self._collector = Collector(self.spec, len(self.members), self.transform, seeds)
         yield from self._chunks("online", lambda: self.online_done, self.args.online_steps)
 
@@ -234,20 +255,22 @@ class Run:
         start = time.time()
         count = jnp.asarray(num_updates, jnp.int32)
         result = jax.block_until_ready(self._train((), (state, self.hp), (self.offline_data, count)))
-        self._time(num_updates, time.time() - start)
+        self._time("offline", num_updates, time.time() - start)
         self.updates_done += num_updates
         return result
 
     def collect_and_train(self, state: Any, num_steps: int) -> tuple[Any, populations.Metrics]:
         """`num_steps` environment steps of every member, each followed by one update on old and new data."""
         start, collected = time.time(), []
-        keys = self.population.shard(jnp.stack([jax.random.key(member.seed + 1) for member in self.members]))
+        # A fold that no `split` of the member's own key gives.
+        keys = jnp.stack([jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.members])
+        keys = self.population.shard(keys)
         offline = self.offline_data if self.args.num_updates else None
         collector = self._collector
         state = jax.tree.map(jnp.copy, state)  # the steps below reuse its memory; the original is kept for freezing
         if self._actions is None:
             observations = self.population.shard(collector.observations)
-            self._actions = self._first_actions((), (state, observations, keys), jnp.asarray(self.online_done))
+            self._actions = self._first_actions((), (state, self.hp, observations, keys), jnp.asarray(self.online_done))
         for _ in range(num_steps):
             actions = self.population.to_host(self._actions)
             # A member that diverged in this chunk stands still until the chunk's end, where it is frozen and named.
@@ -266,12 +289,14 @@ class Run:
             name: np.where((x >= 0).any(axis=0), (x >= 0).argmax(axis=0), -1)
             for name, x in stacked.first_nonfinite.items()
         }
-        self._time(num_steps, time.time() - start)
+        collector.episodes.clear()
+        self._time("online", num_steps, time.time() - start)
         return state, populations.Metrics({name: x.mean(axis=0) for name, x in stacked.means.items()}, first)
 
     def record(self, state: Any, metrics: populations.Metrics) -> Any:
         """Write the chunk's metrics; freeze members that diverged in it. The state to go on with."""
         means, first = self.population.to_host(tuple(metrics))
+        finite = self.population.to_host(self._finite((), state, ()))
         step = self.updates_done + self.online_done
         alive = [member for member in self.members if member.index not in self.diverged]
         rows = [{name: float(values[member.index]) for name, values in means.items()} for member in alive]
@@ -283,9 +308,9 @@ class Run:
         keep = np.ones(self.population.padded, bool)
         for member in alive:
             at = {name: int(values[member.index]) for name, values in first.items() if values[member.index] >= 0}
-            if at:
-                name = min(at, key=at.__getitem__)
-                self._freeze(member, self._chunk_start + at[name] + 1, name)
+            if at or not finite[member.index]:
+                name = min(at, key=at.__getitem__) if at else "a parameter"
+                self._freeze(member, self._chunk_start + at[name] + 1 if at else step, name)
         for index in self.diverged:
             keep[index] = False
         self.population.active[: len(self.members)] = keep[: len(self.members)]
@@ -308,6 +333,11 @@ class Run:
 
     # ---- what it is made of ----
 
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where this run's checkpoint is."""
+        return self.directory / "checkpoint" / "state.npz"
+
     def _chunks(self, phase: str, done: Callable[[], int], total: int) -> Iterator[int]:
         assert self._progress is not None
         task = self._progress.add_task(f"{self.name} {phase}", total=total, completed=done(), note="")
@@ -316,7 +346,8 @@ class Run:
         first = done()
         while True:
             step = done()
-            if self.args.checkpoint_every and step % self.args.checkpoint_every == 0 and step > first:
+            due = step >= total or (self.args.checkpoint_every and step % self.args.checkpoint_every == 0)
+            if due and step > first:
                 self._save()
             self._check_signal()
             if step >= total:
@@ -327,8 +358,6 @@ class Run:
             chunk = min([total - step, *(n - step % n for n in every if n)])
             yield chunk
             self._progress.update(task, completed=done())
-        if done() > first:
-            self._save()
 
     def _evaluate(self, phase: str, step: int, episodes: int) -> dict[int, dict[str, Any]]:
         """Evaluate every living member, unless the table has the step already; rows by member."""
@@ -339,11 +368,12 @@ class Run:
             self.evaluations.rewind(lambda row: row not in at_step)
         seeds = [1_000_000 + 1000 * member.seed for member in self.members]
         state = jax.device_put(self.population.to_host(self._state), jax.devices()[0])
-        keys = jax.random.split(jax.random.key(0), len(self.members))
+        hp = self.population.to_host(self.hp)
+        key = jax.random.fold_in(jax.random.key(0), self.updates_done + self.online_done)
 
-        def policy(observations: np.ndarray, _: int) -> np.ndarray:
+        def policy(observations: np.ndarray, count: int) -> np.ndarray:
             # A frozen member's state is finite, so its actions are; its episodes are not reported.
-            return np.asarray(self._act(state, observations, keys))
+            return np.asarray(self._act(state, hp, observations, jax.random.fold_in(key, count)))
 
         result = self.evaluator.run(policy, episodes, seeds, self._check_signal)
         rows = {}
@@ -386,20 +416,21 @@ class Run:
         self.diverged[member.index] = {"step": step, "metric": metric}
         print(f"{member} diverged: {metric} is not finite at update {step}; it is frozen", file=sys.stderr)
 
-    def _time(self, updates: int, seconds: float) -> None:
-        """Count towards the rate, but for the first chunk of the process, which compiles."""
-        if self._compiled:
-            self.train_seconds += seconds
-            self.timed_updates += updates
-        self._compiled = True
-        rate = self._rate()
+    def _time(self, phase: str, steps: int, seconds: float) -> None:
+        """Count towards the phase's rate, but for its first chunk in this process, which compiles."""
+        if phase in self._timing:
+            self._timing[phase] += np.array([seconds, steps * (len(self.members) - len(self.diverged))])
+        else:
+            self._timing[phase] = np.zeros(2)
+        rate = self._rate(phase)
         if rate and self._progress is not None:
-            self._progress.update(self._task, description=f"{self.name} {rate:.0f} updates/s")
+            unit = "updates/s" if phase == "offline" else "steps/s"
+            self._progress.update(self._task, description=f"{self.name} {rate:.0f} {unit}")
 
-    def _rate(self) -> float | None:
-        """Updates per second, summed over the living members."""
-        living = len(self.members) - len(self.diverged)
-        return living * self.timed_updates / self.train_seconds if self.train_seconds else None
+    def _rate(self, phase: str) -> float | None:
+        """Updates (online: environment steps, each with an update) per second, summed over the living members."""
+        seconds, steps = self._timing.get(phase, (0.0, 0.0))
+        return float(steps / seconds) if seconds else None
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is not None:  # the second one does not wait
@@ -411,7 +442,10 @@ class Run:
             raise Interrupted
 
     def _check_directory(self) -> None:
-        if self.checkpoint_path.exists() and not self.args.resume:
+        if self.args.resume and not self.args.run_dir:
+            raise UsageError("--resume True needs --run-dir, the directory of the run to continue")
+        left = any((self.directory / name).exists() for name in ("config.json", "metrics.csv", "evaluations.csv"))
+        if self.args.run_dir and left and not self.args.resume:
             raise UsageError(f"{self.directory} holds a run; pass --resume True to continue it, or another --run-dir")
         parent = self.directory
         while not parent.exists():
@@ -421,7 +455,8 @@ class Run:
 
     def _flags(self) -> dict[str, Any]:
         flags = {field.name: getattr(self.args, field.name) for field in dataclasses.fields(self.args)}
-        return flags | dict(flags.pop("hp")._asdict())
+        del flags["hp"]
+        return flags | dict(self.args.hp._asdict())
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with: the algorithm and every flag that decides the training's course."""
@@ -436,6 +471,7 @@ class Run:
         return {
             "algorithm": self.name,
             "flags": self._flags(),
+            "preset": preset_name(self.args),
             "members": [
                 {"member": m.index, "seed": m.seed, "hyperparameters": dict(m.hp._asdict()), "swept": m.swept}
                 for m in self.members
@@ -493,12 +529,11 @@ class Run:
         tree = checkpoints.load(self.checkpoint_path, self._tree())
         self._state = self.population.shard(tree["state"])
         if "ring" in tree:
-            self.ring = self.population.shard(tree["ring"])
+            self.ring = self.population.shard(buffers.end_episodes(tree["ring"]))
         for index in self.diverged:
             self.population.active[index] = False
 
     def _report(self, final: dict[int, dict[str, Any]]) -> None:
-        rate = self._rate()
         members = []
         for m in self.members:
             row = final.get(m.index, {})
@@ -507,7 +542,8 @@ class Run:
             members.append(entry | {name: row.get(name) for name in names})
         result = {"members": members} | reporting.summarise(members)
         result |= {"updates": self.updates_done, "online_steps": self.online_done}
-        result |= {"wall_clock_seconds": time.time() - self.started, "updates_per_second": rate}
+        result |= {"wall_clock_seconds": time.time() - self.started, "updates_per_second": self._rate("offline")}
+        result |= {"online_steps_per_second": self._rate("online")}
         write_json(self.directory / "final.json", result)
         if self._progress is not None:
             self._progress.stop()
@@ -517,13 +553,14 @@ class Run:
             title = f"{self.name}, {self.args.dataset}"
             reporting.plot_curves(self.directory / "curves.png", self.evaluations.rows, title, level)
         rows = [
-            [str(m), row["return_mean"] or "", row["return_std"] or "", row["score_mean"] or "", row["episodes"] or ""]
+            [str(m), *(row[name] for name in ("return_mean", "return_std", "score_mean", "episodes"))]
             for m, row in zip(self.members, members, strict=True)
         ]
-        rows.append(["dataset", float(self.dataset_returns.mean()), float(self.dataset_returns.std()), "", ""])
-        rows[-1][3] = "" if scores is None else level
+        own = (float(self.dataset_returns.mean()), float(self.dataset_returns.std()))
+        rows.append(["dataset", *own, None if scores is None else level, len(self.dataset_returns)])
         columns = ["", "return", "std", "score", "episodes"]
         reporting.print_table(f"{self.name} on {self.args.dataset}", columns, rows)
+        rate = self._rate("offline")
         speed = f", {rate:.0f} updates/s" if rate else ""
         print(f"{time.time() - self.started:.0f} s{speed}; results in {self.directory}", flush=True)
         aggregate = result["aggregate"]

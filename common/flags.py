@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -34,19 +35,19 @@ class RunArgs:
     grid: str = ""
     """Hyperparameter values to combine with each other and with every seed: "beta=1,3,10 expectile=0.7,0.9"."""
     num_updates: int = 1_000_000
-    """Offline gradient updates."""
+    """Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms."""
     online_steps: int = 0
     """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
     batch_size: int = 256
-    """Transitions in a minibatch."""
+    """Transitions in a minibatch (the papers of IQL, TD3+BC and SAC)."""
     eval_every: int = 10_000
-    """Updates (online: environment steps) between evaluations; 0: only at the end."""
+    """Updates (online: environment steps) between evaluations; 0: only at the end (ours)."""
     eval_episodes: int = 10
-    """Episodes for each member in an evaluation."""
+    """Episodes for each member in an evaluation (IQL's and TD3+BC's papers)."""
     final_eval_episodes: int = 100
-    """Episodes for each member in the last evaluation."""
+    """Episodes for each member in the last evaluation (ours)."""
     checkpoint_every: int = 50_000
-    """Updates (online: environment steps) between checkpoints; 0: only at the end of a phase."""
+    """Updates (online: environment steps) between checkpoints; 0: only at the end of a phase (ours)."""
     run_dir: str | None = None
     """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
     resume: bool = False
@@ -94,27 +95,33 @@ class RunArgs:
             raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
 
 
-DOMAINS = {
-    "antmaze": "antmaze",
-    "hopper|halfcheetah|walker2d|ant|humanoid|swimmer": "locomotion",
-    "kitchen": "kitchen",
-    "pen|door|hammer|relocate": "adroit",
+# Families of environments that share settings, by how the parts of a dataset's or environment's name begin.
+PRESET_PATTERNS = {
+    "antmaze": r"ant_?maze",
+    "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
+    "kitchen": r"(franka)?kitchen(?![a-z])",
+    "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
 }
 
 
-def choose_preset(args: RunArgs, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The entry of `presets` that --preset names, or that fits the names of the dataset and environment."""
-    if args.preset == "none":
-        return {}
+def preset_name(args: RunArgs) -> str:
+    """--preset, or for auto what the environment's or the dataset's name (of a file, its own) stands for; or none."""
     if args.preset != "auto":
-        if args.preset not in presets:
-            raise UsageError(f"--preset {args.preset}: choose from auto, none, {', '.join(presets)}")
-        return presets[args.preset]
-    words = set(re.split(r"[^a-z0-9]+", f"{args.env or ''} {args.dataset}".lower()))
-    for pattern, domain in DOMAINS.items():
-        if any(re.match(rf"({pattern})", word) for word in words):
-            return presets.get(domain, {})
-    return {}
+        return args.preset
+    is_file = Path(args.dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
+    names = [Path(args.dataset).name] if is_file else args.dataset.split("/")
+    for name in [*(args.env or "").split("/"), *names]:
+        for preset, pattern in PRESET_PATTERNS.items():
+            if re.match(pattern, name.lower()):
+                return preset
+    return "none"
+
+
+def choose_preset(args: RunArgs, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of the preset that applies; UsageError if --preset names one that the script does not have."""
+    if args.preset not in ("auto", "none", *presets):
+        raise UsageError(f"--preset {args.preset}: choose from auto, none, {', '.join(presets)}")
+    return presets.get(preset_name(args), {})
 
 
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:

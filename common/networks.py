@@ -49,7 +49,6 @@ class MLP(nn.Module):
     num_layers: int
     output_dim: int
     kernel_init: Initializer = orthogonal
-    output_init: Initializer | None = None
     layer_norm: bool = False
     dropout_rate: float = 0.0
 
@@ -62,7 +61,7 @@ class MLP(nn.Module):
             x = nn.relu(x)
             if self.dropout_rate > 0.0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
-        return nn.Dense(self.output_dim, kernel_init=self.output_init or self.kernel_init)(x)
+        return nn.Dense(self.output_dim, kernel_init=self.kernel_init)(x)
 
 
 class QEnsemble(nn.Module):

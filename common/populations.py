@@ -8,6 +8,7 @@ are vmapped on a GPU, where one member alone is bound by kernel launches.
 import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from common.errors import UsageError
 
 Step = Callable[[Any], tuple[Any, dict[str, jax.Array]]]
+Each = Callable[[Callable[[Any], Any], Any], Any]
 AXIS = "members"
 
 
@@ -68,7 +70,8 @@ def make_members(hp: Any, grid: str, seed: int, num_seeds: int) -> list[Member]:
 def use_cpu_cores(num_members: int) -> None:
     """Make each CPU core a device, as far as there are members; without effect once JAX has started or on a GPU."""
     try:
-        jax.config.update("jax_num_cpu_devices", max(1, min(num_members, os.cpu_count() or 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", max(1, min(num_members, cores)))
     except RuntimeError:  # the backend is up: its devices are what they are
         return
 
@@ -109,17 +112,20 @@ class Population:
 
         return jax.tree.map(fetch, tree)
 
-    def compile(self, program: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-        """Compile `program(consumed, members, shared)` to run on every device with the device's own members.
+    def compile(self, program: Callable[[Any, Any, Any, Each], Any]) -> Callable[[Any, Any, Any], Any]:
+        """Compile `program(consumed, members, shared, each)` to run on every device with the device's own members.
 
         `consumed` and `members` are trees of `[padded, ...]` arrays; the former's memory is reused for the results
         (so that a ring is written in place) and is gone after the call. `shared` is replicated. The program calls
-        `each` to reach single members; its results are trees of `[padded, ...]` arrays.
+        `each(function, tree)` to apply a function to every single member of a tree; its results are trees of
+        `[padded, ...]` arrays. The compiled function takes the first three arguments.
+
+        Results of inactive members have no meaning; where members take turns they cost nothing. Whatever large array
+        the function reads should come to it by closure, not in the tree, of which every member's part is copied.
         """
 
         def on_device(consumed: Any, members: Any, shared: Any, active: jax.Array) -> Any:
-            self._active_here = active
-            return program(consumed, members, shared)
+            return program(consumed, members, shared, partial(self._each, active))
 
         mapped = jax.shard_map(
             on_device,
@@ -133,12 +139,7 @@ class Population:
         compiled = jax.jit(mapped, compiler_options=options, donate_argnums=0)
         return lambda consumed, members, shared: compiled(consumed, members, shared, jnp.asarray(self.active))
 
-    def each(self, function: Callable[[Any], Any], members: Any) -> Any:
-        """Within a compiled program, `function(member)` for each of the device's members.
-
-        Results of inactive members have no meaning; where members take turns they cost nothing. Whatever large array
-        the function reads should come to it by closure, not in `members`, of which every member's part is copied.
-        """
+    def _each(self, active: jax.Array, function: Callable[[Any], Any], members: Any) -> Any:
         if not self.in_turn:
             return jax.vmap(function)(members)
         if self.padded == self.mesh.size:  # a single member: its arrays stay where they are
@@ -153,15 +154,26 @@ class Population:
 
             return jax.lax.cond(is_active, function, skip, member)
 
-        return jax.lax.map(one, (members, self._active_here))
+        return jax.lax.map(one, (members, active))
 
     def select(self, keep: np.ndarray, new: Any, old: Any) -> Any:
         """Per member, `new` where `keep [padded]` and `old` elsewhere."""
+        return _select(self.shard_mask(keep), new, old)
 
-        def pick(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    def shard_mask(self, mask: np.ndarray) -> jax.Array:
+        """A `[padded]` mask, split over the devices like the members."""
+        return jax.device_put(mask, NamedSharding(self.mesh, P(AXIS)))
 
-        return jax.jit(lambda new, old: jax.tree.map(pick, new, old))(new, old)
+
+@jax.jit
+def _select(keep: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point number of the tree is finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
 class Metrics(NamedTuple):

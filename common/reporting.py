@@ -30,13 +30,12 @@ def bootstrap_interval(strata: Sequence[Sequence[float] | np.ndarray], resamples
     return float(low), float(high)
 
 
-def aggregate(values: Sequence[float]) -> dict[str, Any]:
-    """Interquartile mean, its 95 % interval and the count; None where there is no value."""
+def aggregate(values: Sequence[float | None]) -> dict[str, Any]:
+    """Interquartile mean, its 95 % interval and the count; None where there are too few values: none, or one."""
     finite = [value for value in values if value is not None and np.isfinite(value)]
-    if not finite:
-        return {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
-    low, high = bootstrap_interval([finite])
-    return {"iqm": interquartile_mean(finite), "ci_low": low, "ci_high": high, "count": len(finite)}
+    low, high = bootstrap_interval([finite]) if len(finite) > 1 else (None, None)
+    iqm = interquartile_mean(finite) if finite else None
+    return {"iqm": iqm, "ci_low": low, "ci_high": high, "count": len(finite)}
 
 
 def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -58,12 +57,13 @@ def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout."""
+    """A table on stdout; None is an empty cell."""
     table = Table(title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name == columns[0] else "right")
     for row in rows:
-        table.add_row(*(f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row))
+        cells = ["" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
+        table.add_row(*cells)
     Console().print(table)
 
 

@@ -65,7 +65,7 @@ def test_bc_recovers_a_linear_policy():
     unseen = np.random.default_rng(1).standard_normal((500, 11)).astype(np.float32)
 
     def error(state):
-        chosen = bc.act(state, jnp.asarray(unseen), jax.random.key(0), args, 3, sample=False)
+        chosen = bc.act(state, hp, jnp.asarray(unseen), jax.random.key(0), args, 3, sample=False)
         return float(np.mean((chosen - unseen @ weights) ** 2))
 
     spread = float(np.var(unseen @ weights))

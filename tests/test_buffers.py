@@ -60,6 +60,18 @@ def test_more_rows_than_capacity_are_refused() -> None:
         buffers.insert(buffers.empty_ring(2, 2, 1), rows([1, 2, 3]))
 
 
+def test_ending_episodes_marks_each_members_newest_row() -> None:
+    """Wrapped, terminated, and empty: rows 3 (odd: truncated by its making), 4 (even: terminated), none."""
+    members = [filled(2, [1, 2, 5]), filled(4, [1, 3, 4]), buffers.empty_ring(4, 2, 1), filled(4, [1, 3])]
+    members = [ring._replace(data=ring.data._replace(truncations=ring.data.truncations * 0)) for ring in members]
+    for ring, row in zip(members, (0, 2, None, 1), strict=True):
+        ended = buffers.end_episodes(jax.tree.map(lambda x: x[None], ring)).data
+        expected = np.zeros(len(ring.data.rewards))
+        if row is not None:
+            expected[row] = 1 - ring.data.terminations[row]
+        np.testing.assert_array_equal(ended.truncations[0], expected)
+
+
 # Sampling
 
 

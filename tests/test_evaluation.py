@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from common import evaluation
 from common.collection import Collector
 from common.errors import UsageError
 from common.evaluation import Evaluator, make_environment
@@ -105,6 +106,21 @@ def test_every_episode_is_counted_once_and_in_full() -> None:
     np.testing.assert_allclose(result.returns, [[full_return(s) for s in row] for row in seeds])
     assert Toy.resets == 10, "one episode for each sub-environment"
     assert len(Toy.actions) == (1 + seeds % 4).sum()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 64])
+def test_episodes_in_waves_are_the_same_episodes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MAX_ENVIRONMENTS", limit)
+    evaluator, counts = Evaluator("OffaxTest/Toy-v0", 2, PLAIN), []
+
+    def policy(observations: np.ndarray, count: int) -> np.ndarray:
+        counts.append(count)
+        return np.zeros((*observations.shape[:2], 1))
+
+    result = evaluator.run(policy, 5, [100, 203])
+    np.testing.assert_allclose(result.returns, [[full_return(s + i) for i in range(5)] for s in (100, 203)])
+    assert len(evaluator.environments) <= max(limit, 2)
+    assert len(set(counts)) == len(counts), "every call has a number of its own, for its random key"
 
 
 def test_fewer_episodes_later_and_the_same_again() -> None:

@@ -21,7 +21,7 @@ from conftest import ROOT, hopper_like
 from algorithms.iql import PRESETS, Args
 from common import checkpoints, experiment
 from common.errors import UsageError
-from common.flags import choose_preset, parse
+from common.flags import choose_preset, parse, preset_name
 
 IQL = ROOT / "algorithms" / "iql.py"
 CONTRACT = [
@@ -114,6 +114,30 @@ def test_presets_follow_the_names_and_flags_win() -> None:
     assert chosen("--dataset", "mine.npz", "--env", "Hopper-v5").normalize_returns is True
     assert chosen("--dataset", "mine.npz", "--env", "Hopper-v5", "--preset", "none").normalize_returns is False
     assert choose_preset(Args(dataset="mine.npz"), PRESETS) == {}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "env", "expected"),
+    [
+        ("/data/Ant_maze_u-maze_noisy.hdf5", None, "antmaze"),
+        ("/home/anthony/x.npz", None, "none"),
+        ("/home/penny/ant/x.npz", None, "none"),
+        ("files/hopper_medium-v2.hdf5", None, "locomotion"),
+        ("mujoco/ant/medium-v0", None, "locomotion"),
+        ("x.npz", "AdroitHandPen-v1", "adroit"),
+        ("x.npz", "FrankaKitchen-v1", "kitchen"),
+        ("x.npz", "Pendulum-v1", "none"),
+        ("x.npz", "AntMaze_UMaze-v4", "antmaze"),
+    ],
+)
+def test_presets_match_whole_names(dataset: str, env: str | None, expected: str) -> None:
+    assert preset_name(Args(dataset=dataset, env=env)) == expected
+
+
+def test_unknown_presets_are_refused() -> None:
+    def chosen(*argv: str) -> Args:
+        return parse(Args, PRESETS, list(argv))
+
     with pytest.raises(UsageError, match="choose from auto, none"):
         chosen("--preset", "nonsense")
 
@@ -401,8 +425,11 @@ def test_without_a_checkpoint_the_tables_start_anew(tmp_path: Path, small_run: l
     short = [*small_run, "--num-updates", "10"]
     assert iql(*short, "--seed", "7", "--run-dir", run).status == 0
     shutil.rmtree(run / "checkpoint")
+    before = snapshot(run)
+    assert_refused(iql(*short, "--run-dir", run), "--resume True", str(run))
+    assert snapshot(run) == before, "results without a checkpoint are not overwritten unasked"
     for directory in (run, fresh):
-        assert iql(*short, "--run-dir", directory).status == 0
+        assert iql(*short, "--run-dir", directory, "--resume", "True").status == 0
     assert_same_tables(run, fresh)
 
 
@@ -682,6 +709,28 @@ def test_another_configurations_checkpoint(
     given = [part for i, part in enumerate(small_run) if small_run[i - i % 2] not in flags]
     assert_refused(iql(*given, *LONG, *flags, "--run-dir", taken, "--resume", "True"), word, str(taken))
     assert snapshot(taken) == before
+
+
+def test_resuming_needs_the_directory(small_run: list[str], iql: Any) -> None:
+    assert_refused(iql(*small_run, "--num-updates", "5", "--resume", "True"), "--run-dir")
+
+
+def test_two_runs_of_one_second_get_two_directories(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment.time, "strftime", lambda _: "now")
+    for _ in range(2):
+        assert iql(*small_run, "--num-updates", "5", "--eval-every", "0").status == 0
+    assert [path.parent.name for path in sorted(Path("runs").rglob("final.json"))] == ["now", "now-1"]
+
+
+def test_a_parameter_that_breaks_in_the_last_update_counts_as_divergence(
+    tmp_path: Path, small_run: list[str], iql: Any
+) -> None:
+    """Losses are those before the update: an infinite step of the critic, which moves last, shows in no metric."""
+    outcome = iql(*small_run, "--num-updates", "1", "--critic-learning-rate", "1e39", "--run-dir", tmp_path / "run")
+    assert outcome.status == 3 and "diverged" in outcome.err
 
 
 def test_another_dataset_of_the_same_name(tmp_path: Path, tiny: Path, small_run: list[str], iql: Any) -> None:

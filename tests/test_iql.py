@@ -95,13 +95,13 @@ def test_policy_is_an_unsquashed_gaussian_around_a_tanh_mean() -> None:
 def test_act_returns_the_mean_or_samples_around_it() -> None:
     state = fresh()
     observations = jnp.asarray(random_batch(size=1).observations)
-    mean = iql.act(state, observations, jax.random.key(0), ARGS, ACT, sample=False)
+    mean = iql.act(state, HP, observations, jax.random.key(0), ARGS, ACT, sample=False)
     expected, _ = iql.modules(ARGS, ACT)[0].apply(state.actor, observations)
     np.testing.assert_array_equal(mean, expected)
     params = dict(state.actor["params"]) | {"log_std": jnp.full(ACT, -2.0)}
     state = state._replace(actor={"params": params})
     many = jnp.repeat(observations, 20_000, axis=0)
-    samples = np.asarray(iql.act(state, many, jax.random.key(1), ARGS, ACT, sample=True))
+    samples = np.asarray(iql.act(state, HP, many, jax.random.key(1), ARGS, ACT, sample=True))
     assert np.abs(samples).max() <= 1.0
     inside = np.abs(np.asarray(expected)) + 4 * np.exp(-2.0) < 1.0  # dimensions that the clip leaves alone
     np.testing.assert_allclose(samples.std(axis=0)[inside[0]], np.exp(-2.0), rtol=0.05)
@@ -260,7 +260,7 @@ def test_any_ensemble_size(num_critics: int) -> None:
 def test_dropout_only_while_training() -> None:
     args = ARGS.replace(dropout=0.5)
     state, batch = fresh(args), jax.tree.map(jnp.asarray, random_batch())
-    one, two = (iql.act(state, batch.observations, jax.random.key(i), args, ACT, sample=False) for i in (0, 1))
+    one, two = (iql.act(state, HP, batch.observations, jax.random.key(i), args, ACT, sample=False) for i in (0, 1))
     np.testing.assert_array_equal(one, two)
     kept = update(state, batch, HP, args)[1]["actor/log_prob"]
     dropped = update(state._replace(key=jax.random.key(5)), batch, HP, args)[1]["actor/log_prob"]
@@ -285,12 +285,35 @@ def test_train_equals_a_loop_of_updates() -> None:
     assert trees_equal(jax.random.key_data(scanned.key), jax.random.key_data(state.key))
 
 
-def test_actor_rate_follows_the_cosine() -> None:
-    args = ARGS.replace(actor_decay_updates=10)
+def test_actor_rate_follows_the_cosine_offline_and_is_whole_online() -> None:
     batch = jax.tree.map(jnp.asarray, random_batch())
-    state = fresh(args)._replace(step=jnp.asarray(10))
-    after, _ = update(state, batch, HP, args)
-    assert trees_equal(state.actor, after.actor) and not trees_equal(state.value, after.value)
+    for args in (ARGS.replace(actor_decay_updates=10), ARGS.replace(actor_decay_updates=None, num_updates=10)):
+        state = fresh(args)._replace(step=jnp.asarray(10))
+        after, _ = update(state, batch, HP, args)
+        assert trees_equal(state.actor, after.actor) and not trees_equal(state.value, after.value)
+        online, _ = iql.update(state, batch, HP, args, online=True)
+        whole, _ = update(state._replace(step=jnp.asarray(0)), batch, HP, args)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), online.actor, whole.actor)
+
+
+def test_losses_do_not_broadcast() -> None:
+    with pytest.raises(AssertionError):
+        iql.value_loss(jnp.zeros((4, 1)), jnp.zeros(4), 0.7)
+    with pytest.raises(AssertionError):
+        iql.critic_loss(jnp.zeros((2, 4)), jnp.zeros((4, 1)))
+    with pytest.raises(AssertionError):
+        iql.actor_loss(jnp.zeros((4, 1)), jnp.zeros(4), HP)
+
+
+def test_a_population_is_a_vmap_of_train() -> None:
+    """The README's example."""
+    args = ARGS.replace(actor_decay_updates=0)
+    start, train = partial(iql.init, args=args, obs_dim=OBS, action_dim=ACT), partial(iql.train, args=args)
+    hp = jax.tree.map(lambda x: jnp.full(2, x), HP)
+    states = jax.vmap(start)(jax.random.split(jax.random.key(0), 2), hp)
+    data = Replay(jax.tree.map(jnp.asarray, random_batch(size=64)))
+    states, metrics = jax.vmap(train, in_axes=(0, 0, None, None))(states, hp, data, 3)
+    assert states.step.tolist() == [3, 3] and metrics.means["critic/loss"].shape == (2,)
 
 
 def test_presets_name_real_settings() -> None:

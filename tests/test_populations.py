@@ -149,8 +149,8 @@ def population_of(size: int) -> tuple[Population, Callable[..., Any]]:
     """A population and its compiled training."""
     population = Population(size)
 
-    def program(_: Any, members: Any, shared: Any) -> Any:
-        return population.each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
+    def program(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
+        return each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
 
     return population, population.compile(program)
 
@@ -245,8 +245,8 @@ def test_vmapped_members_as_on_a_gpu_are_those_that_take_turns(trained: list[Any
     population = Population(len(MEMBERS))
     population.in_turn = False
 
-    def program(_: Any, members: Any, shared: Any) -> Any:
-        return population.each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
+    def program(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
+        return each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
 
     states = jax.tree.map(lambda *x: jnp.stack(x), *[start(*member) for member in MEMBERS])
     hp = jax.tree.map(lambda *x: jnp.array(x, jnp.float32), *(hp for _, hp in MEMBERS))
