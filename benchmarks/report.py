@@ -222,14 +222,8 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
             axes.plot(steps, means, color=color, label=cell.algorithm)
             low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
             axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        average = level(cells[0], scored)
-        if average is not None:
-            axes.axhline(average, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
-        axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
-        axes.set_ylabel("normalised score" if scored else "return")
-        axes.set_title(f"{cells[0].dataset} ({phase}): mean and range over seeds", fontsize=10)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.2)
+        title = f"{cells[0].dataset} ({phase}): mean and range over seeds"
+        reporting.finish_curves(axes, phase, scored, level(cells[0], scored), title)
     figure.savefig(path, dpi=120)
 
 

@@ -305,17 +305,13 @@ class Run:
         )
         by_member = {member.index: row for member, row in zip(alive, rows, strict=True)}
         self.tracker.log(step, [by_member.get(member.index, {}) for member in self.members])
-        keep = np.ones(self.population.padded, bool)
         for member in alive:
             at = {name: int(values[member.index]) for name, values in first.items() if values[member.index] >= 0}
             if at or not finite[member.index]:
                 name = min(at, key=at.__getitem__) if at else "a parameter"
                 self._freeze(member, self._chunk_start + at[name] + 1 if at else step, name)
-        for index in self.diverged:
-            keep[index] = False
-        self.population.active[: len(self.members)] = keep[: len(self.members)]
-        if not keep.all():
-            state = self.population.select(keep, state, self._state)
+        if self.diverged:  # members that are not active keep the state they had
+            state = self.population.select(self.population.active, state, self._state)
         self._state = state
         if len(self.diverged) == len(self.members):
             self._report({})
@@ -414,6 +410,7 @@ class Run:
 
     def _freeze(self, member: populations.Member, step: int, metric: str) -> None:
         self.diverged[member.index] = {"step": step, "metric": metric}
+        self.population.active[member.index] = False
         print(f"{member} diverged: {metric} is not finite at update {step}; it is frozen", file=sys.stderr)
 
     def _time(self, phase: str, steps: int, seconds: float) -> None:

@@ -129,7 +129,7 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
 
     UsageError, in one line, for a bad flag; SystemExit(0) after --help.
     """
-    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
 
     def run_parser(default: A) -> A:
         out, err = io.StringIO(), io.StringIO()

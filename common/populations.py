@@ -158,11 +158,7 @@ class Population:
 
     def select(self, keep: np.ndarray, new: Any, old: Any) -> Any:
         """Per member, `new` where `keep [padded]` and `old` elsewhere."""
-        return _select(self.shard_mask(keep), new, old)
-
-    def shard_mask(self, mask: np.ndarray) -> jax.Array:
-        """A `[padded]` mask, split over the devices like the members."""
-        return jax.device_put(mask, NamedSharding(self.mesh, P(AXIS)))
+        return _select(jax.device_put(keep, NamedSharding(self.mesh, P(AXIS))), new, old)
 
 
 @jax.jit

@@ -91,11 +91,16 @@ def plot_curves(path: Path, evaluations: Sequence[dict[str, str]], title: str, d
             axes.plot(*zip(*points, strict=True), color="tab:blue", alpha=0.35, linewidth=1.0)
         steps = sorted(by_step)
         axes.plot(steps, [np.mean(by_step[step]) for step in steps], color="tab:blue", linewidth=2.0, label="mean")
-        if dataset_level is not None:
-            axes.axhline(dataset_level, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
-        axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
-        axes.set_ylabel("normalised score" if scored else "return")
-        axes.set_title(f"{title} ({phase})", fontsize=10)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.2)
+        finish_curves(axes, phase, scored, dataset_level, f"{title} ({phase})")
     figure.savefig(path, dpi=120)
+
+
+def finish_curves(axes: Any, phase: str, scored: bool, dataset_level: float | None, title: str) -> None:
+    """Labels, legend, and the dataset's level as a dashed line, on the axes of a phase's learning curves."""
+    if dataset_level is not None:
+        axes.axhline(dataset_level, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
+    axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
+    axes.set_ylabel("normalised score" if scored else "return")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.2)
