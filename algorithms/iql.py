@@ -28,29 +28,29 @@ import optax
 from common import buffers, networks, populations
 from common.buffers import Replay, Transitions
 from common.experiment import Run
-from common.flags import RunArgs, launch
+from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch
 from common.optimization import cosine_decay, descend
 
 
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
-    expectile: float = 0.7
+    expectile: Share = 0.7
     """Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data
     (paper, section 5: 0.7 locomotion, 0.9 AntMaze)."""
-    beta: float = 3.0
+    beta: NonNegative = 3.0
     """Inverse temperature of the policy's weights; 0 is behaviour cloning (paper: 3 locomotion, 10 AntMaze)."""
-    discount: float = 0.99
+    discount: Share = 0.99
     """Discount factor (paper, appendix B)."""
-    polyak: float = 0.005
+    polyak: Share = 0.005
     """Share of the critic that moves into its target at every update (paper, appendix B)."""
-    actor_learning_rate: float = 3e-4
+    actor_learning_rate: NonNegative = 3e-4
     """Adam's rate for the policy, before the cosine (paper, appendix B)."""
-    critic_learning_rate: float = 3e-4
+    critic_learning_rate: NonNegative = 3e-4
     """Adam's rate for the Q-functions (paper, appendix B)."""
-    value_learning_rate: float = 3e-4
+    value_learning_rate: NonNegative = 3e-4
     """Adam's rate for the value function (paper, appendix B)."""
-    weight_clip: float = 100.0
+    weight_clip: Positive = 100.0
     """Largest weight of a transition in the policy's loss (authors' code)."""
 
 
@@ -59,13 +59,13 @@ class Args(RunArgs):
     """IQL: implicit Q-learning."""
 
     hp: Hyperparameters = Hyperparameters()
-    num_critics: int = 2
+    num_critics: Count = 2
     """Q-functions; their minimum is taken over all of them (paper: 2)."""
-    hidden_dim: int = 256
+    hidden_dim: Count = 256
     """Width of every hidden layer (paper, appendix B)."""
-    num_layers: int = 2
+    num_layers: Count = 2
     """Hidden layers of every network (paper, appendix B)."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen)."""
     actor_decay_updates: int | None = None
     """Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates."""
@@ -96,7 +96,7 @@ class Actor(nn.Module):
     def __call__(self, observations: jax.Array, training: bool = False) -> tuple[jax.Array, jax.Array]:
         trunk = networks.MLP(self.hidden_dim, self.num_layers, self.action_dim, dropout_rate=self.dropout)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        return jnp.tanh(trunk(observations, training)), jnp.clip(log_std, -5.0, 2.0)
+        return jnp.tanh(trunk(observations, training=training)), jnp.clip(log_std, -5.0, 2.0)
 
 
 class State(NamedTuple):

@@ -23,14 +23,14 @@ from common import buffers, networks, populations
 from common.buffers import Replay, Transitions
 from common.errors import UsageError
 from common.experiment import Run
-from common.flags import RunArgs, launch
+from common.flags import Count, NonNegative, RunArgs, launch
 from common.optimization import descend
 
 
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
-    actor_learning_rate: float = 3e-4
+    actor_learning_rate: NonNegative = 3e-4
     """Adam's rate for the policy (CORL)."""
 
 
@@ -41,9 +41,9 @@ class Args(RunArgs):
     hp: Hyperparameters = Hyperparameters()
     normalize_observations: bool = True
     """Centre and scale states by the dataset's mean and standard deviation (CORL)."""
-    hidden_dim: int = 256
+    hidden_dim: Count = 256
     """Width of every hidden layer (CORL)."""
-    num_layers: int = 2
+    num_layers: Count = 2
     """Hidden layers of the policy (CORL)."""
 
     def validate(self) -> None:

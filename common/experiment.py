@@ -30,7 +30,9 @@ from common.logging import Table, Tracker, write_json
 from common.provenance import provenance
 
 LOG_EVERY = 1000
-"""Updates (online: environment steps) for each row of metrics.csv, and between looks at signals and divergence."""
+"""Updates (online: environment steps) for each row of metrics.csv, and between looks at divergence."""
+SIGNAL_EVERY = 100
+"""Updates between looks at signals: a second for a fast algorithm, and not minutes for a slow one."""
 
 
 # Flags that may differ between the run that wrote a checkpoint and the one that resumes it: the lengths of the phases
@@ -251,17 +253,24 @@ class Run:
         yield from self._chunks("online", lambda: self.online_done, self.args.online_steps)
 
     def train(self, state: Any, num_updates: int) -> tuple[Any, populations.Metrics]:
-        """`num_updates` updates of every member on the offline data."""
-        start = time.time()
-        count = jnp.asarray(num_updates, jnp.int32)
-        result = jax.block_until_ready(self._train((), (state, self.hp), (self.offline_data, count)))
-        self._time("offline", num_updates, time.time() - start)
-        self.updates_done += num_updates
-        return result
+        """`num_updates` updates of every member on the offline data; fewer where a signal comes."""
+        start, done, parts = time.time(), 0, []
+        while done < num_updates and (done == 0 or self._signal is None):
+            piece = min(SIGNAL_EVERY, num_updates - done)
+            count = jnp.asarray(piece, jnp.int32)
+            state, metrics = jax.block_until_ready(self._train((), (state, self.hp), (self.offline_data, count)))
+            parts.append((piece, metrics))
+            done += piece
+        self._time("offline", done, time.time() - start)
+        self.updates_done += done
+        return state, populations.join(parts)
 
     def collect_and_train(self, state: Any, num_steps: int) -> tuple[Any, populations.Metrics]:
-        """`num_steps` environment steps of every member, each followed by one update on old and new data."""
-        start, collected = time.time(), []
+        """`num_steps` environment steps of every member, each followed by one update on old and new data.
+
+        Fewer where a signal comes.
+        """
+        start, parts = time.time(), []
         # A fold that no `split` of the member's own key gives.
         keys = jnp.stack([jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.members])
         keys = self.population.shard(keys)
@@ -283,30 +292,31 @@ class Run:
                 (self.hp, transitions, observations, keys),
                 (offline, jnp.asarray(self.online_done)),
             )
-            collected.append(metrics)
-        stacked = jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *collected)
-        first = {
-            name: np.where((x >= 0).any(axis=0), (x >= 0).argmax(axis=0), -1)
-            for name, x in stacked.first_nonfinite.items()
-        }
+            parts.append((1, metrics))
+            if self._signal is not None:
+                break
         collector.episodes.clear()
-        self._time("online", num_steps, time.time() - start)
-        return state, populations.Metrics({name: x.mean(axis=0) for name, x in stacked.means.items()}, first)
+        self._time("online", len(parts), time.time() - start)
+        return state, populations.join(parts)
 
     def record(self, state: Any, metrics: populations.Metrics) -> Any:
         """Write the chunk's metrics; freeze members that diverged in it. The state to go on with."""
-        means, first = self.population.to_host(tuple(metrics))
         finite = self.population.to_host(self._finite((), state, ()))
         step = self.updates_done + self.online_done
         alive = [member for member in self.members if member.index not in self.diverged]
-        rows = [{name: float(values[member.index]) for name, values in means.items()} for member in alive]
+        rows = []
+        for member in alive:
+            counts = {name: int(count[member.index]) for name, count in metrics.counts.items()}
+            sums = {name: float(metrics.sums[name][member.index]) for name in counts}
+            rows.append({name: sums[name] / count if count else None for name, count in counts.items()})
         self.metrics.append(
             [{"step": step, "member": m.index, "seed": m.seed} | row for m, row in zip(alive, rows, strict=True)]
         )
         by_member = {member.index: row for member, row in zip(alive, rows, strict=True)}
         self.tracker.log(step, [by_member.get(member.index, {}) for member in self.members])
         for member in alive:
-            at = {name: int(values[member.index]) for name, values in first.items() if values[member.index] >= 0}
+            first = {name: int(values[member.index]) for name, values in metrics.first_nonfinite.items()}
+            at = {name: update for name, update in first.items() if update >= 0}
             if at or not finite[member.index]:
                 name = min(at, key=at.__getitem__) if at else "a parameter"
                 self._freeze(member, self._chunk_start + at[name] + 1 if at else step, name)

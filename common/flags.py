@@ -7,14 +7,39 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
 
 from common.errors import UsageError, exit_status
+from common.populations import parse_grid
 
 A = TypeVar("A", bound="RunArgs")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a flag may take, written into its type."""
+
+    low: float
+    high: float = np.inf
+    above: bool = False
+    """Whether `low` itself is excluded."""
+
+    def check(self, flag: str, value: float) -> None:
+        """UsageError for a number out of range or not finite."""
+        if isinstance(value, float) and not np.isfinite(value):
+            raise UsageError(f"{flag} {value}: must be finite")
+        if value < self.low or value > self.high or (self.above and value == self.low):
+            limit = f"at most {self.high:g}" if value > self.high else f"at least {self.low:g}"
+            raise UsageError(f"{flag} {value}: must be {f'above {self.low:g}' if self.above else limit}")
+
+
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
 
 
 @dataclass(frozen=True)
@@ -30,7 +55,7 @@ class RunArgs:
     dataset; none: the defaults shown here."""
     seed: int = 0
     """First seed; it decides networks, minibatches and evaluation."""
-    num_seeds: int = 1
+    num_seeds: Count = 1
     """Members with seeds seed, seed + 1, ..., trained in one process."""
     grid: str = ""
     """Hyperparameter values to combine with each other and with every seed: "beta=1,3,10 expectile=0.7,0.9"."""
@@ -38,13 +63,13 @@ class RunArgs:
     """Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms."""
     online_steps: int = 0
     """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Transitions in a minibatch (the papers of IQL, TD3+BC and SAC)."""
     eval_every: int = 10_000
     """Updates (online: environment steps) between evaluations; 0: only at the end (ours)."""
-    eval_episodes: int = 10
+    eval_episodes: Count = 10
     """Episodes for each member in an evaluation (IQL's and TD3+BC's papers)."""
-    final_eval_episodes: int = 100
+    final_eval_episodes: Count = 100
     """Episodes for each member in the last evaluation (ours)."""
     checkpoint_every: int = 50_000
     """Updates (online: environment steps) between checkpoints; 0: only at the end of a phase (ours)."""
@@ -76,23 +101,27 @@ class RunArgs:
         return dataclasses.replace(self, **changes)
 
     def validate(self) -> None:
-        """UsageError for a count that is out of range."""
-        least = {"num_seeds": 1, "batch_size": 1, "eval_episodes": 1, "final_eval_episodes": 1, "num_critics": 1}
-        least |= {"hidden_dim": 1, "num_layers": 1, "seed": 0}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < least.get(field.name, 0):
-                flag = field.name.replace("_", "-")
-                raise UsageError(f"--{flag} {value}: must be at least {least.get(field.name, 0)}")
-            if isinstance(value, float) and not np.isfinite(value):
-                raise UsageError(f"--{field.name.replace('_', '-')} {value}: must be finite")
-        for name, value in self.hp._asdict().items():
-            if not np.isfinite(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be finite")
+        """UsageError for a number out of range: the type's own, or else at least 0 for whole numbers and any float."""
+        for name, value in dataclasses.asdict(self).items():
+            if name != "hp":
+                _check(type(self), name, value)
+        for combination in parse_grid(self.grid, self.hp):
+            for name, value in (self.hp._asdict() | combination).items():
+                _check(type(self.hp), name, value)
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:
             raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
+
+
+def _check(owner: type, name: str, value: Any) -> None:
+    """UsageError if the number `value` is out of the range in the type of the field `name` of `owner`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    metadata = getattr(get_type_hints(owner, include_extras=True)[name], "__metadata__", ())
+    ranges = [item for item in metadata if isinstance(item, Range)]
+    default = Range(0) if isinstance(value, int) else Range(-np.inf)
+    (ranges[0] if ranges else default).check(f"--{name.replace('_', '-')}", value)
 
 
 # Families of environments that share settings, by how the parts of a dataset's or environment's name begin.

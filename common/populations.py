@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.errors import UsageError
 
-Step = Callable[[Any], tuple[Any, dict[str, jax.Array]]]
+Step = Callable[[Any], tuple[Any, dict[str, Any]]]
 Each = Callable[[Callable[[Any], Any], Any], Any]
 AXIS = "members"
 
@@ -172,31 +172,60 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
-class Metrics(NamedTuple):
-    """Metrics over a chunk of updates: `means`, and the first update at which each was not finite (-1: none)."""
+class Sometimes(NamedTuple):
+    """A metric that exists at some updates only, e.g. where the policy is updated at every second one."""
 
-    means: dict[str, jax.Array]
-    first_nonfinite: dict[str, jax.Array]
+    value: jax.Array
+    present: jax.Array
+
+
+class Metrics(NamedTuple):
+    """Metrics over some updates: sums, how many updates had each, the first where it was not finite (-1: none)."""
+
+    sums: dict[str, Any]
+    counts: dict[str, Any]
+    first_nonfinite: dict[str, Any]
+
+    @property
+    def means(self) -> dict[str, Any]:
+        """Means over the updates that had the metric; NaN for one that none had."""
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+
+def join(parts: list[tuple[int, Metrics]]) -> Metrics:
+    """The metrics of all members over successive parts of a chunk, given with their numbers of updates, as one."""
+    fetched = [jax.tree.map(np.asarray, metrics) for _, metrics in parts]
+    starts = np.cumsum([0, *(length for length, _ in parts)])
+    sums, counts, first = {}, {}, {}
+    for name in fetched[0].sums:
+        sums[name] = np.sum([part.sums[name] for part in fetched], axis=0, dtype=np.float64)
+        counts[name] = np.sum([part.counts[name] for part in fetched], axis=0)
+        at = np.stack([part.first_nonfinite[name] for part in fetched])
+        part = (at >= 0).argmax(axis=0)
+        at = np.take_along_axis(at, part[None], axis=0)[0]
+        first[name] = np.where(at >= 0, starts[part] + at, -1)
+    return Metrics(sums, counts, first)
 
 
 def repeat(step: Step, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
-    """Apply `step` to `state` `num_steps` times on the device; metrics are averaged over the steps.
+    """Apply `step` to `state` `num_steps` times on the device, and add up its metrics.
 
     The count is traced, so chunks of different lengths share one compilation.
     """
-    shapes = jax.eval_shape(step, state)[1]
-    zeros = {name: jnp.zeros(()) for name in shapes}
-    never = {name: jnp.full((), -1, jnp.int32) for name in shapes}
+    names = list(jax.eval_shape(step, state)[1])
+    zeros = {name: jnp.zeros(()) for name in names}
+    none = {name: jnp.zeros((), jnp.int32) for name in names}
+    never = {name: jnp.full((), -1, jnp.int32) for name in names}
 
-    def body(i: jax.Array, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        state, sums, first = carry
+    def body(i: jax.Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
+        state, (sums, counts, first) = carry
         state, metrics = step(state)
-        sums = {name: sums[name] + metrics[name] for name in sums}
-        first = {
-            name: jnp.where((first[name] < 0) & ~jnp.isfinite(metrics[name]), i, first[name]).astype(jnp.int32)
-            for name in first
-        }
-        return state, sums, first
+        for name, metric in metrics.items():
+            value, present = metric if isinstance(metric, Sometimes) else (metric, True)
+            bad = (first[name] < 0) & ~jnp.isfinite(value) & present
+            first = first | {name: jnp.where(bad, i, first[name]).astype(jnp.int32)}
+            sums = sums | {name: sums[name] + jnp.where(present, value, 0.0)}
+            counts = counts | {name: counts[name] + present}
+        return state, Metrics(sums, counts, first)
 
-    state, sums, first = jax.lax.fori_loop(0, num_steps, body, (state, zeros, never))
-    return state, Metrics({name: total / num_steps for name, total in sums.items()}, first)
+    return jax.lax.fori_loop(0, num_steps, body, (state, Metrics(zeros, none, never)))

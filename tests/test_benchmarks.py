@@ -160,7 +160,8 @@ def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder):
     assert json.loads((run_dir / "final.json").read_text())["updates"] == 30_000
     with open(metrics, newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["member"] == "0"]
-    assert steps == list(range(1000, 30_001, 1000))
+    assert set(steps) >= set(range(1000, 30_001, 1000)) and steps == sorted(set(steps))
+    assert len(steps) <= 31, "the signal's own row, where it came within a chunk"
     assert metrics.read_text().splitlines()[1] == marked
     assert (run_dir / "log.txt").read_text().count("$ python benchmarks/bc.py") == 2
 

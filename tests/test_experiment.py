@@ -465,23 +465,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 def test_a_diverging_member_is_frozen_and_named_and_the_others_go_on(
     tmp_path: Path, small_run: list[str], iql: Any
 ) -> None:
-    """At a discount of 1e30 the squared target is beyond float32 in the first update."""
+    """After one step of size 1e7 the squared Q-values are beyond float32, and nothing else is yet."""
     short = [*small_run, "--num-updates", "40", "--eval-every", "20", "--checkpoint-every", "10"]
     mixed, tame = tmp_path / "mixed", tmp_path / "tame"
-    outcome = iql(*short, "--grid", "discount=0.99,1e30,0.5", "--run-dir", mixed)
+    outcome = iql(*short, "--grid", "critic_learning_rate=3e-4,1e7,1e-4", "--run-dir", mixed)
     assert outcome.status == 0
     assert outcome.err.count("\n") == 1
-    for words in ("member 1 (seed 0, discount=1e+30)", "critic/loss", "update 1;"):
+    for words in ("member 1 (seed 0, critic_learning_rate=1e+07)", "critic/loss", "update 2;"):
         assert words in outcome.err
     final = json.loads((mixed / "final.json").read_text())
-    assert [member["diverged"] for member in final["members"]] == [None, {"step": 1, "metric": "critic/loss"}, None]
+    assert [member["diverged"] for member in final["members"]] == [None, {"step": 2, "metric": "critic/loss"}, None]
     assert final["members"][1]["score_mean"] is None and final["members"][0]["score_mean"] is not None
     assert final["aggregate"]["score"]["count"] == 2
     evaluated = [(row["step"], row["member"]) for row in rows_of(mixed / "evaluations.csv")]
     assert evaluated == [("0", "0"), ("0", "1"), ("0", "2")] + [(s, m) for s in ("20", "40") for m in ("0", "2")]
     assert all(np.isfinite(array).all() for array in arrays_of(mixed).values() if array.dtype == np.float32)
     # The others are what they are where nothing diverges.
-    assert iql(*short, "--grid", "discount=0.99,0.9,0.5", "--run-dir", tame).status == 0
+    assert iql(*short, "--grid", "critic_learning_rate=3e-4,1e-3,1e-4", "--run-dir", tame).status == 0
     ours, theirs = arrays_of(mixed), arrays_of(tame)
     for name in ours:
         if "'state'" in name:
@@ -493,22 +493,32 @@ def test_a_diverging_member_is_frozen_and_named_and_the_others_go_on(
 
 
 def test_divergence_is_remembered_after_a_resume(tmp_path: Path, small_run: list[str], iql: Any) -> None:
-    flags = [*small_run, "--grid", "discount=0.99,1e30", "--actor-decay-updates", "40", "--run-dir", tmp_path / "run"]
+    flags = [
+        *small_run,
+        "--grid",
+        "critic_learning_rate=3e-4,1e7",
+        "--actor-decay-updates",
+        "40",
+        "--run-dir",
+        tmp_path / "run",
+    ]
     assert iql(*flags, "--num-updates", "20").status == 0
     outcome = iql(*flags, "--num-updates", "40", "--resume", "True")
     assert (outcome.status, outcome.err) == (0, "")
     final = json.loads((tmp_path / "run/final.json").read_text())
-    assert final["members"][1]["diverged"] == {"step": 1, "metric": "critic/loss"}
+    assert final["members"][1]["diverged"] == {"step": 2, "metric": "critic/loss"}
     assert [row["member"] for row in rows_of(tmp_path / "run/metrics.csv")] == ["0", "1", "0"]
 
 
 def test_status_3_when_every_member_diverged(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     run = tmp_path / "run"
-    outcome = iql(*small_run, "--num-updates", "40", "--num-seeds", "2", "--discount", "1e30", "--run-dir", run)
+    outcome = iql(
+        *small_run, "--num-updates", "40", "--num-seeds", "2", "--critic-learning-rate", "1e7", "--run-dir", run
+    )
     assert outcome.status == 3
     assert "Traceback" not in outcome.err and "every member diverged" in outcome.err
     final = json.loads((run / "final.json").read_text())
-    assert [member["diverged"]["step"] for member in final["members"]] == [1, 1]
+    assert [member["diverged"]["step"] for member in final["members"]] == [2, 2]
     assert final["aggregate"]["score"] == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
 
 
@@ -547,8 +557,9 @@ def test_online_from_scratch_and_resumed(tmp_path: Path, small_run: list[str], i
     original = experiment.Run.collect_and_train
 
     def interrupted(self: Any, state: Any, num_steps: int) -> Any:
+        result = original(self, state, num_steps)
         signal.raise_signal(signal.SIGINT)
-        return original(self, state, num_steps)
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment.Run, "collect_and_train", interrupted)
@@ -561,6 +572,29 @@ def test_online_from_scratch_and_resumed(tmp_path: Path, small_run: list[str], i
     assert ring["size"].tolist() == [20] and ring["observations"][0].any(axis=1).all()
     assert [row["step"] for row in rows_of(run / "metrics.csv")] == ["10", "20"]
     assert [row["step"] for row in rows_of(run / "evaluations.csv")] == ["20"]
+
+
+@pytest.mark.parametrize("phase", ["train", "collect_and_train"])
+def test_a_signal_within_a_chunk_ends_it_early(tmp_path: Path, small_run: list[str], iql: Any, phase: str) -> None:
+    lengths = ["--num-updates", "250"] if phase == "train" else ["--num-updates", "0", "--online-steps", "30"]
+    flags = [*small_run, *lengths, "--actor-decay-updates", "0", "--eval-every", "0", "--resume", "True"]
+    run, original = tmp_path / "run", getattr(experiment.Run, phase)
+
+    def interrupted(self: Any, state: Any, count: int) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(self, state, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment.Run, phase, interrupted)
+        assert iql(*flags, "--run-dir", run).status == 130
+    metadata = checkpoints.metadata(run / "checkpoint/state.npz")
+    assert (metadata["updates_done"], metadata["online_done"]) == ((100, 0) if phase == "train" else (0, 1))
+    assert iql(*flags, "--run-dir", run).status == 0
+    steps = [row["step"] for row in rows_of(run / "metrics.csv")]
+    assert steps == (["100", "250"] if phase == "train" else ["1", "30"])
+    if phase == "train":
+        assert iql(*flags, "--run-dir", tmp_path / "whole").status == 0
+        assert_same_arrays(tmp_path / "whole", run)
 
 
 def test_online_from_an_offline_checkpoint_equals_training_through(
@@ -600,6 +634,10 @@ def assert_refused(outcome: Any, *words: str) -> None:
         (["--final-eval-episodes", "0"], "--final-eval-episodes 0"),
         (["--checkpoint-every", "-1"], "--checkpoint-every -1"),
         (["--num-critics", "0"], "--num-critics 0"),
+        (["--expectile", "1.5"], "--expectile 1.5: must be at most 1"),
+        (["--grid", "expectile=0.7,-0.1"], "--expectile -0.1: must be at least 0"),
+        (["--weight-clip", "0"], "--weight-clip 0.0: must be above 0"),
+        (["--actor-learning-rate", "-1e-3"], "--actor-learning-rate -0.001: must be at least 0"),
         (["--hidden-dim", "0"], "--hidden-dim 0"),
         (["--seed", "-1"], "--seed -1"),
         (["--seed", "99999999999999999999"], "--seed"),

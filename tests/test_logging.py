@@ -227,7 +227,7 @@ def test_a_diverged_population_is_finished_once(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = fake(monkeypatch)
-    outcome = iql(*short, "--discount", "1e30", "--track", "True", "--run-dir", tmp_path / "run")
+    outcome = iql(*short, "--critic-learning-rate", "1e7", "--track", "True", "--run-dir", tmp_path / "run")
     assert outcome.status == 3
     assert [run.exit_code for run in wandb.runs] == [3, 3]
     assert "wandb" not in outcome.err

@@ -48,3 +48,24 @@ def test_ensemble_members_are_independent_networks() -> None:
     assert more.shape == (3, 2, 5)
     np.testing.assert_allclose(more[:, 1], q, rtol=1e-5, atol=1e-6)
     assert float(jnp.abs(q[0] - q[1]).max()) > 1e-3
+
+
+def test_many_actions_for_each_state_equal_one_by_one() -> None:
+    rng = np.random.default_rng(3)
+    observations, actions = rng.normal(size=(5, 4)), rng.normal(size=(7, 5, 2))
+    critic = networks.QEnsemble(3, 16, 2)
+    params = critic.init(jax.random.key(0), observations, actions[0])
+    together = critic.apply(params, observations, actions)
+    assert together.shape == (3, 7, 5)
+    for n in range(7):
+        np.testing.assert_allclose(together[:, n], critic.apply(params, observations, actions[n]), rtol=1e-4, atol=1e-6)
+
+
+def test_joint_layer_is_the_linear_layer_of_the_concatenation() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(5, 4)), rng.normal(size=(5, 2))
+    layer = networks.JointDense(3, networks.uniform_fan_in)
+    params = layer.init(jax.random.key(0), x, y)
+    kernel = np.asarray(params["params"]["kernel"])
+    assert kernel.shape == (6, 3) and np.abs(kernel).max() <= 1 / np.sqrt(6)  # the fan-in of both inputs together
+    np.testing.assert_allclose(layer.apply(params, x, y), np.hstack([x, y]) @ kernel, rtol=1e-5, atol=1e-6)

@@ -111,9 +111,38 @@ def test_repeat_in_chunks_is_repeat_at_once() -> None:
     state, parts = (jnp.int32(0), jax.random.key(1)), []
     for length in (1, 5, 3):
         state, metrics = run(state, length)
-        parts.append(length * float(metrics.means["noise"]))
+        parts.append((length, jax.tree.map(lambda x: x[None], metrics)))  # of a population of one
     np.testing.assert_array_equal(jax.random.key_data(state[1]), jax.random.key_data(whole[0][1]))
-    assert sum(parts) / 9 == pytest.approx(float(whole[1].means["noise"]), abs=1e-6)
+    joined = populations.join(parts)
+    for name in ("count", "square", "noise"):
+        assert joined.means[name][0] == pytest.approx(float(whole[1].means[name]), abs=1e-6)
+    assert {name: int(value[0]) for name, value in joined.first_nonfinite.items()} == {
+        name: int(value) for name, value in whole[1].first_nonfinite.items()
+    }
+    assert {int(value[0]) for value in joined.counts.values()} == {9}
+
+
+def test_metric_that_exists_at_some_updates_is_averaged_over_those() -> None:
+    def step(count: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        odd = count % 2 == 1
+        value = jnp.where(odd, count, jnp.nan).astype(jnp.float32)  # what is not there must not count
+        never = populations.Sometimes(jnp.float32(jnp.inf), jnp.array(False))
+        broken = populations.Sometimes(jnp.where(count == 3, jnp.inf, 1.0), odd)
+        return count + 1, {"odd": populations.Sometimes(value, odd), "never": never, "broken": broken}
+
+    _, metrics = jax.jit(partial(populations.repeat, step))(jnp.int32(0), 6)
+    assert float(metrics.means["odd"]) == 3.0  # mean of 1, 3, 5
+    assert {name: int(count) for name, count in metrics.counts.items()} == {"odd": 3, "never": 0, "broken": 3}
+    assert np.isnan(float(metrics.means["never"]))
+    assert {name: int(x) for name, x in metrics.first_nonfinite.items()} == {"odd": -1, "never": -1, "broken": 3}
+
+
+def test_join_finds_the_first_update_of_each_member() -> None:
+    def part(*first: int) -> populations.Metrics:
+        return populations.Metrics({"x": np.ones(2)}, {"x": np.ones(2, int)}, {"x": np.array(first)})
+
+    joined = populations.join([(10, part(-1, -1)), (10, part(4, -1)), (5, part(0, -1)), (5, part(1, 3))])
+    assert joined.first_nonfinite["x"].tolist() == [14, 28]
 
 
 # Independence
