@@ -1,0 +1,270 @@
+"""TD3+BC. Fujimoto, Gu, 2021, arXiv:2106.06860, on TD3: Fujimoto, van Hoof, Meger, 2018, arXiv:1802.09477.
+
+TD3 whose policy also imitates the dataset; the two terms are balanced by the size of the Q-values:
+
+    a'   = clip(pi'(s') + clip(N(0, policy_noise^2), -noise_clip, noise_clip), -1, 1)                (TD3, Eq. 14)
+    L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2              (TD3, Eq. 10)
+    L_pi = -scale mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,   scale = alpha / mean |Q_1(s, pi(s))|     (Eq. 3-5)
+
+The policy and all targets move at every second update only (`--policy-delay`). States are normalised by the dataset's
+mean and standard deviation, in the environment too. The squares of L_pi are averaged over the batch and the action's
+dimensions, and the scale is a constant for the gradient (authors' code).
+
+Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
+ensemble may have any size; biases start at zero. The paper has no fine-tuning: online, as CORL's ReBRAC does, the
+weight of the imitation falls linearly with the online updates until it reaches `--online-bc-weight`, and actions are
+explored with TD3's noise.
+
+    python algorithms/td3_bc.py --dataset offax/hopper/medium-expert-v0
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import buffers, networks, populations
+from common.buffers import Replay, Transitions
+from common.experiment import Run
+from common.flags import Count, NonNegative, RunArgs, Share, launch
+from common.optimization import descend
+from common.populations import Sometimes
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars that may differ between members of a population: traced, never static."""
+
+    alpha: NonNegative = 2.5
+    """Weight of the Q-values, once their mean size is 1, against imitation; 0 is behaviour cloning (paper: 2.5)."""
+    discount: Share = 0.99
+    """Discount factor (paper, table 3)."""
+    polyak: Share = 0.005
+    """Share of policy and critic that moves into their targets when the policy is updated (paper, table 3)."""
+    policy_noise: NonNegative = 0.2
+    """Standard deviation of the noise on the target policy's actions (paper, table 3)."""
+    noise_clip: NonNegative = 0.5
+    """Largest size of that noise (paper, table 3)."""
+    actor_learning_rate: NonNegative = 3e-4
+    """Adam's rate for the policy (paper, table 3)."""
+    critic_learning_rate: NonNegative = 3e-4
+    """Adam's rate for the Q-functions (paper, table 3)."""
+    online_bc_weight: Share = 0.5
+    """Least weight of the imitation online, where it falls linearly from 1 towards 0 (CORL's ReBRAC: 0.5)."""
+    exploration_noise: NonNegative = 0.1
+    """Standard deviation of the noise on actions while collecting data (TD3's paper: 0.1)."""
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """TD3+BC: twin delayed deep deterministic policy gradient with behaviour cloning."""
+
+    hp: Hyperparameters = Hyperparameters()
+    normalize_observations: bool = True
+    """Centre and scale states by the dataset's mean and standard deviation (paper, section 5)."""
+    num_critics: Count = 2
+    """Q-functions; their minimum is taken over all of them in the target, the policy follows the first (paper: 2)."""
+    hidden_dim: Count = 256
+    """Width of every hidden layer (paper, table 3)."""
+    num_layers: Count = 2
+    """Hidden layers of every network (paper, table 3)."""
+    policy_delay: Count = 2
+    """Critic updates for each update of the policy and the targets (paper, table 3)."""
+
+
+PRESETS = {  # alpha is the paper's everywhere; the shift of AntMaze's rewards is CORL's
+    "locomotion": {"alpha": 2.5},
+    "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
+    "adroit": {"alpha": 2.5},
+}
+
+
+class Actor(nn.Module):
+    """Deterministic policy: MLP, then tanh."""
+
+    action_dim: int
+    hidden_dim: int
+    num_layers: int
+
+    @nn.compact
+    def __call__(self, observations: jax.Array) -> jax.Array:
+        trunk = networks.MLP(self.hidden_dim, self.num_layers, self.action_dim, networks.uniform_fan_in)
+        return jnp.tanh(trunk(observations))
+
+
+class State(NamedTuple):
+    """Everything that training changes, of one member."""
+
+    actor: Any
+    target_actor: Any
+    critic: Any
+    target_critic: Any
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    step: jax.Array
+    online_step: jax.Array
+    key: jax.Array
+
+
+ADAM = optax.scale_by_adam()
+
+
+def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
+    """The policy and the Q-functions."""
+    return (
+        Actor(action_dim, args.hidden_dim, args.num_layers),
+        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in),
+    )
+
+
+def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
+    """Fresh networks and optimisers; the targets start as copies."""
+    actor, critic = modules(args, action_dim)
+    actor_key, critic_key, key = jax.random.split(key, 3)
+    observations, actions = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor_params = actor.init(actor_key, observations)
+    critic_params = critic.init(critic_key, observations, actions)
+    return State(
+        actor=actor_params,
+        target_actor=jax.tree.map(jnp.copy, actor_params),
+        critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
+        actor_opt=ADAM.init(actor_params),
+        critic_opt=ADAM.init(critic_params),
+        step=jnp.zeros((), jnp.int32),
+        online_step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+# TD3, Eq. (14)
+def smoothed_actions(key: jax.Array, actions: jax.Array, hp: Hyperparameters) -> jax.Array:
+    """The target policy's `actions [batch, action_dim]` with clipped noise, within [-1, 1]."""
+    noise = hp.policy_noise * jax.random.normal(key, actions.shape)
+    return jnp.clip(actions + jnp.clip(noise, -hp.noise_clip, hp.noise_clip), -1.0, 1.0)
+
+
+# TD3, Eq. (10)
+def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
+    assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
+    loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
+    return loss, {"critic/loss": loss, "critic/q_mean": q.mean(), "critic/q_std": q.std(axis=0).mean()}
+
+
+# Eq. (3) to (5)
+def actor_loss(
+    actions: jax.Array, data_actions: jax.Array, q: jax.Array, bc_weight: jax.Array | float, hp: Hyperparameters
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The policy's `actions [batch, action_dim]` of Q-values `q [batch]`, held to the dataset's by `bc_weight`."""
+    assert actions.shape == data_actions.shape, (actions.shape, data_actions.shape)
+    scale = hp.alpha / jax.lax.stop_gradient(jnp.abs(q).mean())
+    imitation = jnp.mean((actions - data_actions) ** 2)
+    loss = -scale * q.mean() + bc_weight * imitation
+    return loss, {
+        "actor/loss": loss,
+        "actor/bc_loss": imitation,
+        "actor/bc_weight": jnp.asarray(bc_weight),
+        "actor/q_scale": scale,
+    }
+
+
+def imitation_weight(online_step: jax.Array, args: Args, hp: Hyperparameters) -> jax.Array:
+    """Weight of the imitation: 1 offline; online 1 - (share of the phase that is over), but not below the least."""
+    return jnp.maximum(1.0 - online_step / max(args.online_steps, 1), hp.online_bc_weight)
+
+
+def update(
+    state: State, batch: Transitions, hp: Hyperparameters, args: Args, online: bool = False
+) -> tuple[State, dict[str, Any]]:
+    """One update of the critic and, when it is due, of the policy (with the new critic) and of the targets."""
+    actor, critic = modules(args, batch.actions.shape[-1])
+    key, noise_key = jax.random.split(state.key)
+
+    next_actions = smoothed_actions(noise_key, actor.apply(state.target_actor, batch.next_observations), hp)
+    next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
+    targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_q
+
+    def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return critic_loss(critic.apply(params, batch.observations, batch.actions), targets)
+
+    grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
+    critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
+    state = state._replace(critic=critic_params, critic_opt=critic_opt, step=state.step + 1, key=key)
+
+    first_critic = critic.clone(num_critics=1)
+    bc_weight = imitation_weight(state.online_step, args, hp)
+
+    def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        actions = actor.apply(params, batch.observations)
+        first = jax.tree.map(lambda x: x[:1], critic_params)
+        q = first_critic.apply(first, batch.observations, actions).squeeze(0)
+        return actor_loss(actions, batch.actions, q, bc_weight, hp)
+
+    def update_actor(state: State) -> tuple[State, dict[str, jax.Array]]:
+        grads, info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
+        actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, hp.actor_learning_rate)
+        new_state = state._replace(
+            actor=actor_params,
+            actor_opt=actor_opt,
+            target_actor=optax.incremental_update(actor_params, state.target_actor, hp.polyak),
+            target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
+        )
+        return new_state, info
+
+    def keep_actor(state: State) -> tuple[State, dict[str, jax.Array]]:
+        return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(update_actor, state)[1])
+
+    due = state.step % args.policy_delay == 0
+    state, actor_info = jax.lax.cond(due, update_actor, keep_actor, state)
+    actor_info = {name: Sometimes(value, due) for name, value in actor_info.items()}
+    return state._replace(online_step=state.online_step + online), critic_info | actor_info
+
+
+def act(
+    state: State,
+    hp: Hyperparameters,
+    observations: jax.Array,
+    key: jax.Array,
+    args: Args,
+    action_dim: int,
+    sample: bool,
+) -> jax.Array:
+    """Actions `[batch, action_dim]` in [-1, 1]: the policy's for evaluation, with noise for data collection."""
+    actions = modules(args, action_dim)[0].apply(state.actor, observations)
+    noise = hp.exploration_noise * jax.random.normal(key, actions.shape) if sample else 0.0
+    return jnp.clip(actions + noise, -1.0, 1.0)
+
+
+def train(
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+) -> tuple[State, populations.Metrics]:
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+
+    def step(state: State) -> tuple[State, dict[str, Any]]:
+        key, sample_key = jax.random.split(state.key)
+        batch = buffers.sample(sample_key, data, args.batch_size)
+        return update(state._replace(key=key), batch, hp, args, online=data.ring is not None)
+
+    return populations.repeat(step, state, num_updates)
+
+
+def main(args: Args) -> None:
+    """Load, initialise, train in chunks, evaluate, checkpoint, fine-tune online, report."""
+    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
+    with Run("td3_bc", args, *functions) as run:
+        state = run.begin()
+        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
+            state, metrics = run.train(state, num_updates)
+            state = run.record(state, metrics)
+        for num_steps in run.online():  # the same updates, one for each environment step, on old and new data
+            state, metrics = run.collect_and_train(state, num_steps)
+            state = run.record(state, metrics)
+        run.finish(state)
+
+
+if __name__ == "__main__":
+    launch(main, Args, PRESETS)
