@@ -4,11 +4,12 @@ TD3 whose policy also imitates the dataset; the two terms are balanced by the si
 
     a'   = clip(pi'(s') + clip(N(0, policy_noise^2), -noise_clip, noise_clip), -1, 1)                (TD3, Eq. 14)
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2              (TD3, Eq. 10)
-    L_pi = -scale mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,   scale = alpha / mean |Q_1(s, pi(s))|     (Eq. 3-5)
+    L_pi = -scale mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,   scale = alpha / mean |Q_1(s, pi(s))|    (Eq. 3, 5)
 
 The policy and all targets move at every second update only (`--policy-delay`). States are normalised by the dataset's
-mean and standard deviation, in the environment too. The squares of L_pi are averaged over the batch and the action's
-dimensions, and the scale is a constant for the gradient (authors' code).
+mean and standard deviation (Eq. 4), in the environment too. From the authors' code, not the paper: the scale comes from
+the policy's actions, not the dataset's, and is a constant for the gradient; the squares of L_pi are averaged over the
+batch and over the action's dimensions.
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; biases start at zero. The paper has no fine-tuning: online, as CORL's ReBRAC does, the
@@ -41,17 +42,17 @@ class Hyperparameters(NamedTuple):
     alpha: NonNegative = 2.5
     """Weight of the Q-values, once their mean size is 1, against imitation; 0 is behaviour cloning (paper: 2.5)."""
     discount: Share = 0.99
-    """Discount factor (paper, table 3)."""
+    """Discount factor (authors' code)."""
     polyak: Share = 0.005
-    """Share of policy and critic that moves into their targets when the policy is updated (paper, table 3)."""
+    """Share of policy and critic that moves into their targets when the policy is updated (authors' code)."""
     policy_noise: NonNegative = 0.2
-    """Standard deviation of the noise on the target policy's actions (paper, table 3)."""
+    """Standard deviation of the noise on the target policy's actions (authors' code)."""
     noise_clip: NonNegative = 0.5
-    """Largest size of that noise (paper, table 3)."""
+    """Largest size of that noise (authors' code)."""
     actor_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the policy (paper, table 3)."""
+    """Adam's rate for the policy (authors' code)."""
     critic_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the Q-functions (paper, table 3)."""
+    """Adam's rate for the Q-functions (authors' code)."""
     online_bc_weight: Share = 0.5
     """Least weight of the imitation online, where it falls linearly from 1 towards 0 (CORL's ReBRAC: 0.5)."""
     exploration_noise: NonNegative = 0.1
@@ -64,15 +65,15 @@ class Args(RunArgs):
 
     hp: Hyperparameters = Hyperparameters()
     normalize_observations: bool = True
-    """Centre and scale states by the dataset's mean and standard deviation (paper, section 5)."""
+    """Centre and scale states by the dataset's mean and standard deviation (paper, Eq. 4)."""
     num_critics: Count = 2
     """Q-functions; their minimum is taken over all of them in the target, the policy follows the first (paper: 2)."""
     hidden_dim: Count = 256
-    """Width of every hidden layer (paper, table 3)."""
+    """Width of every hidden layer (authors' code)."""
     num_layers: Count = 2
-    """Hidden layers of every network (paper, table 3)."""
+    """Hidden layers of every network (authors' code)."""
     policy_delay: Count = 2
-    """Critic updates for each update of the policy and the targets (paper, table 3)."""
+    """Critic updates for each update of the policy and the targets (authors' code)."""
 
 
 PRESETS = {  # alpha is the paper's everywhere; the shift of AntMaze's rewards is CORL's
@@ -155,7 +156,7 @@ def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, 
     return loss, {"critic/loss": loss, "critic/q_mean": q.mean(), "critic/q_std": q.std(axis=0).mean()}
 
 
-# Eq. (3) to (5)
+# Eq. (3), (5)
 def actor_loss(
     actions: jax.Array, data_actions: jax.Array, q: jax.Array, bc_weight: jax.Array | float, hp: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
