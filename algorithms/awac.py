@@ -1,0 +1,305 @@
+"""Advantage weighted actor-critic (AWAC). Nair, Gupta, Dalal, Levine, 2020, arXiv:2006.09359.
+
+The critic evaluates the policy; the policy imitates the data, each action weighted by its advantage over the policy:
+
+    L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2,   a' ~ pi(s')
+    A    = min_k Q_k(s, a) - V(s),   V(s) = E min_k Q_k(s, a~),   a~ ~ pi(s)
+    L_pi = -mean w(A) log pi(a|s),   w(A) = exp(A / temperature)                                       (Eq. 4, 14)
+
+Published code computes the weights w(A) in two ways, and each needs a temperature of its own (`--weights`):
+* exp: min(exp(A / temperature), weight_clip), as CORL, whose offline scores are the strong ones;
+* softmax: batch size * softmax over the batch of A / softmax_temperature, as the authors' code. A constant added to
+  all advantages changes nothing, so V(s) matters by its differences between states only.
+
+The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
+mode (`--value`). The defaults are CORL's, whose networks, temperature and clip differ from the paper's table 1; the
+preset `adroit` is the authors' script for its human demonstrations, where also the targets are kept from rising above
+0, the bound of returns of rewards that are not positive (the paper clamps Q itself, whose gradient vanishes there).
+Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
+truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
+as copies. Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
+
+    python algorithms/awac.py --dataset offax/hopper/medium-expert-v0
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import buffers, networks, populations
+from common.buffers import Replay, Transitions
+from common.errors import UsageError
+from common.experiment import Run
+from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch
+from common.optimization import descend
+from common.populations import parse_grid
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars that may differ between members of a population: traced, never static."""
+
+    temperature: Positive = 1 / 3
+    """Lambda of the paper for --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 elsewhere; paper:
+    1 locomotion, 0.3 manipulation)."""
+    softmax_temperature: Positive = 2.0
+    """Lambda for --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations)."""
+    weight_clip: Positive = 100.0
+    """Largest weight of a transition for --weights exp (CORL)."""
+    discount: Share = 0.99
+    """Discount factor (paper, table 1)."""
+    polyak: Share = 0.005
+    """Share of the critic that moves into its target at every update (paper, table 1)."""
+    actor_learning_rate: NonNegative = 3e-4
+    """Adam's rate for the policy (paper, table 1)."""
+    critic_learning_rate: NonNegative = 3e-4
+    """Adam's rate for the Q-functions (paper, table 1)."""
+    actor_weight_decay: NonNegative = 0.0
+    """L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4)."""
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """AWAC: advantage weighted actor-critic."""
+
+    hp: Hyperparameters = Hyperparameters()
+    normalize_observations: bool = True
+    """Centre and scale states by the dataset's mean and standard deviation (CORL)."""
+    weights: Literal["exp", "softmax"] = "exp"
+    """Form of the policy's weights: exp of the advantage (CORL) or softmax over the batch (authors' code)."""
+    value: Literal["sample", "mode"] = "sample"
+    """V(s) from samples of the policy (CORL, authors' locomotion) or its mode (authors' demonstrations)."""
+    value_samples: Count = 1
+    """Samples for --value sample (CORL and authors' code: 1)."""
+    nonpositive_targets: bool = False
+    """Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3)."""
+    num_critics: Count = 2
+    """Q-functions; their minimum is taken over all of them (paper: 2)."""
+    hidden_dim: Count = 256
+    """Width of every hidden layer (paper, table 1)."""
+    num_layers: Count = 3
+    """Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions)."""
+    squash_mean: bool = False
+    """Pass the policy's mean through tanh (CORL: no; authors' code: yes)."""
+    initial_log_std: float = 0.0
+    """Log standard deviation of the policy at the start (CORL: 0; authors' code: -3)."""
+    min_log_std: float = -20.0
+    """Least log standard deviation of the policy (CORL: -20; authors' code: -6)."""
+    max_log_std: float = 2.0
+    """Largest log standard deviation of the policy (CORL: 2; authors' code: 0)."""
+
+    def validate(self) -> None:
+        """UsageError for a number out of range, or a sweep of the temperature that is not in use."""
+        super().validate()
+        unused = "temperature" if self.weights == "softmax" else "softmax_temperature"
+        if any(unused in combination for combination in parse_grid(self.grid, self.hp)):
+            raise UsageError(f"--grid: {unused} has no effect with --weights {self.weights}")
+
+
+PRESETS = {  # locomotion, antmaze: CORL; adroit: the authors' script for human demonstrations
+    "locomotion": {"temperature": 1 / 3},
+    "antmaze": {"temperature": 0.1, "reward_shift": -1.0},
+    "adroit": {
+        "weights": "softmax",
+        "temperature": 0.1,
+        "softmax_temperature": 0.5,
+        "value": "mode",
+        "nonpositive_targets": True,
+        "actor_weight_decay": 1e-4,
+        "batch_size": 1024,
+        "num_layers": 2,
+        "squash_mean": True,
+        "initial_log_std": -3.0,
+        "min_log_std": -6.0,
+        "max_log_std": 0.0,
+        "normalize_observations": False,
+    },
+}
+
+
+class Actor(nn.Module):
+    """Gaussian policy, not squashed, with a state-independent log standard deviation."""
+
+    args: Args
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        args = self.args
+        mean = networks.MLP(args.hidden_dim, args.num_layers, self.action_dim, networks.uniform_fan_in)(observations)
+        start = nn.initializers.constant(args.initial_log_std)
+        log_std = self.param("log_std", start, (self.action_dim,))
+        return jnp.tanh(mean) if args.squash_mean else mean, jnp.clip(log_std, args.min_log_std, args.max_log_std)
+
+
+class State(NamedTuple):
+    """Everything that training changes, of one member."""
+
+    actor: Any
+    critic: Any
+    target_critic: Any
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+ADAM = optax.scale_by_adam()
+
+
+def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
+    """The policy and the Q-functions."""
+    return (
+        Actor(args, action_dim),
+        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in),
+    )
+
+
+def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
+    """Fresh networks and optimisers; the target critic starts as a copy of the critic."""
+    actor, critic = modules(args, action_dim)
+    actor_key, critic_key, key = jax.random.split(key, 3)
+    observations, actions = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor_params = actor.init(actor_key, observations)
+    critic_params = critic.init(critic_key, observations, actions)
+    return State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
+        actor_opt=ADAM.init(actor_params),
+        critic_opt=ADAM.init(critic_params),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+def sample_actions(key: jax.Array, mean: jax.Array, log_std: jax.Array, num_samples: int) -> jax.Array:
+    """Actions `[num_samples, batch, action_dim]` of the Gaussian policy, clipped to [-1, 1]."""
+    noise = jax.random.normal(key, (num_samples, *mean.shape))
+    return jnp.clip(mean + jnp.exp(log_std) * noise, -1.0, 1.0)
+
+
+def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
+    assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
+    loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
+    return loss, {"critic/loss": loss, "critic/q_mean": q.mean(), "critic/q_std": q.std(axis=0).mean()}
+
+
+def advantage_weights(advantages: jax.Array, hp: Hyperparameters, args: Args) -> jax.Array:
+    """Weights `[batch]` of the transitions in the policy's loss; those of the softmax have mean 1."""
+    if args.weights == "exp":
+        return jnp.minimum(jnp.exp(advantages / hp.temperature), hp.weight_clip)
+    return advantages.size * jax.nn.softmax(advantages / hp.softmax_temperature)
+
+
+# Eq. (4), and (14) without Z(s)
+def actor_loss(
+    log_prob: jax.Array, advantages: jax.Array, hp: Hyperparameters, args: Args
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood `[batch]`, weighted by the `advantages [batch]`, which are constants."""
+    assert log_prob.shape == advantages.shape, (log_prob.shape, advantages.shape)
+    weights = advantage_weights(advantages, hp, args)
+    loss = -jnp.mean(weights * log_prob)
+    return loss, {
+        "actor/loss": loss,
+        "actor/log_prob": log_prob.mean(),
+        "actor/weight_mean": weights.mean(),
+        "actor/weight_max": weights.max(),
+        "actor/advantage_mean": advantages.mean(),
+    }
+
+
+def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) -> tuple[State, dict[str, jax.Array]]:
+    """One update in CORL's order: critic, policy (with the new critic), target."""
+    actor, critic = modules(args, batch.actions.shape[-1])
+    key, next_key, value_key = jax.random.split(state.key, 3)
+
+    next_actions = sample_actions(next_key, *actor.apply(state.actor, batch.next_observations), 1).squeeze(0)
+    next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
+    targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_q
+    if args.nonpositive_targets:
+        targets = jnp.minimum(targets, 0.0)
+
+    def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return critic_loss(critic.apply(params, batch.observations, batch.actions), targets)
+
+    grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
+    critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
+
+    mean, log_std = actor.apply(state.actor, batch.observations)
+    if args.value == "mode":
+        own_actions = jnp.clip(mean, -1.0, 1.0)[None]
+    else:
+        own_actions = sample_actions(value_key, mean, log_std, args.value_samples)
+    # The policy's actions and the dataset's go through the critic together.
+    q = critic.apply(critic_params, batch.observations, jnp.concatenate([own_actions, batch.actions[None]])).min(axis=0)
+    advantages = q[-1] - q[:-1].mean(axis=0)
+
+    def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mean, log_std = actor.apply(params, batch.observations)
+        return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), advantages, hp, args)
+
+    grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
+    grads = jax.tree.map(lambda g, p: g + hp.actor_weight_decay * p, grads, state.actor)
+    actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, hp.actor_learning_rate)
+
+    new_state = State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
+        actor_opt=actor_opt,
+        critic_opt=critic_opt,
+        step=state.step + 1,
+        key=key,
+    )
+    return new_state, critic_info | actor_info
+
+
+def act(
+    state: State,
+    hp: Hyperparameters,
+    observations: jax.Array,
+    key: jax.Array,
+    args: Args,
+    action_dim: int,
+    sample: bool,
+) -> jax.Array:
+    """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
+    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    return sample_actions(key, mean, log_std, 1).squeeze(0) if sample else jnp.clip(mean, -1.0, 1.0)
+
+
+def train(
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+) -> tuple[State, populations.Metrics]:
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+
+    def step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        key, sample_key = jax.random.split(state.key)
+        batch = buffers.sample(sample_key, data, args.batch_size)
+        return update(state._replace(key=key), batch, hp, args)
+
+    return populations.repeat(step, state, num_updates)
+
+
+def main(args: Args) -> None:
+    """Load, initialise, train in chunks, evaluate, checkpoint, fine-tune online, report."""
+    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
+    with Run("awac", args, *functions) as run:
+        state = run.begin()
+        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
+            state, metrics = run.train(state, num_updates)
+            state = run.record(state, metrics)
+        for num_steps in run.online():  # the same updates, one for each environment step, on old and new data
+            state, metrics = run.collect_and_train(state, num_steps)
+            state = run.record(state, metrics)
+        run.finish(state)
+
+
+if __name__ == "__main__":
+    launch(main, Args, PRESETS)
