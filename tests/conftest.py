@@ -1,11 +1,13 @@
 """Two CPU devices for every test, compiled programs shared within the session, and a tiny dataset for whole runs."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,22 +77,28 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def iql(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`iql(*flags)`: the command line of IQL, in this process."""
-    from algorithms import iql as script
+def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`script(name, *flags)`: the command line of an algorithm, in this process."""
     from common.flags import launch
 
-    def call(*flags: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["iql.py", *map(str, flags)])
+    def call(name: str, *flags: object) -> Outcome:
+        module = importlib.import_module(f"algorithms.{name}")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         capfd.readouterr()
         status = 0
         try:
-            launch(script.main, script.Args, script.PRESETS)
+            launch(module.main, module.Args, module.PRESETS)
         except SystemExit as stop:
             status = stop.code
         return Outcome(status, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def iql(script: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """`iql(*flags)`: the command line of IQL, in this process."""
+    return partial(script, "iql")
 
 
 @pytest.fixture(scope="session")
