@@ -100,6 +100,13 @@ def aggregate(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, flo
     return common, {algorithm: summary([scores[name, algorithm] for name in common]) for algorithm in algorithms}
 
 
+def before_online(cell: Cell) -> list[float]:
+    """Each member's score where the online phase begins; empty without an online phase or scores."""
+    rows = [row for row in cell.evaluations if row["phase"] == "online"]
+    first = min((int(row["step"]) for row in rows), default=0)
+    return [float(row["score_mean"]) for row in rows if int(row["step"]) == first and row["score_mean"]]
+
+
 # Tables
 
 
@@ -138,6 +145,25 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
     return markdown(["dataset", *heads, *algorithms], rows)
 
 
+def fine_tuning(cells: Sequence[Cell]) -> str:
+    """Scores before and after the online phase, for the cells that have one."""
+    rows = []
+    for cell in cells:
+        steps = str(cell.final["online_steps"])
+        scores = [show(summary([values])) for values in (before_online(cell), cell.values("score_mean"))]
+        rows.append([f"{cell.algorithm}, {cell.dataset}", str(cell.final["updates"]), steps, *scores])
+    return markdown(["run", "offline updates", "environment steps", "before", "after"], rows)
+
+
+def updates_of(cells: Sequence[Cell]) -> str:
+    """How many offline updates each algorithm made, a list item."""
+    by_count: dict[int, list[str]] = {}
+    for cell in cells:
+        names = by_count.setdefault(cell.final["updates"], [])
+        names += [] if cell.algorithm in names else [cell.algorithm]
+    return "; ".join(f"{count:,} ({', '.join(names)})" for count, names in sorted(by_count.items()))
+
+
 def origin(cells: Sequence[Cell]) -> str:
     """What made a table: seeds, commits, hardware, versions, and the commands folded away."""
     seeds = unique([member["seed"] for cell in cells for member in cell.members])
@@ -155,6 +181,7 @@ def origin(cells: Sequence[Cell]) -> str:
     devices = unique([f"{c['device']['count']} x {c['device']['kind']}" for c in configs])
     versions = unique([", ".join(f"{name} {version}" for name, version in c["versions"].items()) for c in configs])
     lines = [
+        f"- offline updates: {updates_of(cells)}",
         f"- seeds: {', '.join(map(str, seeds))}; episodes for each seed: {' or '.join(map(str, episodes))}",
         f"- commit: {'; '.join(commits)}",
         f"- processor: {'; '.join(hardware)}; JAX devices: {'; '.join(devices)}",
@@ -297,6 +324,12 @@ def write(folder: Path) -> None:
 
     heads = ["data, average", "worst to best episode", "episodes"]
     parts += ["## Return\n", table(cells, "return_mean", returns, heads), origin(cells)]
+    if tuned := [cell for cell in scored if before_online(cell)]:
+        parts += [
+            "## Fine-tuning\n",
+            "Score where the online phase begins, and the final score after it.\n",
+            fine_tuning(tuned),
+        ]
     parts += ["## Learning curves\n"]
     for dataset in unique([cell.dataset for cell in cells]):
         name = f"curves_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}.png"

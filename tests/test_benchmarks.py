@@ -241,6 +241,24 @@ def test_report_is_computed_by_hand(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
+    write_run(tmp_path, "iql", "easy", [40.0, 60.0])
+    write_run(tmp_path, "bc", "easy", [5.0, 5.0])
+    run = tmp_path / "iql_easy"
+    final = json.loads((run / "final.json").read_text()) | {"online_steps": 70, "updates": 200}
+    (run / "final.json").write_text(json.dumps(final))
+    with open(run / "evaluations.csv", "a") as file:
+        for step, scores in ((0, (10.0, 20.0)), (70, (40.0, 60.0))):
+            for i, score in enumerate(scores):
+                file.write(f"online,{step},{i},{i},{step},0,{score},0,10\n")
+    report.main([str(tmp_path)])
+    page = (tmp_path / "README.md").read_text()
+    row = cells_of(page, "iql, easy")  # of the first table with such rows
+    assert row == ["iql, easy", "200", "70", "15.0 [10.0, 20.0]", "50.0 [40.0, 60.0]"]
+    assert "bc, easy" not in page[: page.index("## Learning curves")], "it has no online phase"
+    assert "offline updates: 100 (bc); 200 (iql)" in page
+
+
 def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
     write_run(tmp_path, "bc", "easy", [10.0])
     write_run(tmp_path, "bc", "hard", [2.0])
