@@ -1,0 +1,351 @@
+"""Conservative Q-learning, CQL(H). Kumar, Zhou, Tucker, Levine, 2020, arXiv:2006.04779, on SAC, arXiv:1812.05905.
+
+Soft actor-critic whose Q-functions are pushed down at the actions where they are large and up at the dataset's:
+
+    y    = r + discount (1 - termination) min_j Q'_j(s', a'),   a' ~ pi(.|s')
+    gap_k = mean log (sum_i exp(Q_k(s, a_i)) / p(a_i)) - Q_k(s, a)                                   (Eq. 4)
+    L_Q  = sum_k mean (Q_k(s, a) - y)^2 + weight gap_k
+    L_pi = mean alpha log pi(a~|s) - min_k Q_k(s, a~),   a~ ~ pi(.|s)                        (SAC, Eq. 7, 9)
+    L_alpha = -log alpha mean (log pi(a~|s) + target entropy)                               (SAC, Eq. 18)
+
+The paper's integral of exp(Q_k(s, .)) is sampled: the a_i are `--num-actions` (n) uniform actions, as many of pi(.|s)
+and as many of pi(.|s'), all three valued at s, and p is the density each was drawn with. Their sum estimates the
+integral 3n times over, so gap_k is log(3n) too large, which only matters to `--target-gap`. With `--lagrange` the
+weight is multiplied by a learned factor that rises while the gap is above `--target-gap`.
+
+Settings and what the paper leaves open follow its authors' code and CORL's, whose results are the reproduced ones:
+targets have no entropy term unless `--entropy-backup`, every loss is that of the parameters before the update, the
+temperature learns at the policy's rate. With `--max-backup`, n actions are drawn at s' and the target is the largest
+over them of the smallest Q-value over the ensemble (CORL, JaxCQL; the authors' code maximises for each Q-function by
+itself, then takes the smallest). Ours: terminations alone cut the bootstrap, and the truncated last step of an episode
+is kept and bootstraps; the ensemble may have any size; the policy's log standard deviation has no learned scale and
+offset. Online, the same update goes on, on actions sampled from the policy (CORL).
+
+    python algorithms/cql.py --dataset offax/hopper/medium-expert-v0
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import buffers, networks, populations
+from common.buffers import Replay, Transitions
+from common.experiment import Run
+from common.flags import Count, NonNegative, RunArgs, Share, launch
+from common.optimization import descend
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars that may differ between members of a population: traced, never static."""
+
+    conservative_weight: NonNegative = 10.0
+    """Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit)."""
+    target_gap: float = 1.0
+    """With --lagrange, the gap above which the penalty's factor rises (JaxCQL: 1; CORL: 0.8 AntMaze)."""
+    target_entropy: float = -1.0
+    """Entropy, per dimension of the action, below which the temperature rises (SAC's paper, table 1)."""
+    discount: Share = 0.99
+    """Discount factor (CORL, JaxCQL)."""
+    polyak: Share = 0.005
+    """Share of the critic that moves into its target at every update (CORL, JaxCQL)."""
+    actor_learning_rate: NonNegative = 3e-5
+    """Adam's rate for the policy and the temperature (CORL: 3e-5 locomotion, 1e-4 elsewhere)."""
+    critic_learning_rate: NonNegative = 3e-4
+    """Adam's rate for the Q-functions and the penalty's factor (CORL, JaxCQL)."""
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """CQL: conservative Q-learning on soft actor-critic."""
+
+    hp: Hyperparameters = Hyperparameters()
+    num_critics: Count = 2
+    """Q-functions; their minimum is taken over all of them (CORL, JaxCQL: 2)."""
+    hidden_dim: Count = 256
+    """Width of every hidden layer (CORL, JaxCQL)."""
+    num_layers: Count = 3
+    """Hidden layers of the policy (CORL)."""
+    critic_layers: Count = 3
+    """Hidden layers of every Q-function (CORL)."""
+    num_actions: Count = 10
+    """Actions from each of the three distributions in the gap; also those of --max-backup (CORL, JaxCQL: 10)."""
+    lagrange: bool = False
+    """Learn a factor of the penalty's weight that holds the gap at --target-gap (CORL: on AntMaze)."""
+    gap_floor: float | None = None
+    """States whose gap is below it are not penalised; default: all are (CORL: -200 on AntMaze)."""
+    max_backup: bool = False
+    """Bootstrap from the best of --num-actions actions of the policy instead of one action (CORL: on AntMaze)."""
+    entropy_backup: bool = False
+    """Subtract alpha log pi(a'|s') in the target, as SAC does (CORL, JaxCQL: not)."""
+    bc_updates: int = 0
+    """First updates, in which the policy maximises log pi(a|s) of the dataset in place of Q (CORL: 0)."""
+
+
+PRESETS = {  # CORL's configurations; on AntMaze its code gives five layers to the first Q-function only
+    "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
+    "antmaze": {
+        "conservative_weight": 5.0,
+        "lagrange": True,
+        "target_gap": 0.8,
+        "gap_floor": -200.0,
+        "max_backup": True,
+        "actor_learning_rate": 1e-4,
+        "critic_layers": 5,
+        "reward_scale": 10.0,
+        "reward_shift": -5.0,
+    },
+    "adroit": {"conservative_weight": 1.0, "actor_learning_rate": 1e-4, "normalize_observations": True},
+}
+
+
+class State(NamedTuple):
+    """Everything that training changes, of one member."""
+
+    actor: Any
+    critic: Any
+    target_critic: Any
+    log_alpha: jax.Array
+    log_factor: jax.Array
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    alpha_opt: optax.OptState
+    factor_opt: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+ADAM = optax.scale_by_adam()
+
+
+def modules(args: Args, action_dim: int) -> tuple[networks.GaussianHead, networks.QEnsemble]:
+    """The policy, a Gaussian squashed by tanh, and the Q-functions; initialised as CORL's hidden layers are."""
+    return (
+        networks.GaussianHead(
+            action_dim, args.hidden_dim, args.num_layers, -20.0, 2.0, kernel_init=networks.uniform_fan_in
+        ),
+        networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers),
+    )
+
+
+def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
+    """Fresh networks and optimisers; the target critic starts as a copy, alpha at 1, the penalty's factor at e."""
+    actor, critic = modules(args, action_dim)
+    actor_key, critic_key, key = jax.random.split(key, 3)
+    observations, actions = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor_params = actor.init(actor_key, observations)
+    critic_params = critic.init(critic_key, observations, actions)
+    log_alpha, log_factor = jnp.zeros(()), jnp.ones(())
+    return State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
+        log_alpha=log_alpha,
+        log_factor=log_factor,
+        actor_opt=ADAM.init(actor_params),
+        critic_opt=ADAM.init(critic_params),
+        alpha_opt=ADAM.init(log_alpha),
+        factor_opt=ADAM.init(log_factor),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+def penalised_actions(
+    key: jax.Array, mean: jax.Array, log_std: jax.Array, num_actions: int
+) -> tuple[jax.Array, jax.Array]:
+    """Actions `[n, batch, action_dim]` of the gap and their log-densities `[n, batch]`.
+
+    `num_actions` are uniform on [-1, 1], and as many come from each of the policies whose Gaussians have `mean` and
+    `log_std [policies, batch, action_dim]`.
+    """
+    uniform_key, policy_key = jax.random.split(key)
+    batch_size, action_dim = mean.shape[1:]
+    uniform = jax.random.uniform(uniform_key, (num_actions, batch_size, action_dim), minval=-1.0, maxval=1.0)
+    mean = jnp.broadcast_to(mean, (num_actions, *mean.shape))
+    sampled, log_prob = networks.squashed_sample(policy_key, mean, log_std)
+    log_uniform = jnp.full((num_actions, batch_size), -action_dim * math.log(2.0))
+    actions = jnp.concatenate([uniform, sampled.reshape(-1, batch_size, action_dim)])
+    return actions, jnp.concatenate([log_uniform, log_prob.reshape(-1, batch_size)])
+
+
+# Eq. (4)
+def critic_loss(
+    q: jax.Array,
+    targets: jax.Array,
+    sampled_q: jax.Array,
+    log_density: jax.Array,
+    weight: jax.Array | float,
+    gap_floor: float | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Squared error of every Q-function to the same `targets [batch]` and `weight` times its gap, summed over K.
+
+    `q [K, batch]` are values of dataset actions, `sampled_q [K, n, batch]` of actions drawn at the same states with
+    `log_density [n, batch]`.
+    """
+    assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
+    assert sampled_q.shape == (q.shape[0], *log_density.shape), (sampled_q.shape, log_density.shape)
+    assert log_density.shape[1:] == targets.shape, (log_density.shape, targets.shape)
+    gap = jax.nn.logsumexp(sampled_q - log_density, axis=1) - q
+    gap = jnp.mean(gap if gap_floor is None else jnp.maximum(gap, gap_floor), axis=1)
+    td_loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
+    loss = td_loss + weight * gap.sum()
+    return loss, {
+        "critic/loss": loss,
+        "critic/td_loss": td_loss,
+        "critic/gap": gap.mean(),
+        "critic/q_mean": q.mean(),
+        "critic/q_sampled_mean": sampled_q.mean(),
+        "critic/q_std": q.std(axis=0).mean(),
+    }
+
+
+# SAC, Eq. (7), (9)
+def actor_loss(log_prob: jax.Array, value: jax.Array, alpha: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Entropy-regularised negative `value [batch]` of the policy, whose own actions have `log_prob [batch]`."""
+    assert log_prob.shape == value.shape, (log_prob.shape, value.shape)
+    loss = jnp.mean(alpha * log_prob - value)
+    return loss, {"actor/loss": loss, "actor/entropy": -log_prob.mean()}
+
+
+# SAC, Eq. (18), on log alpha
+def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: jax.Array | float) -> jax.Array:
+    """Raises the temperature while the policy's `entropy` is below its target."""
+    return log_alpha * (entropy - target_entropy)
+
+
+def penalty_factor(log_factor: jax.Array) -> jax.Array:
+    """The penalty's factor, at most a million (authors' code)."""
+    return jnp.clip(jnp.exp(log_factor), 0.0, 1e6)
+
+
+# The dual of Eq. (4)'s weight
+def factor_loss(log_factor: jax.Array, gap: jax.Array, hp: Hyperparameters) -> jax.Array:
+    """Raises the penalty's factor while the mean `gap` of the Q-functions is above its target."""
+    return -penalty_factor(log_factor) * hp.conservative_weight * (gap - hp.target_gap)
+
+
+def data_log_prob(actions: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """Log-density `[batch]` of given `actions [batch, action_dim]` under the squashed Gaussian.
+
+    The actions are moved within 0.999 of the bounds (JaxCQL), where the squashing has an inverse.
+    """
+    actions = jnp.clip(actions, -0.999, 0.999)
+    log_det = jnp.sum(jnp.log1p(-(actions**2)), axis=-1)
+    return networks.gaussian_log_prob(jnp.arctanh(actions), mean, log_std) - log_det
+
+
+def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) -> tuple[State, dict[str, jax.Array]]:
+    """One update of policy, critic, temperature, factor and target; every loss is of the parameters before it."""
+    action_dim = batch.actions.shape[-1]
+    actor, critic = modules(args, action_dim)
+    actor_key, next_key, penalty_key, key = jax.random.split(state.key, 4)
+    alpha = jnp.exp(state.log_alpha)
+
+    def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mean, log_std = actor.apply(params, batch.observations)
+        actions, log_prob = networks.squashed_sample(actor_key, mean, log_std)
+        value = critic.apply(state.critic, batch.observations, actions).min(axis=0)
+        if args.bc_updates > 0:
+            likelihood = data_log_prob(batch.actions, mean, log_std)
+            value = jnp.where(state.step < args.bc_updates, likelihood, value)
+        return actor_loss(log_prob, value, alpha)
+
+    grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
+    actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, hp.actor_learning_rate)
+
+    # Actions are drawn outside of the critic's loss: no gradient reaches them or the policy.
+    both = jnp.stack([batch.observations, batch.next_observations])  # one larger product instead of two
+    mean, log_std = actor.apply(state.actor, both)
+    num_next = args.num_actions if args.max_backup else 1
+    next_mean = jnp.broadcast_to(mean[1], (num_next, *mean[1].shape))
+    next_actions, next_log_prob = networks.squashed_sample(next_key, next_mean, log_std[1])
+    next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
+    best = next_q.argmax(axis=0, keepdims=True)
+    next_v = jnp.take_along_axis(next_q, best, axis=0).squeeze(0)
+    if args.entropy_backup:
+        next_v = next_v - alpha * jnp.take_along_axis(next_log_prob, best, axis=0).squeeze(0)
+    targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_v
+
+    sampled, log_density = penalised_actions(penalty_key, mean, log_std, args.num_actions)
+    actions = jnp.concatenate([batch.actions[None], sampled])
+    weight = hp.conservative_weight * (penalty_factor(state.log_factor) if args.lagrange else 1.0)
+
+    def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        q = critic.apply(params, batch.observations, actions)
+        return critic_loss(q[:, 0], targets, q[:, 1:], log_density, weight, args.gap_floor)
+
+    grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
+    critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
+
+    target_entropy = hp.target_entropy * action_dim
+    grads = jax.grad(alpha_loss)(state.log_alpha, actor_info["actor/entropy"], target_entropy)
+    log_alpha, alpha_opt = descend(ADAM, state.log_alpha, grads, state.alpha_opt, hp.actor_learning_rate)
+    log_factor, factor_opt = state.log_factor, state.factor_opt
+    if args.lagrange:
+        grads = jax.grad(factor_loss)(state.log_factor, critic_info["critic/gap"], hp)
+        log_factor, factor_opt = descend(ADAM, state.log_factor, grads, state.factor_opt, hp.critic_learning_rate)
+
+    new_state = State(
+        actor=actor_params,
+        critic=critic_params,
+        target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
+        log_alpha=log_alpha,
+        log_factor=log_factor,
+        actor_opt=actor_opt,
+        critic_opt=critic_opt,
+        alpha_opt=alpha_opt,
+        factor_opt=factor_opt,
+        step=state.step + 1,
+        key=key,
+    )
+    return new_state, critic_info | actor_info | {"alpha/value": alpha, "critic/weight": jnp.asarray(weight)}
+
+
+def act(
+    state: State,
+    hp: Hyperparameters,
+    observations: jax.Array,
+    key: jax.Array,
+    args: Args,
+    action_dim: int,
+    sample: bool,
+) -> jax.Array:
+    """Actions `[batch, action_dim]` in [-1, 1]: the squashed mean for evaluation, or a sample for data collection."""
+    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    return networks.squashed_sample(key, mean, log_std)[0] if sample else jnp.tanh(mean)
+
+
+def train(
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+) -> tuple[State, populations.Metrics]:
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+
+    def step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        key, sample_key = jax.random.split(state.key)
+        batch = buffers.sample(sample_key, data, args.batch_size)
+        return update(state._replace(key=key), batch, hp, args)
+
+    return populations.repeat(step, state, num_updates)
+
+
+def main(args: Args) -> None:
+    """Load, initialise, train in chunks, evaluate, checkpoint, fine-tune online, report."""
+    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
+    with Run("cql", args, *functions) as run:
+        state = run.begin()
+        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
+            state, metrics = run.train(state, num_updates)
+            state = run.record(state, metrics)
+        for num_steps in run.online():  # the same updates, one for each environment step, on old and new data
+            state, metrics = run.collect_and_train(state, num_steps)
+            state = run.record(state, metrics)
+        run.finish(state)
+
+
+if __name__ == "__main__":
+    launch(main, Args, PRESETS)
