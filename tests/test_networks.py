@@ -59,13 +59,3 @@ def test_many_actions_for_each_state_equal_one_by_one() -> None:
     assert together.shape == (3, 7, 5)
     for n in range(7):
         np.testing.assert_allclose(together[:, n], critic.apply(params, observations, actions[n]), rtol=1e-4, atol=1e-6)
-
-
-def test_joint_layer_is_the_linear_layer_of_the_concatenation() -> None:
-    rng = np.random.default_rng(4)
-    x, y = rng.normal(size=(5, 4)), rng.normal(size=(5, 2))
-    layer = networks.JointDense(3, networks.uniform_fan_in)
-    params = layer.init(jax.random.key(0), x, y)
-    kernel = np.asarray(params["params"]["kernel"])
-    assert kernel.shape == (6, 3) and np.abs(kernel).max() <= 1 / np.sqrt(6)  # the fan-in of both inputs together
-    np.testing.assert_allclose(layer.apply(params, x, y), np.hstack([x, y]) @ kernel, rtol=1e-5, atol=1e-6)
