@@ -1,25 +1,28 @@
-"""Conservative Q-learning, CQL(H). Kumar, Zhou, Tucker, Levine, 2020, arXiv:2006.04779, on SAC, arXiv:1812.05905.
+"""Conservative Q-learning (CQL). Kumar, Zhou, Tucker, Levine, 2020, arXiv:2006.04779, on SAC, arXiv:1812.05905.
 
-Soft actor-critic whose Q-functions are pushed down at the actions where they are large and up at the dataset's:
+CQL(H): soft actor-critic whose Q-functions are pushed down where they are large and up at the dataset's actions:
 
-    y    = r + discount (1 - termination) min_j Q'_j(s', a'),   a' ~ pi(.|s')
-    gap_k = mean log (sum_i exp(Q_k(s, a_i)) / p(a_i)) - Q_k(s, a)                                   (Eq. 4)
-    L_Q  = sum_k mean (Q_k(s, a) - y)^2 + weight gap_k
-    L_pi = mean alpha log pi(a~|s) - min_k Q_k(s, a~),   a~ ~ pi(.|s)                        (SAC, Eq. 7, 9)
-    L_alpha = -log alpha mean (log pi(a~|s) + target entropy)                               (SAC, Eq. 18)
+    y     = r + discount (1 - termination) min_j Q'_j(s', a'),   a' ~ pi(.|s')
+    gap_k = mean (log (sum_i exp(Q_k(s, a_i)) / p(a_i)) - Q_k(s, a))
+    L_Q   = sum_k (mean (Q_k(s, a) - y)^2 + weight gap_k)                                                  (Eq. 4)
+    L_pi  = mean (alpha log pi(a~|s) - min_k Q_k(s, a~)),   a~ ~ pi(.|s)                           (SAC, Eq. 7, 9)
+    L_alpha = -log alpha mean (log pi(a~|s) + target entropy)                                        (SAC, Eq. 18)
 
-The paper's integral of exp(Q_k(s, .)) is sampled: the a_i are `--num-actions` (n) uniform actions, as many of pi(.|s)
-and as many of pi(.|s'), all three valued at s, and p is the density each was drawn with. Their sum estimates the
-integral 3n times over, so gap_k is log(3n) too large, which only matters to `--target-gap`. With `--lagrange` the
-weight is multiplied by a learned factor that rises while the gap is above `--target-gap`.
+The first term of the gap stands for the paper's log of the integral of exp(Q_k(s, a)) over a: the a_i are n uniform
+actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density each was drawn with. The sum holds the
+integral 3n times, so the gap is log(3n) too large; that has no gradient, but `--target-gap` counts it in. With
+`--lagrange` the weight has a learned factor, which rises while the gap is above `--target-gap` (Eq. 30).
 
-Settings and what the paper leaves open follow its authors' code and CORL's, whose results are the reproduced ones:
-targets have no entropy term unless `--entropy-backup`, every loss is that of the parameters before the update, the
-temperature learns at the policy's rate. With `--max-backup`, n actions are drawn at s' and the target is the largest
-over them of the smallest Q-value over the ensemble (CORL, JaxCQL; the authors' code maximises for each Q-function by
-itself, then takes the smallest). Ours: terminations alone cut the bootstrap, and the truncated last step of an episode
-is kept and bootstraps; the ensemble may have any size; the policy's log standard deviation has no learned scale and
-offset. Online, the same update goes on, on actions sampled from the policy (CORL).
+As in the authors' code and in CORL, whose results are the ones reproduced: the squared error lacks the paper's 1/2; the
+target has no entropy term; every loss is that of the parameters before the update; the temperature learns at the
+policy's rate. With `--max-backup` the target takes n actions at s' and, of their smallest values over the ensemble, the
+largest (CORL, JaxCQL; the authors' code maximises each Q-function on its own first). In the first `--bc-updates`, the
+policy maximises log pi(a|s) of the dataset in place of Q.
+
+Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
+ensemble may have any size; the policy's log standard deviation is the network's own output (in CORL and JaxCQL a
+learned scale and offset follow, from 1 and -1). Online, the same update goes on, and actions are sampled from the
+policy (CORL).
 
     python algorithms/cql.py --dataset offax/hopper/medium-expert-v0
 """
@@ -35,28 +38,31 @@ import optax
 
 from common import buffers, networks, populations
 from common.buffers import Replay, Transitions
+from common.errors import UsageError
 from common.experiment import Run
 from common.flags import Count, NonNegative, RunArgs, Share, launch
 from common.optimization import descend
+from common.populations import parse_grid
 
 
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
     conservative_weight: NonNegative = 10.0
-    """Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit)."""
+    """Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit; authors' code:
+    5 or 10)."""
     target_gap: float = 1.0
     """With --lagrange, the gap above which the penalty's factor rises (JaxCQL: 1; CORL: 0.8 AntMaze)."""
     target_entropy: float = -1.0
-    """Entropy, per dimension of the action, below which the temperature rises (SAC's paper, table 1)."""
+    """Entropy per dimension of the action, below which the temperature rises (SAC's paper, table 1)."""
     discount: Share = 0.99
-    """Discount factor (CORL, JaxCQL)."""
+    """Discount factor (authors' code, CORL)."""
     polyak: Share = 0.005
-    """Share of the critic that moves into its target at every update (CORL, JaxCQL)."""
+    """Share of the critic that moves into its target at every update (authors' code, CORL)."""
     actor_learning_rate: NonNegative = 3e-5
-    """Adam's rate for the policy and the temperature (CORL: 3e-5 locomotion, 1e-4 elsewhere)."""
+    """Adam's rate for policy and temperature (CORL: 3e-5 locomotion, 1e-4 elsewhere; authors' code: 1e-4)."""
     critic_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the Q-functions and the penalty's factor (CORL, JaxCQL)."""
+    """Adam's rate for the Q-functions and the penalty's factor (authors' code, CORL)."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +71,36 @@ class Args(RunArgs):
 
     hp: Hyperparameters = Hyperparameters()
     num_critics: Count = 2
-    """Q-functions; their minimum is taken over all of them (CORL, JaxCQL: 2)."""
+    """Q-functions; their minimum is taken over all of them (authors' code, CORL: 2)."""
     hidden_dim: Count = 256
-    """Width of every hidden layer (CORL, JaxCQL)."""
+    """Width of every hidden layer (authors' code, CORL)."""
     num_layers: Count = 3
-    """Hidden layers of the policy (CORL)."""
+    """Hidden layers of the policy (authors' code, CORL)."""
     critic_layers: Count = 3
-    """Hidden layers of every Q-function (CORL)."""
+    """Hidden layers of every Q-function (authors' code, CORL: 3, on AntMaze 5)."""
     num_actions: Count = 10
-    """Actions from each of the three distributions in the gap; also those of --max-backup (CORL, JaxCQL: 10)."""
+    """The n of the gap and of --max-backup (authors' code, CORL: 10)."""
     lagrange: bool = False
-    """Learn a factor of the penalty's weight that holds the gap at --target-gap (CORL: on AntMaze)."""
+    """Learn a factor of the weight that holds the gap at --target-gap (CORL: on AntMaze)."""
     gap_floor: float | None = None
-    """States whose gap is below it are not penalised; default: all are (CORL: -200 on AntMaze)."""
+    """Bound below which a state's gap is not lowered further; default: none (CORL: -200 on AntMaze)."""
     max_backup: bool = False
-    """Bootstrap from the best of --num-actions actions of the policy instead of one action (CORL: on AntMaze)."""
+    """Bootstrap from the best of n actions instead of one (CORL: on AntMaze)."""
     entropy_backup: bool = False
-    """Subtract alpha log pi(a'|s') in the target, as SAC does (CORL, JaxCQL: not)."""
+    """Subtract alpha log pi(a'|s') in the target, as SAC does (authors' code, CORL: not)."""
     bc_updates: int = 0
-    """First updates, in which the policy maximises log pi(a|s) of the dataset in place of Q (CORL: 0)."""
+    """First updates, with behaviour cloning in place of Q in the policy's loss (CORL: 0; authors' code: 40,000)."""
+
+    def validate(self) -> None:
+        """UsageError for a number out of range, or a sweep of the target of a gap that has none."""
+        super().validate()
+        if not self.lagrange and any("target_gap" in combination for combination in parse_grid(self.grid, self.hp)):
+            raise UsageError("--grid: target_gap has no effect without --lagrange True")
 
 
-PRESETS = {  # CORL's configurations; on AntMaze its code gives five layers to the first Q-function only
+# CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the
+# first Q-function with five layers.
+PRESETS = {
     "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
     "antmaze": {
         "conservative_weight": 5.0,
@@ -123,11 +137,9 @@ ADAM = optax.scale_by_adam()
 
 
 def modules(args: Args, action_dim: int) -> tuple[networks.GaussianHead, networks.QEnsemble]:
-    """The policy, a Gaussian squashed by tanh, and the Q-functions; initialised as CORL's hidden layers are."""
+    """The policy, a Gaussian squashed by tanh, and the Q-functions; hidden layers start as in CORL."""
     return (
-        networks.GaussianHead(
-            action_dim, args.hidden_dim, args.num_layers, -20.0, 2.0, kernel_init=networks.uniform_fan_in
-        ),
+        networks.GaussianHead(action_dim, args.hidden_dim, args.num_layers, kernel_init=networks.uniform_fan_in),
         networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers),
     )
 
@@ -173,6 +185,18 @@ def penalised_actions(
     return actions, jnp.concatenate([log_uniform, log_prob.reshape(-1, batch_size)])
 
 
+def next_value(next_q: jax.Array, log_prob: jax.Array, alpha: jax.Array, entropy_backup: bool) -> jax.Array:
+    """Value `[batch]` of s': the largest over n of the smallest over K of `next_q [K, n, batch]`.
+
+    With `entropy_backup` it is reduced by `alpha` times the `log_prob [n, batch]` of the action it belongs to.
+    """
+    assert next_q.shape[1:] == log_prob.shape, (next_q.shape, log_prob.shape)
+    smallest = next_q.min(axis=0)
+    best = smallest.argmax(axis=0, keepdims=True)
+    value = jnp.take_along_axis(smallest - alpha * log_prob if entropy_backup else smallest, best, axis=0)
+    return value.squeeze(0)
+
+
 # Eq. (4)
 def critic_loss(
     q: jax.Array,
@@ -191,7 +215,9 @@ def critic_loss(
     assert sampled_q.shape == (q.shape[0], *log_density.shape), (sampled_q.shape, log_density.shape)
     assert log_density.shape[1:] == targets.shape, (log_density.shape, targets.shape)
     gap = jax.nn.logsumexp(sampled_q - log_density, axis=1) - q
-    gap = jnp.mean(gap if gap_floor is None else jnp.maximum(gap, gap_floor), axis=1)
+    if gap_floor is not None:
+        gap = jnp.maximum(gap, gap_floor)
+    gap = gap.mean(axis=1)
     td_loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
     loss = td_loss + weight * gap.sum()
     return loss, {
@@ -219,11 +245,11 @@ def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: jax.Arr
 
 
 def penalty_factor(log_factor: jax.Array) -> jax.Array:
-    """The penalty's factor, at most a million (authors' code)."""
+    """The penalty's factor, from 0 to a million (authors' code)."""
     return jnp.clip(jnp.exp(log_factor), 0.0, 1e6)
 
 
-# The dual of Eq. (4)'s weight
+# Eq. (30)
 def factor_loss(log_factor: jax.Array, gap: jax.Array, hp: Hyperparameters) -> jax.Array:
     """Raises the penalty's factor while the mean `gap` of the Q-functions is above its target."""
     return -penalty_factor(log_factor) * hp.conservative_weight * (gap - hp.target_gap)
@@ -258,26 +284,21 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
     actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, hp.actor_learning_rate)
 
-    # Actions are drawn outside of the critic's loss: no gradient reaches them or the policy.
-    both = jnp.stack([batch.observations, batch.next_observations])  # one larger product instead of two
-    mean, log_std = actor.apply(state.actor, both)
-    num_next = args.num_actions if args.max_backup else 1
-    next_mean = jnp.broadcast_to(mean[1], (num_next, *mean[1].shape))
+    # All actions are drawn outside of the critic's loss: no gradient reaches them, nor by them the policy.
+    both = jnp.stack([batch.observations, batch.next_observations])
+    mean, log_std = actor.apply(state.actor, both)  # [2, batch, action_dim]
+    next_mean = jnp.broadcast_to(mean[1], (args.num_actions if args.max_backup else 1, *mean[1].shape))
     next_actions, next_log_prob = networks.squashed_sample(next_key, next_mean, log_std[1])
-    next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
-    best = next_q.argmax(axis=0, keepdims=True)
-    next_v = jnp.take_along_axis(next_q, best, axis=0).squeeze(0)
-    if args.entropy_backup:
-        next_v = next_v - alpha * jnp.take_along_axis(next_log_prob, best, axis=0).squeeze(0)
+    next_q = critic.apply(state.target_critic, batch.next_observations, next_actions)
+    next_v = next_value(next_q, next_log_prob, alpha, args.entropy_backup)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_v
-
     sampled, log_density = penalised_actions(penalty_key, mean, log_std, args.num_actions)
-    actions = jnp.concatenate([batch.actions[None], sampled])
     weight = hp.conservative_weight * (penalty_factor(state.log_factor) if args.lagrange else 1.0)
 
     def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        q = critic.apply(params, batch.observations, actions)
-        return critic_loss(q[:, 0], targets, q[:, 1:], log_density, weight, args.gap_floor)
+        q = critic.apply(params, batch.observations, batch.actions)
+        sampled_q = critic.apply(params, batch.observations, sampled)
+        return critic_loss(q, targets, sampled_q, log_density, weight, args.gap_floor)
 
     grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
     critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
