@@ -4,17 +4,17 @@ TD3 whose policy also imitates the dataset; the two terms are balanced by the si
 
     a'   = clip(pi'(s') + clip(N(0, policy_noise^2), -noise_clip, noise_clip), -1, 1)                (TD3, Eq. 14)
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2              (TD3, Eq. 10)
-    L_pi = -scale mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,   scale = alpha / mean |Q_1(s, pi(s))|    (Eq. 3, 5)
+    L_pi = -scale mean Q_1(s, pi(s)) + bc_weight mean (pi(s) - a)^2                                  (Eq. 3)
+    scale = alpha / mean |Q_1(s, pi(s))|, a constant for the gradient; the paper's lambda            (Eq. 5)
 
-The policy and all targets move at every second update only (`--policy-delay`). States are normalised by the dataset's
-mean and standard deviation (Eq. 4), in the environment too. From the authors' code, not the paper: the scale comes from
-the policy's actions, not the dataset's, and is a constant for the gradient; the squares of L_pi are averaged over the
-batch and over the action's dimensions.
+The policy and all targets move once in `--policy-delay` updates. States are normalised by the dataset's mean and
+standard deviation (Eq. 4), in the environment too. From the authors' code, not the paper: the scale comes from the
+policy's actions, not the dataset's; the squares of L_pi are averaged over the batch and over the action's dimensions.
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; biases start at zero. The paper has no fine-tuning: online, as CORL's ReBRAC does, the
-weight of the imitation falls linearly with the online updates until it reaches `--online-bc-weight`, and actions are
-explored with TD3's noise.
+weight of the imitation falls linearly with the online updates until it reaches `--online-bc-weight` (offline it is 1),
+and actions are explored with TD3's noise.
 
     python algorithms/td3_bc.py --dataset offax/hopper/medium-expert-v0
 """
@@ -54,7 +54,7 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4
     """Adam's rate for the Q-functions (authors' code)."""
     online_bc_weight: Share = 0.5
-    """Least weight of the imitation online, where it falls linearly from 1 towards 0 (CORL's ReBRAC: 0.5)."""
+    """Where the weight of the imitation, which falls from 1 to 0 over the online phase, stops (CORL's ReBRAC: 0.5)."""
     exploration_noise: NonNegative = 0.1
     """Standard deviation of the noise on actions while collecting data (TD3's paper: 0.1)."""
 
@@ -76,7 +76,7 @@ class Args(RunArgs):
     """Critic updates for each update of the policy and the targets (authors' code)."""
 
 
-PRESETS = {  # alpha is the paper's everywhere; the shift of AntMaze's rewards is CORL's
+PRESETS = {  # CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
     "adroit": {"alpha": 2.5},
@@ -162,6 +162,7 @@ def actor_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The policy's `actions [batch, action_dim]` of Q-values `q [batch]`, held to the dataset's by `bc_weight`."""
     assert actions.shape == data_actions.shape, (actions.shape, data_actions.shape)
+    assert q.shape == actions.shape[:1], (q.shape, actions.shape)
     scale = hp.alpha / jax.lax.stop_gradient(jnp.abs(q).mean())
     imitation = jnp.mean((actions - data_actions) ** 2)
     loss = -scale * q.mean() + bc_weight * imitation
@@ -174,7 +175,7 @@ def actor_loss(
 
 
 def imitation_weight(online_step: jax.Array, args: Args, hp: Hyperparameters) -> jax.Array:
-    """Weight of the imitation: 1 offline; online 1 - (share of the phase that is over), but not below the least."""
+    """Weight of the imitation: 1 before the first online update, then less by the share of the phase that is over."""
     return jnp.maximum(1.0 - online_step / max(args.online_steps, 1), hp.online_bc_weight)
 
 
@@ -196,7 +197,7 @@ def update(
     critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
     state = state._replace(critic=critic_params, critic_opt=critic_opt, step=state.step + 1, key=key)
 
-    first_critic = critic.clone(num_critics=1)
+    first_critic = critic.clone(num_critics=1)  # the policy follows Q_1 alone
     bc_weight = imitation_weight(state.online_step, args, hp)
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -217,6 +218,7 @@ def update(
         return new_state, info
 
     def keep_actor(state: State) -> tuple[State, dict[str, jax.Array]]:
+        # Zeros of the metrics' shapes: `Sometimes` below leaves them out of the averages.
         return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(update_actor, state)[1])
 
     due = state.step % args.policy_delay == 0
