@@ -63,7 +63,8 @@ class Side(NamedTuple):
     members: int = 1
 
     def __str__(self) -> str:
-        return f"{self.algorithm}, {self.name}" + (f", {self.members} members" if self.members > 1 else "")
+        members = f", {self.members} members" if self.members > 1 else ""
+        return f"{self.algorithm}, {self.name}, {dict(self.settings)['num_critics']} critics{members}"
 
 
 class Trainer(NamedTuple):

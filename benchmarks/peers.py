@@ -63,14 +63,16 @@ SETTINGS = {
     "cql": {"num_layers": 3, "num_critics": 2, "num_actions": 10},
 }
 """Hidden layers of every network, critics, and sampled actions of each kind; both sides of a comparison have them."""
-OWN_SETTINGS = {("unifloral", "cql"): {"num_layers": 3, "num_critics": 10, "num_actions": 1}}
+OWN_SETTINGS = {
+    ("unifloral", "cql"): {"num_layers": 3, "num_critics": 10, "num_actions": 1, "entropy_backup": True},
+}
 """Where a peer's code fixes other ones, both sides have those."""
 REMARKS = {
     ("JAX-CORL", "iql"): "its LayerNorm in V is switched off",
     ("JAX-CORL", "td3_bc"): "its critics have LayerNorm",
     ("JAX-CORL", "awac"): "its critics have LayerNorm; its target moves once in 8 updates",
     ("unifloral", "td3_bc"): "its step, 2 updates of the critics on one batch and 1 of the policy, counts as 2 updates",
-    ("unifloral", "cql"): "its own 10 critics and 1 action on both sides; it adds the entropy to the targets",
+    ("unifloral", "cql"): "both sides have its 10 critics, 1 action of each kind, and entropy in the target",
 }
 
 
@@ -137,9 +139,8 @@ class Worker:
         return self._receive()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which has nothing to save."""
         self.connection.close()
-        self.process.join(2)
         self.process.kill()
         self.process.join()
 

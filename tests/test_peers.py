@@ -240,7 +240,7 @@ def test_peers_that_are_not_there_are_reported_without_timing_ours(tmp_path, cap
     args = peers.Args(corl=tmp_path / "nowhere", unifloral=tmp_path, algorithms=("awac",), out=out)
     assert peers.main(args) == 1
     printed = capsys.readouterr().out
-    assert "AWAC, CORL: not timed: there is no" in printed
+    assert "awac, CORL, 2 critics: not timed: there is no" in printed
     page, rows = out.with_suffix(".md").read_text(), list(csv.DictReader(out.with_suffix(".csv").open()))
     assert [row["error"] for row in rows] == [
         f"there is no {tmp_path}/nowhere/algorithms/offline/awac.py",
@@ -328,7 +328,7 @@ def test_a_comparison_from_start_to_end(tmp_path, capsys, monkeypatch):
     page, printed = out.with_suffix(".md").read_text(), capsys.readouterr().out
     assert f"| IQL, JAX-CORL | {peers.rate_text(rates['JAX-CORL'])} | {peers.rate_text(rates['Offax'])} |" in page
     assert f"{median:.2f} (" in page
-    assert "IQL, unifloral: not timed: its process ended with status 7" in printed
+    assert "iql, unifloral, 2 critics: not timed: its process ended with status 7" in printed
 
 
 def test_an_error_of_a_peer_becomes_one_line(monkeypatch, tmp_path):
