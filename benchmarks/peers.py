@@ -309,6 +309,11 @@ def commit(path: Path | None) -> str:
     return answers[0] + (" with changes" if answers[1] else "")
 
 
+def own_commit(about: dict[str, Any]) -> str:
+    """Ours, and whether the code differs from it."""
+    return (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else "")
+
+
 def versions(about: dict[str, Any]) -> dict[str, str]:
     """Versions of what takes part in an update, on any side."""
     found = {name: about["versions"][name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
@@ -330,7 +335,6 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
         parameters = " and ".join(map(str, found.parameters)) if found.parameters else ""
         row = [*cells(found), *sizes, parameters, found.remark.replace("|", "/")]
         lines.append(f"| {' | '.join(row)} |")
-    dirty = " with uncommitted changes" if about["git_dirty"] else ""
     clones = [f"{name} {commit(path)}" for name, path in args.clones().items()]
     rows, width, batch = peer_sides.ROWS, peer_sides.HIDDEN_DIM, peer_sides.BATCH_SIZE
     return "\n".join(
@@ -346,7 +350,7 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
             f"- {args.rounds} rounds of at least {args.seconds:g} s for each side, one side at a time",
             f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores",
             f"- updates on: {', '.join(sorted(devices)) or 'nothing'}",
-            f"- date: {begun} to {now()}; commit: {about['git_commit'] or 'unknown'}{dirty}",
+            f"- date: {begun} to {now()}; commit: {own_commit(about)}",
             f"- clones: {'; '.join(clones)}",
             f"- versions: {', '.join(f'{name} {version}' for name, version in versions(about).items())}",
             f"\n```sh\n{shlex.join(['python', *sys.argv])}\n```\n",
@@ -363,7 +367,7 @@ def main(args: Args) -> int:
     """Compare, print the table, write the results; the exit status."""
     args.validate()
     about, begun = provenance(), now()
-    shared = {"cpu": about["cpu"]["model"], "cores": peer_sides.cores(), "git_commit": about["git_commit"]}
+    shared = {"cpu": about["cpu"]["model"], "cores": peer_sides.cores(), "git_commit": own_commit(about)}
     shared |= versions(about)
     table = None
     if args.out is not None:
