@@ -13,8 +13,9 @@ Published code computes the weights w(A) in two ways, and each needs a temperatu
 
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
 mode (`--value`). The defaults are CORL's, whose networks, temperature and clip differ from the paper's table 1; the
-preset `adroit` is the authors' script for its human demonstrations, where also the targets are kept from rising above
-0, the bound of returns of rewards that are not positive (the paper clamps Q itself, whose gradient vanishes there).
+preset `adroit` is the authors' script for its human demonstrations, without its cap of advantages at 0.5 and without
+its clamp of Q at 0 (where the gradient vanishes): that is for rewards of 0 and -1, and many of D4RL's are positive. For
+rewards that are never positive, `--nonpositive-targets True` keeps the targets at or below 0 instead.
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
 as copies. Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
@@ -108,7 +109,6 @@ PRESETS = {  # locomotion, antmaze: CORL; adroit: the authors' script for human 
         "temperature": 0.1,
         "softmax_temperature": 0.5,
         "value": "mode",
-        "nonpositive_targets": True,
         "actor_weight_decay": 1e-4,
         "batch_size": 1024,
         "num_layers": 2,

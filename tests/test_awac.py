@@ -748,10 +748,12 @@ def test_presets_name_real_settings() -> None:
             "num_critics": 2, "batch_size": 256, "normalize_observations": True, "squash_mean": False,
             "initial_log_std": 0.0, "min_log_std": -20.0, "max_log_std": 2.0, "nonpositive_targets": False,
             "weight_clip": 100.0, "actor_weight_decay": 0.0, "polyak": 0.005, "discount": 0.99}  # fmt: skip
+    # The authors' clamp at 0 is for their rewards of 0 and -1: D4RL's demonstrations have returns of hundreds.
     authors = {"weights": "softmax", "softmax_temperature": 0.5, "value": "mode", "num_layers": 2, "hidden_dim": 256,
                "num_critics": 2, "batch_size": 1024, "normalize_observations": False, "squash_mean": True,
                "initial_log_std": -3.0, "min_log_std": -6.0, "max_log_std": 0.0, "actor_weight_decay": 1e-4,
-               "actor_learning_rate": 3e-4, "critic_learning_rate": 3e-4, "reward_shift": 0.0}  # fmt: skip
+               "actor_learning_rate": 3e-4, "critic_learning_rate": 3e-4, "reward_shift": 0.0,
+               "nonpositive_targets": False}  # fmt: skip
     for dataset, expected in (
         ("offax/hopper/medium-v0", corl | {"temperature": 1 / 3, "reward_shift": 0.0}),
         ("D4RL/antmaze/umaze-v1", corl | {"temperature": 0.1, "reward_shift": -1.0}),
