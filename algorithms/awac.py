@@ -3,22 +3,27 @@
 The critic evaluates the policy; the policy imitates the data, each action weighted by its advantage over the policy:
 
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2,   a' ~ pi(s')
-    A    = min_k Q_k(s, a) - V(s),   V(s) = E min_k Q_k(s, a~),   a~ ~ pi(s)
-    L_pi = -mean w(A) log pi(a|s),   w(A) = exp(A / temperature)                                       (Eq. 4, 14)
+    A    = min_k Q_k(s, a) - V(s),   V(s) = mean min_k Q_k(s, b),   b ~ pi(s)
+    L_pi = -mean w(A) log pi(a|s),   w(A) = exp(A / temperature), a constant for the gradient          (Eq. 4, 14)
+
+with target networks Q', and the paper's lambda as the temperature.
 
 Published code computes the weights w(A) in two ways, and each needs a temperature of its own (`--weights`):
-* exp: min(exp(A / temperature), weight_clip), as CORL, whose offline scores are the strong ones;
+* exp: min(exp(A / temperature), weight_clip), as CORL, which has the strong published offline scores;
 * softmax: batch size * softmax over the batch of A / softmax_temperature, as the authors' code. A constant added to
   all advantages changes nothing, so V(s) matters by its differences between states only.
 
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
-mode (`--value`). The defaults are CORL's, whose networks, temperature and clip differ from the paper's table 1; the
-preset `adroit` is the authors' script for its human demonstrations, without its cap of advantages at 0.5 and without
-its clamp of Q at 0 (where the gradient vanishes): that is for rewards of 0 and -1, and many of D4RL's are positive. For
-rewards that are never positive, `--nonpositive-targets True` keeps the targets at or below 0 instead.
+mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip and weight decay,
+and the policy is updated with the new critic (in the authors' code with the old one). `--preset demonstrations` is the
+authors' script for human demonstrations with rewards of 0 and -1, but for its cap of advantages at 0.5. In place of its
+clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
+such rewards never exceed; with positive rewards it would erase them.
+
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
-as copies. Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
+as copies; the log standard deviation is clipped to its limits (in the authors' code it is a sigmoid between them).
+Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
 
     python algorithms/awac.py --dataset offax/hopper/medium-expert-v0
 """
@@ -45,10 +50,10 @@ class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
     temperature: Positive = 1 / 3
-    """Lambda of the paper for --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 elsewhere; paper:
-    1 locomotion, 0.3 manipulation)."""
+    """For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 locomotion,
+    0.3 manipulation)."""
     softmax_temperature: Positive = 2.0
-    """Lambda for --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations)."""
+    """For --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations)."""
     weight_clip: Positive = 100.0
     """Largest weight of a transition for --weights exp (CORL)."""
     discount: Share = 0.99
@@ -79,7 +84,7 @@ class Args(RunArgs):
     nonpositive_targets: bool = False
     """Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3)."""
     num_critics: Count = 2
-    """Q-functions; their minimum is taken over all of them (paper: 2)."""
+    """Q-functions; their minimum is taken over all of them (CORL, authors' code: 2)."""
     hidden_dim: Count = 256
     """Width of every hidden layer (paper, table 1)."""
     num_layers: Count = 3
@@ -94,21 +99,24 @@ class Args(RunArgs):
     """Largest log standard deviation of the policy (CORL: 2; authors' code: 0)."""
 
     def validate(self) -> None:
-        """UsageError for a number out of range, or a sweep of the temperature that is not in use."""
+        """UsageError for a number out of range, or a sweep of what the form of the weights does not use."""
         super().validate()
-        unused = "temperature" if self.weights == "softmax" else "softmax_temperature"
-        if any(unused in combination for combination in parse_grid(self.grid, self.hp)):
-            raise UsageError(f"--grid: {unused} has no effect with --weights {self.weights}")
+        if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
+            raise UsageError(f"--initial-log-std {self.initial_log_std}: must be within its limits")
+        unused = {"temperature", "weight_clip"} if self.weights == "softmax" else {"softmax_temperature"}
+        for name in sorted(unused.intersection(parse_grid(self.grid, self.hp)[0])):
+            raise UsageError(f"--grid: {name} has no effect with --weights {self.weights}")
 
 
-PRESETS = {  # locomotion, antmaze: CORL; adroit: the authors' script for human demonstrations
+PRESETS = {  # CORL's, and the authors' script for human demonstrations with rewards of 0 and -1
     "locomotion": {"temperature": 1 / 3},
     "antmaze": {"temperature": 0.1, "reward_shift": -1.0},
-    "adroit": {
+    "adroit": {"temperature": 0.1},
+    "demonstrations": {
         "weights": "softmax",
-        "temperature": 0.1,
         "softmax_temperature": 0.5,
         "value": "mode",
+        "nonpositive_targets": True,
         "actor_weight_decay": 1e-4,
         "batch_size": 1024,
         "num_layers": 2,

@@ -248,14 +248,15 @@ def test_each_form_uses_its_own_temperature_only() -> None:
         (["--grid", "softmax_temperature=1,2"], "softmax_temperature"),
         (["--grid", "temperature=1,2 softmax-temperature=1,2"], "softmax_temperature"),
         (["--grid", "discount=0.9,0.99 temperature=1", "--weights", "softmax"], "temperature"),
-        (["--grid", "temperature=1,2", "--preset", "adroit"], "temperature"),
+        (["--grid", "temperature=1,2", "--preset", "demonstrations"], "temperature"),
+        (["--grid", "weight_clip=10,100", "--weights", "softmax"], "weight_clip"),
         (["--grid", "temperature=1,2"], None),
         (["--grid", "softmax_temperature=1,2", "--weights", "softmax"], None),
-        (["--grid", "softmax_temperature=1,2 polyak=0.1", "--preset", "adroit"], None),
-        (["--grid", "temperature=1,2", "--preset", "adroit", "--weights", "exp"], None),
+        (["--grid", "softmax_temperature=1,2 polyak=0.1", "--preset", "demonstrations"], None),
+        (["--grid", "temperature=1,2", "--preset", "demonstrations", "--weights", "exp"], None),
     ],
 )
-def test_a_sweep_of_the_unused_temperature_is_refused(arguments: list[str], unused: str | None) -> None:
+def test_a_sweep_of_what_the_weights_do_not_use_is_refused(arguments: list[str], unused: str | None) -> None:
     args = flags.parse(awac.Args, awac.PRESETS, arguments)
     if unused is None:
         args.validate()
@@ -748,23 +749,23 @@ def test_presets_name_real_settings() -> None:
             "num_critics": 2, "batch_size": 256, "normalize_observations": True, "squash_mean": False,
             "initial_log_std": 0.0, "min_log_std": -20.0, "max_log_std": 2.0, "nonpositive_targets": False,
             "weight_clip": 100.0, "actor_weight_decay": 0.0, "polyak": 0.005, "discount": 0.99}  # fmt: skip
-    # The authors' clamp at 0 is for their rewards of 0 and -1: D4RL's demonstrations have returns of hundreds.
     authors = {"weights": "softmax", "softmax_temperature": 0.5, "value": "mode", "num_layers": 2, "hidden_dim": 256,
                "num_critics": 2, "batch_size": 1024, "normalize_observations": False, "squash_mean": True,
                "initial_log_std": -3.0, "min_log_std": -6.0, "max_log_std": 0.0, "actor_weight_decay": 1e-4,
                "actor_learning_rate": 3e-4, "critic_learning_rate": 3e-4, "reward_shift": 0.0,
-               "nonpositive_targets": False}  # fmt: skip
-    for dataset, expected in (
-        ("offax/hopper/medium-v0", corl | {"temperature": 1 / 3, "reward_shift": 0.0}),
-        ("D4RL/antmaze/umaze-v1", corl | {"temperature": 0.1, "reward_shift": -1.0}),
-        ("D4RL/door/human-v2", authors),
+               "nonpositive_targets": True}  # fmt: skip
+    for arguments, expected in (
+        (["--dataset", "offax/hopper/medium-v0"], corl | {"temperature": 1 / 3, "reward_shift": 0.0}),
+        (["--dataset", "D4RL/antmaze/umaze-v1"], corl | {"temperature": 0.1, "reward_shift": -1.0}),
+        (["--dataset", "D4RL/door/human-v2"], corl | {"temperature": 0.1, "reward_shift": 0.0}),
+        (["--preset", "demonstrations"], authors),
     ):
-        args = flags.parse(awac.Args, awac.PRESETS, ["--dataset", dataset])
+        args = flags.parse(awac.Args, awac.PRESETS, arguments)
         args.validate()
         settings = vars(args) | args.hp._asdict()
         assert {name: settings[name] for name in expected} == expected
     mine = flags.parse(
-        awac.Args, awac.PRESETS, ["--preset", "adroit", "--value", "sample", "--softmax-temperature", "9"]
+        awac.Args, awac.PRESETS, ["--preset", "demonstrations", "--value", "sample", "--softmax-temperature", "9"]
     )
     assert (mine.value, mine.hp.softmax_temperature, mine.squash_mean) == ("sample", 9.0, True)
 
@@ -774,7 +775,7 @@ def test_a_population_runs_with_the_authors_settings(
 ) -> None:
     """A run of two members: the networks, the policy and the weights are those of the preset."""
     run = tmp_path / "run"
-    arguments = [word if word != "none" else "adroit" for word in small_run]
+    arguments = [word if word != "none" else "demonstrations" for word in small_run]
     arguments += ["--num-updates", "3", "--grid", "softmax_temperature=0.5,2", "--run-dir", run]
     monkeypatch.setattr(sys, "argv", ["awac.py", *map(str, arguments)])
     flags.launch(awac.main, awac.Args, awac.PRESETS)
