@@ -14,6 +14,8 @@ from typing import NamedTuple
 _own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="offax-tests-"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the tests' time, and small programs need no optimisation.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 for _name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[_name]
 

@@ -19,12 +19,11 @@ ARGS = cql.Args(hidden_dim=8, num_layers=2, critic_layers=3, batch_size=BATCH, n
 HP = cql.Hyperparameters()
 OPTIONS = ARGS.replace(num_critics=5, lagrange=True, max_backup=True, entropy_backup=True, gap_floor=3.5)
 WARM_START = ARGS.replace(num_critics=1, bc_updates=1)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of these tests' time
-update = jit(cql.update, static_argnames="args")
-init = jit(cql.init, static_argnums=(2, 3, 4))
-penalised_actions = jit(cql.penalised_actions, static_argnums=3)
-critic_loss = jit(cql.critic_loss, static_argnums=5)
-data_log_prob = jit(cql.data_log_prob)
+update = jax.jit(cql.update, static_argnames="args")
+init = jax.jit(cql.init, static_argnums=(2, 3, 4))
+penalised_actions = jax.jit(cql.penalised_actions, static_argnums=3)
+critic_loss = jax.jit(cql.critic_loss, static_argnums=5)
+data_log_prob = jax.jit(cql.data_log_prob)
 
 
 def random_batch(seed: int = 0, size: int = BATCH) -> Transitions:
@@ -97,7 +96,7 @@ def values(stacked: dict, num_critics: int, s: jax.Array, a: jax.Array) -> list[
     return [mlp(member, jnp.concatenate([s, a], axis=-1))[..., 0] for member in members]
 
 
-@partial(jit, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
 def random_numbers(key: jax.Array, many: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Those that `update` draws: for the policy's loss, `many` next actions, the uniform actions, the policies'."""
     actor_key, next_key, penalty_key, _ = jax.random.split(key, 4)
@@ -110,7 +109,7 @@ def random_numbers(key: jax.Array, many: int) -> tuple[jax.Array, jax.Array, jax
     )
 
 
-@partial(jit, static_argnames="args")
+@partial(jax.jit, static_argnames="args")
 def straightforward(
     state: cql.State, batch: Transitions, hp: cql.Hyperparameters, args: cql.Args, drawn: tuple
 ) -> dict:
@@ -227,7 +226,7 @@ def test_critic_loss_in_numpy() -> None:
         loss, info = critic_loss(*map(jnp.asarray, (q, y, sampled, log_p)), 2.5, floor)
         assert loss == pytest.approx(((q - y) ** 2).mean(axis=1).sum() + 2.5 * expected.sum(), rel=1e-5)
         assert info["critic/gap"] == pytest.approx(expected.mean(), rel=1e-5)
-        grads = jit(jax.grad(lambda s, floor=floor: cql.critic_loss(q, y, s, log_p, 2.5, floor)[0]))(sampled)
+        grads = jax.jit(jax.grad(lambda s, floor=floor: cql.critic_loss(q, y, s, log_p, 2.5, floor)[0]))(sampled)
         states = np.abs(grads).max(axis=1) > 0
         np.testing.assert_array_equal(states, np.ones_like(gap) if floor is None else gap > floor)
 
@@ -241,7 +240,7 @@ def test_penalty_moves_values_by_softmax_minus_one_hot() -> None:
         q = table[None, [data]]
         return cql.critic_loss(q, jax.lax.stop_gradient(q[0]), table[None, :, None], jnp.zeros((6, 1)), weight)[0]
 
-    value, grads = jit(jax.value_and_grad(penalty))(table)
+    value, grads = jax.jit(jax.value_and_grad(penalty))(table)
     np.testing.assert_allclose(grads, weight * (special.softmax(table) - np.eye(6)[data]), rtol=1e-4, atol=1e-6)
     assert abs(float(grads.sum())) < 1e-5 and value > 0
 
@@ -255,7 +254,7 @@ def test_tabular_stationary_point() -> None:
         sampled = jnp.repeat(table[None, :, None], 10, axis=2)
         return cql.critic_loss(table[None, data], backup[data], sampled, jnp.zeros((4, 10)), weight)[0]
 
-    descend = jit(lambda q: jax.lax.fori_loop(0, 4000, lambda _, q: q - 0.2 * jax.grad(loss)(q), q))
+    descend = jax.jit(lambda q: jax.lax.fori_loop(0, 4000, lambda _, q: q - 0.2 * jax.grad(loss)(q), q))
     q = np.asarray(descend(backup), np.float64)
     np.testing.assert_allclose(q, backup - weight / 2 * (special.softmax(q) / behaviour - 1), atol=1e-4)
     assert np.abs(q - backup).max() > 0.3
@@ -341,7 +340,7 @@ def test_likelihood_of_given_actions() -> None:
     other = np.log((cdf(np.arctanh(h)) - cdf(np.arctanh(-h))) / (2 * h))[1]
     assert integrate.trapezoid(np.exp(log_prob(grid) - other), grid[:, 0]) == pytest.approx(1.0, abs=2e-3)
     bounds = np.array([[1.0, -1.0]])
-    slopes = jit(jax.grad(lambda m: cql.data_log_prob(bounds, m, jnp.zeros(2)).sum()))(jnp.zeros(2))
+    slopes = jax.jit(jax.grad(lambda m: cql.data_log_prob(bounds, m, jnp.zeros(2)).sum()))(jnp.zeros(2))
     np.testing.assert_allclose(slopes, [np.arctanh(0.999), -np.arctanh(0.999)], rtol=1e-3)
     assert log_prob(bounds) == log_prob(0.999 * bounds)
 
@@ -430,7 +429,7 @@ def test_warm_start_imitates_the_given_actions_and_ends() -> None:
         one, two = (update(state, b, hp, WARM_START)[0].actor_opt for b in (batch, other))
         assert bits_equal(one, two) != imitates
 
-    @jit
+    @jax.jit
     def likelihood(state: cql.State) -> jax.Array:
         output = cql.modules(WARM_START, ACT)[0].apply(state.actor, batch.observations)
         return cql.data_log_prob(batch.actions, *output).mean()
@@ -500,7 +499,7 @@ def test_members_of_a_population_keep_their_hyperparameters() -> None:
         last, _ = jax.lax.scan(lambda state, batch: (cql.update(state, batch, hp, OPTIONS)[0], 0), start, stacked)
         return last._replace(key=0)
 
-    together = jit(jax.vmap(three_updates))(cql.Hyperparameters(*np.array(settings, np.float32).T))
+    together = jax.jit(jax.vmap(three_updates))(cql.Hyperparameters(*np.array(settings, np.float32).T))
     alone = []
     for i, hp in enumerate(settings):
         state = start
