@@ -4,6 +4,7 @@
 
 Reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below the one given, and writes
 into the latter `README.md`, `scores.csv` (a row for each seed), `scores.png` and, for each dataset, `curves_*.png`.
+Text of your own in the folder's `notes.md` goes under the table of scores.
 
 Scores are those of the last policy, never of the best one. A number over seeds is their interquartile mean with a 95 %
 stratified bootstrap interval (Agarwal et al., 2021): the strata are the datasets, seeds are drawn within each.
@@ -315,6 +316,7 @@ def write(folder: Path) -> None:
             "## Normalised score\n",
             "0 is D4RL's random policy, 100 its expert.\n",
             table(scored, "score_mean", score, ["data"]),
+            *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),
             "![Final scores](scores.png)\n",
         ]

@@ -212,9 +212,11 @@ def test_report_is_computed_by_hand(tmp_path):
     write_run(tmp_path, "iql", "easy", [50.0, 50.0, 50.0, 50.0])
     write_run(tmp_path, "bc", "hard", [0.0, 0.0, 0.0, 0.0])
     write_run(tmp_path, "iql", "hard", [4.0, None, 8.0, 6.0])  # three scores: nothing is cut
+    (tmp_path / "notes.md").write_text("What the table means.\n")
     report.main([str(tmp_path)])
     page = (tmp_path / "README.md").read_text()
 
+    assert "| all 2 |" in page[: page.index("What the table means.")]
     assert cells_of(page, "dataset") == ["dataset", "data", "bc", "iql"]
     easy = cells_of(page, "easy")
     assert easy[:2] == ["easy", "30.0"]
