@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,5 +261,8 @@ def test_offline_mode_writes_a_run_for_each_member(
     assert "tracking is off" not in capfd.readouterr().err
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
+    deadline = time.monotonic() + 60  # wandb's own process writes them, on a busy machine a little later
+    while not all(b"the-group-of-both" in file.read_bytes() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert all(b"the-group-of-both" in file.read_bytes() for file in files)
     assert sum(b"second" in file.read_bytes() for file in files) == 1
