@@ -117,15 +117,19 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def show(value: dict[str, float] | None, lost: int = 0) -> str:
-    """`mean [low, high]`, and how many seeds it lacks."""
+def show(value: dict[str, float] | None, lost: int = 0, updates: int | None = None) -> str:
+    """`mean [low, high]`, how many seeds it lacks, and its updates where they are to be named."""
     text = "-" if value is None else f"{value['iqm']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
-    return text + (f", {lost} diverged" if lost else "")
+    return text + (f", {lost} diverged" if lost else "") + (f", after {updates:,}" if updates else "")
 
 
 def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]], list[str]], heads: list[str]) -> str:
-    """Datasets by algorithms, after what `of_data` says of the dataset; `column` is `score_mean` or `return_mean`."""
+    """Datasets by algorithms, after what `of_data` says of the dataset; `column` is `score_mean` or `return_mean`.
+
+    A run of fewer offline updates than the longest has their number beside it.
+    """
     algorithms = sorted({cell.algorithm for cell in cells})
+    longest = max(cell.final["updates"] for cell in cells)
     rows = []
     for dataset in unique([cell.dataset for cell in cells]):
         row = {cell.algorithm: cell for cell in cells if cell.dataset == dataset}
@@ -134,8 +138,9 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
             if algorithm not in row:
                 texts.append("not run")
                 continue
-            values = row[algorithm].values(column)
-            texts.append(show(summary([values]), len(row[algorithm].members) - len(values)))
+            values, updates = row[algorithm].values(column), row[algorithm].final["updates"]
+            lost = len(row[algorithm].members) - len(values)
+            texts.append(show(summary([values]), lost, updates if updates < longest else None))
         about = next(iter(row.values())).config.get("dataset_returns")
         rows.append([dataset, *(of_data(about) if about else ["-"] * len(heads)), *texts])
     if column == "score_mean" and len(rows) > 1:

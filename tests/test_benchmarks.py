@@ -259,6 +259,7 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
     assert row == ["iql, easy", "200", "70", "15.0 [10.0, 20.0]", "50.0 [40.0, 60.0]"]
     assert "bc, easy" not in page[: page.index("## Learning curves")], "it has no online phase"
     assert "offline updates: 100 (bc); 200 (iql)" in page
+    assert cells_of(page, "easy")[2:] == ["5.0 [5.0, 5.0], after 100", "50.0 [40.0, 60.0]"]
 
 
 def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
