@@ -336,6 +336,8 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
         row = [*cells(found), *sizes, parameters, found.remark.replace("|", "/")]
         lines.append(f"| {' | '.join(row)} |")
     clones = [f"{name} {commit(path)}" for name, path in args.clones().items()]
+    places = {str(path): f"path/to/{name}" for name, path in args.clones().items() if path is not None}
+    command = shlex.join(["python", *(places.get(word, word) for word in sys.argv)])
     rows, width, batch = peer_sides.ROWS, peer_sides.HIDDEN_DIM, peer_sides.BATCH_SIZE
     return "\n".join(
         [
@@ -353,7 +355,7 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
             f"- date: {begun} to {now()}; commit: {own_commit(about)}",
             f"- clones: {'; '.join(clones)}",
             f"- versions: {', '.join(f'{name} {version}' for name, version in versions(about).items())}",
-            f"\n```sh\n{shlex.join(['python', *sys.argv])}\n```\n",
+            f"\n```sh\n{command}\n```\n",
         ]
     )
 
