@@ -147,7 +147,9 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
         datasets, totals = aggregate(cells)
         if datasets:
             name = f"all {len(datasets)}" if len(datasets) == len(rows) else f"the {len(datasets)} with every algorithm"
-            rows.append([name, *[""] * len(heads), *(show(totals[algorithm]) for algorithm in algorithms)])
+            short = {cell.algorithm for cell in cells if cell.final["updates"] < longest and cell.dataset in datasets}
+            texts = [show(totals[one]) + (", of unequal lengths" if one in short else "") for one in algorithms]
+            rows.append([name, *[""] * len(heads), *texts])
     return markdown(["dataset", *heads, *algorithms], rows)
 
 
