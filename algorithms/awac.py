@@ -41,9 +41,8 @@ from common import buffers, networks, populations
 from common.buffers import Replay, Transitions
 from common.errors import UsageError
 from common.experiment import Run
-from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch
+from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch, refuse_sweep
 from common.optimization import descend
-from common.populations import parse_grid
 
 
 class Hyperparameters(NamedTuple):
@@ -104,8 +103,7 @@ class Args(RunArgs):
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be within its limits")
         unused = {"temperature", "weight_clip"} if self.weights == "softmax" else {"softmax_temperature"}
-        for name in sorted(unused.intersection(parse_grid(self.grid, self.hp)[0])):
-            raise UsageError(f"--grid: {name} has no effect with --weights {self.weights}")
+        refuse_sweep(self, unused, f"with --weights {self.weights}")
 
 
 PRESETS = {  # CORL's, and the authors' script for human demonstrations with rewards of 0 and -1

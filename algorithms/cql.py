@@ -38,11 +38,9 @@ import optax
 
 from common import buffers, networks, populations
 from common.buffers import Replay, Transitions
-from common.errors import UsageError
 from common.experiment import Run
-from common.flags import Count, NonNegative, RunArgs, Share, launch
+from common.flags import Count, NonNegative, RunArgs, Share, launch, refuse_sweep
 from common.optimization import descend
-from common.populations import parse_grid
 
 
 class Hyperparameters(NamedTuple):
@@ -94,8 +92,8 @@ class Args(RunArgs):
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of the target of a gap that has none."""
         super().validate()
-        if not self.lagrange and any("target_gap" in combination for combination in parse_grid(self.grid, self.hp)):
-            raise UsageError("--grid: target_gap has no effect without --lagrange True")
+        if not self.lagrange:
+            refuse_sweep(self, {"target_gap"}, "without --lagrange True")
 
 
 # CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the

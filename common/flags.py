@@ -114,6 +114,12 @@ class RunArgs:
             raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
 
 
+def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
+    """UsageError if --grid sweeps one of the hyperparameters that are `unused` `where` ("with --flag value")."""
+    for name in sorted(unused.intersection(parse_grid(args.grid, args.hp)[0])):
+        raise UsageError(f"--grid: {name} has no effect {where}")
+
+
 def _check(owner: type, name: str, value: Any) -> None:
     """UsageError if the number `value` is out of the range in the type of the field `name` of `owner`."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -70,6 +70,20 @@ def small_run(tiny: Path) -> list[str]:
     ]
 
 
+def arrays_of(directory: Path) -> dict[str, np.ndarray]:
+    """The arrays of a run's checkpoint by name."""
+    with np.load(directory / "checkpoint" / "state.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name != "metadata"}
+
+
+def assert_same_arrays(one: Path, other: Path) -> None:
+    """The checkpoints of two runs hold the same, to the last bit."""
+    first, second = arrays_of(one), arrays_of(other)
+    assert first.keys() == second.keys() and len(first) > 30
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
 class Outcome(NamedTuple):
     """What a command did."""
 

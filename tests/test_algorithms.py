@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTION_DIM, OBS_DIM, ROOT, hopper_like
+from conftest import ACTION_DIM, OBS_DIM, ROOT, arrays_of, assert_same_arrays, hopper_like
 
 from common import buffers, experiment, flags
 from common.buffers import Replay, Transitions
@@ -33,18 +33,6 @@ def small_args(script: Any, **changes: Any) -> Any:
 def data() -> Transitions:
     arrays = hopper_like()
     return Transitions(*(jnp.asarray(arrays[name], jnp.float32) for name in Transitions._fields))
-
-
-def arrays_of(directory: Path) -> dict[str, np.ndarray]:
-    with np.load(directory / "checkpoint" / "state.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name != "metadata"}
-
-
-def assert_same_arrays(one: Path, other: Path) -> None:
-    first, second = arrays_of(one), arrays_of(other)
-    assert first.keys() == second.keys() and len(first) > 20
-    for name in first:
-        assert first[name].tobytes() == second[name].tobytes(), name
 
 
 @every_algorithm
@@ -94,11 +82,8 @@ def test_hyperparameters_are_traced_and_members_keep_their_own(name: str) -> Non
         state = script.init(key, hp, args, OBS_DIM, ACTION_DIM)
         return script.train(state, hp, replay, 3, args)
 
-    def changed(field: str, value: float) -> float:
-        return value * 0.9 + (0.05 if value == 0 else 0.0)
-
     plain = args.hp
-    other = plain._replace(**{field: changed(field, value) for field, value in plain._asdict().items()})
+    other = plain._replace(**{name: 0.9 * value if value else 0.05 for name, value in plain._asdict().items()})
     run = jax.jit(three_updates)
     keys = jax.random.split(jax.random.key(0), 2)
     alone = [run(key, jax.tree.map(jnp.float32, hp)) for key, hp in zip(keys, (plain, other), strict=True)]

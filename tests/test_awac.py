@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from test_iql import NumpyAdam, numpy_gradients, numpy_mlp
+from test_iql import NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
 from algorithms import awac
 from common import flags
@@ -27,19 +27,6 @@ update = jax.jit(awac.update, static_argnames="args")
 train = jax.jit(partial(awac.train, args=ARGS))
 initialise = jax.jit(awac.init, static_argnums=(2, 3, 4))
 double = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
-
-
-def random_batch(seed: int = 0, size: int = BATCH) -> Transitions:
-    rng = np.random.default_rng(seed)
-    kinds = np.arange(size) % 3  # neither flag, termination, truncation
-    return Transitions(
-        observations=rng.standard_normal((size, OBS), np.float32),
-        actions=rng.uniform(-1, 1, (size, ACT)).astype(np.float32),
-        rewards=rng.standard_normal(size, np.float32),
-        next_observations=rng.standard_normal((size, OBS), np.float32),
-        terminations=(kinds == 1).astype(np.float32),
-        truncations=(kinds == 2).astype(np.float32),
-    )
 
 
 def transitions(observations: Any, actions: Any, rewards: Any = 0.0, **others: Any) -> Transitions:
@@ -61,10 +48,6 @@ def state_of(actor: Any, critic: Any) -> awac.State:
     """The state of networks made by hand, at the start of training."""
     optimisers = {"actor_opt": awac.ADAM.init(actor), "critic_opt": awac.ADAM.init(critic)}
     return awac.State(actor, critic, critic, **optimisers, step=jnp.int32(0), key=jax.random.key(0))
-
-
-def trees_equal(a: object, b: object) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def assert_close(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-6) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, hopper_like
+from conftest import ROOT, arrays_of, assert_same_arrays, hopper_like
 
 from algorithms.iql import PRESETS, Args
 from common import checkpoints, experiment
@@ -37,18 +37,6 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     header, *lines = path.read_text().split("\n")
     assert lines.pop() == ""
     return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
-
-
-def arrays_of(directory: Path) -> dict[str, np.ndarray]:
-    with np.load(directory / "checkpoint" / "state.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name != "metadata"}
-
-
-def assert_same_arrays(one: Path, other: Path) -> None:
-    first, second = arrays_of(one), arrays_of(other)
-    assert first.keys() == second.keys() and len(first) > 30
-    for name in first:
-        assert first[name].tobytes() == second[name].tobytes(), name
 
 
 def assert_same_tables(one: Path, other: Path) -> None:
