@@ -253,7 +253,7 @@ def main(args: Args) -> None:
     table = Table(run_dir / "training.csv")
     table.rewind(lambda row: int(row["steps"]) <= first)
 
-    collector = Collector(args.env, args.num_envs, raw, [args.seed + first + i for i in range(args.num_envs)])
+    collector = Collector(args.env, raw, [args.seed + first + i for i in range(args.num_envs)])
     rng = np.random.default_rng([args.seed, first])
     actions: Any = None
     metrics: list[dict[str, jax.Array]] = []

@@ -22,33 +22,53 @@ class Transitions(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """The last `capacity` online transitions of one member; rows at and beyond `size` are not yet written."""
+    """The last online transitions of one member: row i of all that were ever `written` is at i modulo the capacity."""
 
     data: Transitions
-    position: jax.Array
-    size: jax.Array
+    written: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there is room for."""
+        return self.data.rewards.shape[-1]
+
+    @property
+    def position(self) -> jax.Array:
+        """Where the next row goes; once the ring is full, the oldest one is there."""
+        return self.written % self.capacity
+
+    @property
+    def size(self) -> jax.Array:
+        """How many rows there are; the rows from there on are not yet written."""
+        return jnp.minimum(self.written, self.capacity)
 
 
 def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
-    """A ring of `capacity` zero rows, `size` 0."""
+    """A ring of `capacity` zero rows, none written."""
     widths = {"observations": (obs_dim,), "actions": (action_dim,), "next_observations": (obs_dim,)}
     data = Transitions(*(jnp.zeros((capacity, *widths.get(name, ()))) for name in Transitions._fields))
-    return Ring(data, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return Ring(data, jnp.zeros((), jnp.int32))
 
 
-def insert(ring: Ring, transitions: Transitions) -> Ring:
-    """Write n rows after the newest ones, over the oldest ones when the ring is full; n must not exceed capacity."""
-    capacity, count = len(ring.data.rewards), len(transitions.rewards)
-    assert count <= capacity, f"{count} rows do not fit a ring of {capacity}"
-    rows = (ring.position + jnp.arange(count)) % capacity
-    data = jax.tree.map(lambda old, new: old.at[rows].set(new), ring.data, transitions)
-    return Ring(data, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))
+def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None = None) -> Ring:
+    """Write rows after the newest ones, over the oldest ones when the ring is full: all, or the first `count`.
+
+    `transitions` must not have more rows than the ring; `count` may be traced, so that members of a population can
+    write different numbers of rows.
+    """
+    rows = len(transitions.rewards)
+    assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
+    places = (ring.position + jnp.arange(rows)) % ring.capacity
+    if count is not None:
+        places = jnp.where(jnp.arange(rows) < count, places, ring.capacity)  # beyond the end: dropped
+    data = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), ring.data, transitions)
+    return Ring(data, ring.written + (rows if count is None else count))
 
 
 def end_episodes(rings: Ring) -> Ring:
     """Rings `[members, capacity, ...]` whose newest row is the last of its episode: what follows starts another one."""
-    members, newest = jnp.arange(len(rings.size)), (rings.position - 1) % rings.data.rewards.shape[1]
-    cut = jnp.where(rings.size > 0, 1.0 - rings.data.terminations[members, newest], 0.0)
+    members, newest = jnp.arange(len(rings.written)), (rings.position - 1) % rings.capacity
+    cut = jnp.where(rings.written > 0, 1.0 - rings.data.terminations[members, newest], 0.0)
     truncations = jnp.asarray(rings.data.truncations).at[members, newest].set(cut)
     return rings._replace(data=rings.data._replace(truncations=truncations))
 
@@ -65,16 +85,24 @@ class Replay(NamedTuple):
     member: jax.Array | None = None
 
 
-def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
-    """A minibatch `[batch_size, ...]`, uniform with replacement over all rows of the offline data and the ring."""
+def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
+    """Row numbers `[batch_size]`, uniform with replacement over all rows of the offline data and the ring.
+
+    Offline rows come first; those of the ring follow in the order in which it stores them.
+    """
     offline, ring, member = replay
     num_offline = 0 if offline is None else len(offline.rewards)
+    assert num_offline or ring is not None, "nothing to sample from"
+    written = 0 if ring is None else ring.size if member is None else ring.size[member]
+    return jax.random.randint(key, (batch_size,), 0, num_offline + written)
+
+
+def take(replay: Replay, rows: jax.Array) -> Transitions:
+    """The transitions `[len(rows), ...]` of row numbers that `sample_rows` drew."""
+    offline, ring, member = replay
     if ring is None:
-        assert num_offline, "nothing to sample from"
-        rows = jax.random.randint(key, (batch_size,), 0, num_offline)
         return jax.tree.map(lambda x: x[rows], offline)
-    size = ring.size if member is None else ring.size[member]
-    rows = jax.random.randint(key, (batch_size,), 0, num_offline + size)
+    num_offline = 0 if offline is None else len(offline.rewards)
     from_ring, ring_rows = rows >= num_offline, jnp.maximum(rows - num_offline, 0)
     new = jax.tree.map(lambda x: x[ring_rows] if member is None else x[member, ring_rows], ring.data)
     if offline is None:
@@ -84,3 +112,31 @@ def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
         return jnp.where(from_ring.reshape(-1, *[1] * (new.ndim - 1)), new, old[jnp.minimum(rows, num_offline - 1)])
 
     return jax.tree.map(pick, offline, new)
+
+
+def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
+    """A minibatch `[batch_size, ...]`, uniform with replacement over all rows of the offline data and the ring."""
+    return take(replay, sample_rows(key, replay, batch_size))
+
+
+class Part(NamedTuple):
+    """The offline data or a member's ring as a whole, `[rows, ...]`.
+
+    From row `start` on, round the end, the rows are time-ordered: those not yet written first, the newest one last.
+    """
+
+    data: Transitions
+    start: jax.Array | int
+    written: jax.Array | int
+    """How many rows there ever were, those that are overwritten too."""
+    online: bool
+
+
+def parts(replay: Replay) -> list[Part]:
+    """Offline data and ring, whichever are there, in the order of the row numbers."""
+    offline, ring, member = replay
+    found = [] if offline is None else [Part(offline, 0, len(offline.rewards), online=False)]
+    if ring is not None:
+        own = ring if member is None else jax.tree.map(lambda x: x[member], ring)
+        found.append(Part(own.data, own.position, own.written, online=True))
+    return found

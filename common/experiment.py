@@ -33,6 +33,8 @@ LOG_EVERY = 1000
 """Updates (online: environment steps) for each row of metrics.csv, and between looks at divergence."""
 SIGNAL_EVERY = 100
 """Updates between looks at signals: a second for a fast algorithm, and not minutes for a slow one."""
+EPISODE_BLOCK = 1024
+"""Collected episodes are written in blocks of a multiple of this, so that few sizes are compiled."""
 
 
 # Flags that may differ between the run that wrote a checkpoint and the one that resumes it: the lengths of the phases
@@ -63,6 +65,11 @@ def _unused(path: Path) -> Path:
     raise AssertionError
 
 
+def _places(members: Any) -> jax.Array:
+    """Each member's index on its device."""
+    return jnp.arange(len(jax.tree.leaves(members)[0]))
+
+
 class Interrupted(Exception):
     """A signal arrived; raised where the state is whole."""
 
@@ -72,10 +79,25 @@ class Run:
 
     `init(key, hp, obs_dim=, action_dim=) -> state`, `train(state, hp, data, num_updates) -> (state, Metrics)` and
     `act(state, hp, observations, key, action_dim=, sample=) -> actions` are functions of one member.
+
+    `updates_per_call` is the most updates that `train` is asked for at once; signals wait for it to end. Online, each
+    member has `num_environments` and a ring of `ring_capacity` transitions (default: the whole online phase).
     """
 
-    def __init__(self, name: str, args: RunArgs, init: Callable, train: Callable, act: Callable) -> None:
+    def __init__(
+        self,
+        name: str,
+        args: RunArgs,
+        init: Callable,
+        train: Callable,
+        act: Callable,
+        updates_per_call: int = SIGNAL_EVERY,
+        num_environments: int = 1,
+        ring_capacity: int | None = None,
+    ) -> None:
         self.name, self.args = name, args
+        self.updates_per_call, self.num_environments = updates_per_call, num_environments
+        self.ring_capacity = args.online_steps if ring_capacity is None else ring_capacity
         self.started = time.time()
         self.members = populations.make_members(args.hp, args.grid, args.seed, args.num_seeds)
         slug = re.sub(r"[^\w./-]", "_", args.dataset).strip("./")
@@ -129,39 +151,49 @@ class Run:
         self._timing: dict[str, np.ndarray] = {}
         self._signal: int | None = None
         self._state: Any = None
+        self._phase = "offline"
         self._actions: Any = None
         self._collector: Any = None
+        self._episodes: Any = None
         self._progress: Progress | None = None
 
     def _compile(self, train: Callable, act: Callable) -> None:
         """The functions of one member, mapped over the population."""
 
         def train_all(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
+            state, hp, ring = members
             offline, num_updates = shared
-            return each(lambda member: train(*member, Replay(offline), num_updates), members)
+
+            def one(member: Any) -> Any:
+                state, hp, place = member
+                return train(state, hp, Replay(offline, ring, place), num_updates)
+
+            return each(one, (state, hp, _places(hp)))
 
         def collect_and_train_all(consumed: Any, members: Any, shared: Any, each: populations.Each) -> Any:
             state, ring = consumed
             hp, transitions, observations, keys = members
             offline, step = shared
-            ring = jax.vmap(buffers.insert)(ring, jax.tree.map(lambda x: x[:, None], transitions))
+            ring = jax.vmap(buffers.insert)(ring, transitions)
 
             def one(member: Any) -> Any:
-                state, hp, observation, key, place = member
+                state, hp, observations, key, place = member
                 state, metrics = train(state, hp, Replay(offline, ring, place), 1)
                 key = jax.random.fold_in(key, step)
-                return state, act(state, hp, observation[None], key, sample=True)[0], metrics
+                return state, act(state, hp, observations, key, sample=True), metrics
 
-            places = jnp.arange(len(ring.size))
-            state, actions, metrics = each(one, (state, hp, observations, keys, places))
+            state, actions, metrics = each(one, (state, hp, observations, keys, _places(hp)))
             return (state, ring), actions, metrics
 
-        def first_actions(_: Any, members: Any, step: jax.Array, each: populations.Each) -> Any:
+        def sampled_actions(_: Any, members: Any, step: jax.Array, each: populations.Each) -> Any:
             def one(member: Any) -> jax.Array:
-                state, hp, observation, key = member
-                return act(state, hp, observation[None], jax.random.fold_in(key, step), sample=True)[0]
+                state, hp, observations, key = member
+                return act(state, hp, observations, jax.random.fold_in(key, step), sample=True)
 
             return each(one, members)
+
+        def insert_all(ring: Any, members: Any, _: Any, each: populations.Each) -> Any:
+            return jax.vmap(buffers.insert)(ring, *members)
 
         def evaluation_actions(state: Any, hp: Any, observations: jax.Array, key: jax.Array) -> jax.Array:
             keys = jax.random.split(key, len(observations))
@@ -169,7 +201,8 @@ class Run:
 
         self._train = self.population.compile(train_all)
         self._collect_and_train = self.population.compile(collect_and_train_all)
-        self._first_actions = self.population.compile(first_actions)
+        self._sampled_actions = self.population.compile(sampled_actions)
+        self._insert = self.population.compile(insert_all)
         self._finite = self.population.compile(lambda _, state, __, each: each(populations.all_finite, state))
         self._act = jax.jit(evaluation_actions)
 
@@ -209,7 +242,7 @@ class Run:
         states = [initialise(jax.random.key(member.seed), member.hp) for member in self.members]
         self._state = self.population.shard(jax.tree.map(lambda *rows: jnp.stack(rows), *states))
         if self.args.online_steps:
-            ring = buffers.empty_ring(self.args.online_steps, self.obs_dim, self.action_dim)
+            ring = buffers.empty_ring(self.ring_capacity, self.obs_dim, self.action_dim)
             rings = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.members), *x.shape)), ring)
             self.ring = self.population.shard(rings)
         if self.checkpoint_path.exists():
@@ -241,62 +274,84 @@ class Run:
         """Update counts of the offline phase's chunks; before each, evaluates and checkpoints where due."""
         yield from self._chunks("offline", lambda: self.updates_done, self.args.num_updates)
 
-    def online(self) -> Iterator[int]:
-        """Environment-step counts of the online phase's chunks, likewise."""
+    def online(self, length: int | None = None) -> Iterator[int]:
+        """Environment-step counts of the online phase's chunks, likewise.
+
+        With a `length` the chunks are that long, and evaluations and checkpoints come after the chunk that reaches
+        them.
+        """
         if not self.args.online_steps:
             return
-        from common.collection import Collector
+        from common.collection import Collector, Episodes
 
-        states = [np.random.SeedSequence([member.seed, self.online_done]) for member in self.members]
-        seeds = [int(state.generate_state(1)[0]) for state in states]
-        self._collector = Collector(self.spec, len(self.members), self.transform, seeds)
-        yield from self._chunks("online", lambda: self.online_done, self.args.online_steps)
+        self._phase = "online"
+        seeds = []
+        for member in self.members:
+            start = np.random.SeedSequence([member.seed, self.online_done])
+            seeds += [int(word) for word in start.generate_state(self.num_environments)]
+        self._collector, self._episodes = Collector(self.spec, self.transform, seeds), Episodes(len(seeds))
+        # A fold that no `split` of the member's own key gives.
+        keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.members]
+        self._collection_keys = self.population.shard(jnp.stack(keys))
+        yield from self._chunks("online", lambda: self.online_done, self.args.online_steps, length)
 
     def train(self, state: Any, num_updates: int) -> tuple[Any, populations.Metrics]:
-        """`num_updates` updates of every member on the offline data; fewer where a signal comes."""
-        start, done, parts = time.time(), 0, []
+        """`num_updates` updates of every member on the data that the phase has; fewer where a signal comes."""
+        done, parts = 0, []
+        online = self._phase == "online"
+        data = None if online and not self.args.num_updates else self.offline_data
+        ring = self.ring if online else None
         while done < num_updates and (done == 0 or self._signal is None):
-            piece = min(SIGNAL_EVERY, num_updates - done)
+            piece = min(self.updates_per_call, num_updates - done)
             count = jnp.asarray(piece, jnp.int32)
-            state, metrics = jax.block_until_ready(self._train((), (state, self.hp), (self.offline_data, count)))
+            state, metrics = jax.block_until_ready(self._train((), (state, self.hp, ring), (data, count)))
             parts.append((piece, metrics))
             done += piece
-        self._time("offline", done, time.time() - start)
-        self.updates_done += done
+        if not online:
+            self.updates_done += done
         return state, populations.join(parts)
+
+    def collect(self, state: Any, num_steps: int) -> int:
+        """At least `num_steps` environment steps of every member, its environments taking turns; how many they were.
+
+        Episodes enter the member's ring whole, when they have ended. The first call goes on until every member has
+        one; a signal ends it early.
+        """
+        start, empty = self.online_done, self.population.to_host(self.ring.written) == 0
+        while (
+            self.online_done - start < num_steps or (empty & ~self._by_member(self._episodes.ended).any(axis=1)).any()
+        ):
+            members = (state, self.hp, self._observations(), self._collection_keys)
+            actions = self._sampled_actions((), members, jnp.asarray(self.online_done))
+            self._episodes.add(self._step(actions))
+            if self._signal is not None:
+                break
+        self._insert_episodes(self._episodes.take())
+        self._collector.episodes.clear()
+        return self.online_done - start
 
     def collect_and_train(self, state: Any, num_steps: int) -> tuple[Any, populations.Metrics]:
         """`num_steps` environment steps of every member, each followed by one update on old and new data.
 
         Fewer where a signal comes.
         """
-        start, parts = time.time(), []
-        # A fold that no `split` of the member's own key gives.
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.members])
-        keys = self.population.shard(keys)
+        parts = []
         offline = self.offline_data if self.args.num_updates else None
-        collector = self._collector
         state = jax.tree.map(jnp.copy, state)  # the steps below reuse its memory; the original is kept for freezing
         if self._actions is None:
-            observations = self.population.shard(collector.observations)
-            self._actions = self._first_actions((), (state, self.hp, observations, keys), jnp.asarray(self.online_done))
+            members = (state, self.hp, self._observations(), self._collection_keys)
+            self._actions = self._sampled_actions((), members, jnp.asarray(self.online_done))
         for _ in range(num_steps):
-            actions = self.population.to_host(self._actions)
-            # A member that diverged in this chunk stands still until the chunk's end, where it is frozen and named.
-            actions = np.where(np.isfinite(actions), actions, 0.0)
-            transitions = self.population.shard(collector.step(actions))
-            observations = self.population.shard(collector.observations)
-            self.online_done += 1
+            transitions = jax.tree.map(self._by_member, self._step(self._actions))
             (state, self.ring), self._actions, metrics = self._collect_and_train(
                 (state, self.ring),
-                (self.hp, transitions, observations, keys),
+                (self.hp, self.population.shard(transitions), self._observations(), self._collection_keys),
                 (offline, jnp.asarray(self.online_done)),
             )
             parts.append((1, metrics))
             if self._signal is not None:
                 break
-        collector.episodes.clear()
-        self._time("online", len(parts), time.time() - start)
+        self._collector.episodes.clear()
         return state, populations.join(parts)
 
     def record(self, state: Any, metrics: populations.Metrics) -> Any:
@@ -344,26 +399,65 @@ class Run:
         """Where this run's checkpoint is."""
         return self.directory / "checkpoint" / "state.npz"
 
-    def _chunks(self, phase: str, done: Callable[[], int], total: int) -> Iterator[int]:
+    def _chunks(self, phase: str, done: Callable[[], int], total: int, length: int | None = None) -> Iterator[int]:
         assert self._progress is not None
         task = self._progress.add_task(f"{self.name} {phase}", total=total, completed=done(), note="")
         self._task = task
         every = [self.args.eval_every, self.args.checkpoint_every, LOG_EVERY]
-        first = done()
+        first = before = done()
         while True:
             step = done()
-            due = step >= total or (self.args.checkpoint_every and step % self.args.checkpoint_every == 0)
-            if due and step > first:
+            reached = (
+                self.args.checkpoint_every and step // self.args.checkpoint_every > before // self.args.checkpoint_every
+            )
+            if step > first and (step >= total or reached):
                 self._save()
             self._check_signal()
             if step >= total:
                 break
-            if self.args.eval_every and step % self.args.eval_every == 0:
-                self._evaluate(phase, step, self.args.eval_episodes)
+            if self.args.eval_every:
+                evaluated = [int(row["step"]) for row in self.evaluations.rows if row["phase"] == phase]
+                wanted = step - step % self.args.eval_every
+                if step == wanted or max(evaluated, default=-1) < wanted:
+                    self._evaluate(phase, step, self.args.eval_episodes)
             self._chunk_start = self.updates_done + self.online_done
-            chunk = min([total - step, *(n - step % n for n in every if n)])
-            yield chunk
+            before, start = step, time.time()
+            yield min([total - step, *([length] if length else [n - step % n for n in every if n])])
+            self._time(phase, done() - step, time.time() - start)
             self._progress.update(task, completed=done())
+
+    def _step(self, actions: jax.Array) -> Transitions:
+        """Apply the actions of every member; what happened in all environments, a member's side by side."""
+        own = self.population.to_host(actions).reshape(-1, self.action_dim)
+        # A member that diverged in this chunk stands still until the chunk's end, where it is frozen and named.
+        transitions = self._collector.step(np.where(np.isfinite(own), own, 0.0))
+        self.online_done += self.num_environments
+        return transitions
+
+    def _by_member(self, environments: np.ndarray) -> np.ndarray:
+        """`[members * environments, ...]` as `[members, environments, ...]`."""
+        return environments.reshape(len(self.members), self.num_environments, *environments.shape[1:])
+
+    def _observations(self) -> jax.Array:
+        return self.population.shard(self._by_member(self._collector.observations))
+
+    def _insert_episodes(self, ended: list[Transitions | None]) -> None:
+        """Write each environment's episodes into the ring of its member."""
+        counts, rows = [], []
+        for m in range(len(self.members)):
+            own = [part for part in ended[m * self.num_environments :][: self.num_environments] if part]
+            rows.append([np.concatenate(parts)[-self.ring_capacity :] for parts in zip(*own, strict=True)])
+            counts.append(len(rows[-1][0]) if own else 0)
+        if not any(counts):
+            return
+        block = min(-(-max(counts) // EPISODE_BLOCK) * EPISODE_BLOCK, self.ring_capacity)
+        shapes = Transitions((self.obs_dim,), (self.action_dim,), (), (self.obs_dim,), (), ())
+        padded = Transitions(*(np.zeros((len(rows), block, *shape), np.float32) for shape in shapes))
+        for m, parts in enumerate(rows):
+            for to, part in zip(padded, parts, strict=False):
+                to[m, : counts[m]] = part
+        members = self.population.shard((padded, np.array(counts, np.int32)))
+        self.ring = self._insert(self.ring, members, ())
 
     def _evaluate(self, phase: str, step: int, episodes: int) -> dict[int, dict[str, Any]]:
         """Evaluate every living member, unless the table has the step already; rows by member."""

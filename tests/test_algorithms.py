@@ -19,7 +19,11 @@ from common.buffers import Replay, Transitions
 
 NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("[a-z]*.py"))
 every_algorithm = pytest.mark.parametrize("name", NAMES)
+every_actor_critic = pytest.mark.parametrize("name", [name for name in NAMES if name != "awr"])
+"""Those that draw a transition and update at once; AWR regresses on returns of whole trajectories."""
 SECTIONS = ["Hyperparameters", "Args", "PRESETS", "State", "ADAM", "modules", "init", "update", "act", "train", "main"]
+OTHER_NAMES = {"optimizer": "ADAM", "update_value": "update", "update_actor": None}
+"""AWR has two optimisers to choose from, and updates in two phases."""
 
 
 def load(name: str) -> Any:
@@ -41,6 +45,7 @@ def test_sections_come_in_the_same_order(name: str) -> None:
     found = []
     for node in tree.body:
         names = [target.id for target in node.targets] if isinstance(node, ast.Assign) else [getattr(node, "name", "")]
+        names = [OTHER_NAMES.get(one, one) for one in names]
         found += [one for one in names if one in SECTIONS]
     assert found == SECTIONS
     imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -96,7 +101,7 @@ def test_hyperparameters_are_traced_and_members_keep_their_own(name: str) -> Non
                 np.testing.assert_allclose(a, b[i], rtol=2e-3, atol=2e-5)
 
 
-@every_algorithm
+@every_actor_critic
 @pytest.mark.parametrize("num_critics", [1, 5])
 def test_any_number_of_critics(name: str, num_critics: int) -> None:
     script = load(name)
@@ -110,7 +115,7 @@ def test_any_number_of_critics(name: str, num_critics: int) -> None:
     assert all(moved)
 
 
-@every_algorithm
+@every_actor_critic
 def test_terminations_cut_the_bootstrap_and_truncations_do_not(name: str) -> None:
     """At a termination s' is without effect on the critic; at a truncation it is not."""
     script = load(name)
@@ -145,11 +150,13 @@ def test_actions_stay_in_their_bounds(name: str) -> None:
     still, noisy = act(jax.random.key(2), sample=False), act(jax.random.key(2), sample=True)
     np.testing.assert_array_equal(still, act(jax.random.key(3), sample=False))
     assert still.shape == noisy.shape == (50, ACTION_DIM)
-    assert max(float(jnp.abs(still).max()), float(jnp.abs(noisy).max())) <= 1.0
+    assert float(jnp.abs(still).max()) <= 1.0
+    if name != "awr":  # it regresses on its Gaussian's samples as drawn; the environment clips them
+        assert float(jnp.abs(noisy).max()) <= 1.0
     assert float(jnp.abs(noisy - act(jax.random.key(3), sample=True)).max()) > 0.01
 
 
-@every_algorithm
+@every_actor_critic
 def test_online_from_an_offline_checkpoint_equals_training_through(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
 ) -> None:
@@ -184,7 +191,7 @@ def test_online_from_an_offline_checkpoint_equals_training_through(
     assert rewards.shape == (2, 12) and (np.abs(rewards) < 2).all(), "half of Hopper's 1 a step and its speed"
 
 
-@every_algorithm
+@every_actor_critic
 def test_online_updates_draw_from_the_dataset_and_the_ring(name: str) -> None:
     """Rewards of 100 in a ring as long as the dataset: half of a batch has them, and the loss says so."""
     script = load(name)

@@ -199,7 +199,7 @@ def test_environments_that_do_not_fit(name: str, words: str) -> None:
 
 
 def test_transitions_have_their_true_successor_flags_and_transformed_rewards() -> None:
-    collector = Collector("OffaxTest/Toy-v0", 2, SCALED, [1, 2])  # 2 steps, then terminated; 3 steps, then truncated
+    collector = Collector("OffaxTest/Toy-v0", SCALED, [1, 2])  # 2 steps, then terminated; 3 steps, then truncated
     actions = np.zeros((2, 1), np.float32)
     steps = [collector.step(actions) for _ in range(4)]
     raw = np.stack([step.observations for step in steps]) * SCALED.observation_std + SCALED.observation_mean
@@ -223,14 +223,14 @@ def test_transitions_have_their_true_successor_flags_and_transformed_rewards() -
 
 
 def test_a_termination_at_the_time_limit_is_a_termination() -> None:
-    collector = Collector("OffaxTest/Toy-v0", 1, PLAIN, [3])  # four steps, then both flags
+    collector = Collector("OffaxTest/Toy-v0", PLAIN, [3])  # four steps, then both flags
     steps = [collector.step(np.zeros((1, 1))) for _ in range(4)]
     assert [float(step.terminations[0]) for step in steps] == [0, 0, 0, 1]
     assert [float(step.truncations[0]) for step in steps] == [0, 0, 0, 0]
 
 
 def test_the_actions_kept_are_the_policys() -> None:
-    collector = Collector("OffaxTest/Toy-v0", 2, PLAIN, [2, 6])
+    collector = Collector("OffaxTest/Toy-v0", PLAIN, [2, 6])
     step = collector.step(np.float32([[-1], [0.5]]))
     np.testing.assert_array_equal(step.actions, [[-1], [0.5]])
     assert Toy.actions == [1.0, 4.0]

@@ -527,7 +527,7 @@ def test_online_after_offline(tmp_path: Path, small_run: list[str], iql: Any) ->
     arrays = arrays_of(run)
     assert next(array for name, array in arrays.items() if name.endswith(".step")).tolist() == [50, 50, 50]
     ring = {name.rpartition(".")[2]: array for name, array in arrays.items() if "'ring'" in name}
-    assert ring["size"].tolist() == [30, 30, 30]
+    assert ring["written"].tolist() == [30, 30, 30]
     # Rows follow each other but where an episode ended, and no two members share an environment.
     for i in range(3):
         ended = (ring["terminations"][i] + ring["truncations"][i]) > 0
@@ -557,7 +557,7 @@ def test_online_from_scratch_and_resumed(tmp_path: Path, small_run: list[str], i
     assert (outcome.status, outcome.err) == (0, "")
     arrays = arrays_of(run)
     ring = {name.rpartition(".")[2]: array for name, array in arrays.items() if "'ring'" in name}
-    assert ring["size"].tolist() == [20] and ring["observations"][0].any(axis=1).all()
+    assert ring["written"].tolist() == [20] and ring["observations"][0].any(axis=1).all()
     assert [row["step"] for row in rows_of(run / "metrics.csv")] == ["10", "20"]
     assert [row["step"] for row in rows_of(run / "evaluations.csv")] == ["20"]
 
