@@ -1,0 +1,429 @@
+"""Advantage-weighted regression (AWR). Peng, Kumar, Zhang, Levine, 2019, arXiv:1910.00177.
+
+Each iteration fits a value function to the returns of the data, then the policy to its actions, each action weighted by
+its advantage:
+
+    V    = argmin_V  mean (G - V(s))^2                                                                    (Eq. 56)
+    A    = G - V(s),   normalised over all rows: (A - mean A) / std A                                     (Eq. 57)
+    pi   = argmax_pi mean w(A) log pi(a|s),   w(A) = min(exp(A / temperature), weight_clip)               (Eq. 38, 55)
+
+with the TD(lambda) return G of the whole trajectory, computed backwards and anew from the latest V in each iteration:
+
+    G_t = r_t + discount ((1 - lambda) V(s_t+1) + lambda G_t+1),   at an episode's end r_t + discount V(s_t+1),
+
+where V is 0 after a termination and bootstraps after a truncation; lambda = 1 is the Monte-Carlo return. States are
+normalised by their running mean and standard deviation (Eq. 58), and the network's output is V (1 - discount), which
+is as scaling rewards by it (Eq. 59).
+
+Offline, an iteration is `--policy-updates` updates of the policy and, before them, `--value-updates` of the value, both
+on minibatches of the whole dataset; only the updates of the policy are counted. Online (`--online-steps`; with
+`--num-updates 0` the setting of the paper) it begins with about `--samples-per-iteration` environment steps, from which
+whole episodes enter a ring of the newest `--buffer-size` transitions; with both, data from both are used. Of an episode
+whose beginning is overwritten the rest stays: its returns need nothing of the beginning.
+
+Where the paper and the authors' code differ, or say too little:
+* Step size of the value function: 1e-4 in the paper, 1e-2 in the code. 1e-2 is the default.
+* lambda = 0.95, the policy's fixed standard deviation, and the penalty on means outside the actions' bounds are the
+  code's. Sampled actions are regressed on as drawn, also outside the bounds; the environment clips them.
+
+Ours: minibatches are drawn with replacement; the normaliser takes in the new states before the updates of an iteration
+rather than after them, so that a policy acts with the one that it was trained with; the environments of a member go on
+across iterations, so an episode may begin with one policy and end with the next.
+
+    python algorithms/awr.py --dataset offax/hopper/medium-expert-v0
+    python algorithms/awr.py --env Hopper-v5 --num-updates 0 --online-steps 1000000
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import buffers, networks, populations
+from common.buffers import Replay, Transitions
+from common.errors import UsageError
+from common.experiment import Run
+from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch, refuse_sweep
+from common.optimization import descend
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars that may differ between members of a population: traced, never static."""
+
+    temperature: Positive = 1.0
+    """The paper's beta, in standard deviations of the advantage; large is behaviour cloning (authors' code)."""
+    weight_clip: Positive = 20.0
+    """Largest weight of a transition (paper, appendix C)."""
+    discount: Share = 0.99
+    """Discount factor (authors' code)."""
+    td_lambda: Share = 0.95
+    """lambda of the TD(lambda) returns; 1: Monte Carlo (authors' code)."""
+    actor_learning_rate: NonNegative = 5e-5
+    """Step size of the policy (paper, appendix C)."""
+    value_learning_rate: NonNegative = 1e-2
+    """Step size of the value function (authors' code; paper, appendix C: 1e-4)."""
+    momentum: Share = 0.9
+    """Momentum for --optimizer sgd (paper, appendix C)."""
+    std: Positive = 0.4
+    """Standard deviation of the policy; with --learn-std True, at the start (authors' code: 0.4, Ant 0.2)."""
+    bound_weight: NonNegative = 10.0
+    """Weight of the penalty on mean actions outside [-1, 1] (authors' code)."""
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """AWR: advantage-weighted regression."""
+
+    hp: Hyperparameters = Hyperparameters()
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd has momentum (paper, appendix C)."""
+    hidden_dim: Count = 128
+    """Width of the first hidden layer; each following one is half as wide (paper, appendix C: 128 and 64)."""
+    num_layers: Count = 2
+    """Hidden layers of both networks (paper, appendix C)."""
+    value_updates: Count = 200
+    """Updates of the value function in an iteration (paper, appendix C)."""
+    policy_updates: Count = 1000
+    """Updates of the policy in an iteration (paper, appendix C)."""
+    samples_per_iteration: Count = 2048
+    """Environment steps in an online iteration (authors' code; paper, appendix C: about 2000)."""
+    buffer_size: Count = 50_000
+    """Transitions that are kept of the online phase (paper, appendix C)."""
+    num_environments: Count = 2
+    """Environments of each member in the online phase (ours)."""
+    normalizer_samples: int = 300_000
+    """States from which mean and standard deviation are taken; 0: states as they are (authors' code)."""
+    scale_values: bool = True
+    """The network's output is V (1 - discount) (paper, Eq. 59)."""
+    normalize_advantages: bool = True
+    """Centre and scale advantages over all rows (paper, Eq. 57)."""
+    clip_weights: bool = True
+    """Limit the weights by weight_clip (paper, appendix C)."""
+    learn_std: bool = False
+    """Learn the standard deviation, one for each action dimension (authors' code: fixed)."""
+
+    def validate(self) -> None:
+        """UsageError for a number out of range, or a sweep of what the other flags make unused."""
+        super().validate()
+        discounts = [values.get("discount", self.hp.discount) for values in populations.parse_grid(self.grid, self.hp)]
+        if self.scale_values and max(discounts) >= 1.0:
+            raise UsageError("--discount 1: must be below 1, or pass --scale-values False")
+        if not self.clip_weights:
+            refuse_sweep(self, {"weight_clip"}, "with --clip-weights False")
+        if self.optimizer != "sgd":
+            refuse_sweep(self, {"momentum"}, f"with --optimizer {self.optimizer}")
+
+
+PRESETS = {  # the authors have one setting for all of their tasks, none of which is sparse
+    "locomotion": {"std": 0.4},
+    "antmaze": {"std": 0.4},
+    "adroit": {"std": 0.4},
+}
+
+
+class Network(nn.Module):
+    """Hidden ReLU layers, each half as wide as the one before, then a linear layer to `output_dim`."""
+
+    args: Args
+    output_dim: int
+    output_init: networks.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.args.num_layers):
+            x = nn.relu(nn.Dense(max(1, self.args.hidden_dim // 2**i), kernel_init=XAVIER)(x))
+        return nn.Dense(self.output_dim, kernel_init=self.output_init)(x)
+
+
+XAVIER = nn.initializers.xavier_uniform()
+
+
+def small_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """U(-0.01, 0.01), with which the authors' code starts the policy's last layer."""
+    return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
+
+
+class Normalizer(NamedTuple):
+    """Mean and sum of squared deviations, `[obs_dim]` each, of `count` states; how many rows of each data they are."""
+
+    count: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+    seen_offline: jax.Array
+    seen_online: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training changes, of one member."""
+
+    actor: Any
+    value: Any
+    normalizer: Normalizer
+    actor_opt: optax.OptState
+    value_opt: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+def optimizer(hp: Hyperparameters, args: Args) -> optax.GradientTransformation:
+    """The direction of a step, without its size."""
+    return optax.trace(hp.momentum) if args.optimizer == "sgd" else optax.scale_by_adam()
+
+
+def modules(args: Args, action_dim: int) -> tuple[Network, Network]:
+    """The policy's mean and the value function."""
+    return Network(args, action_dim, small_uniform), Network(args, 1, XAVIER)
+
+
+def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
+    """Fresh networks and optimisers, and a normaliser that has seen nothing."""
+    actor, value = modules(args, action_dim)
+    actor_key, value_key, key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, obs_dim))
+    actor_params = {"mean": actor.init(actor_key, observations)}
+    if args.learn_std:
+        actor_params["log_std"] = jnp.full(action_dim, jnp.log(hp.std))
+    value_params = value.init(value_key, observations)
+    none = jnp.zeros((), jnp.int32)
+    return State(
+        actor=actor_params,
+        value=value_params,
+        normalizer=Normalizer(jnp.zeros(()), jnp.zeros(obs_dim), jnp.zeros(obs_dim), none, none),
+        actor_opt=optimizer(hp, args).init(actor_params),
+        value_opt=optimizer(hp, args).init(value_params),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+# Eq. (58)
+def observe(normalizer: Normalizer, data: Replay, args: Args) -> Normalizer:
+    """The normaliser with the states that came since it was last called, until it has `--normalizer-samples`."""
+
+    def add(normalizer: Normalizer) -> Normalizer:
+        for rows, start, written, online in buffers.parts(data):
+            age = (start - 1 - jnp.arange(len(rows.rewards))) % len(rows.rewards)
+            seen = normalizer.seen_online if online else normalizer.seen_offline
+            new = (age < written - seen)[:, None].astype(jnp.float32)
+            count = jnp.minimum(written - seen, len(rows.rewards)).astype(jnp.float32)
+            total = normalizer.count + count
+            mean = jnp.sum(new * rows.observations, axis=0) / jnp.maximum(count, 1.0)
+            squares = jnp.sum(new * (rows.observations - mean) ** 2, axis=0)
+            change, share = mean - normalizer.mean, count / jnp.maximum(total, 1.0)
+            normalizer = Normalizer(
+                count=total,
+                mean=normalizer.mean + change * share,
+                squares=normalizer.squares + squares + change**2 * normalizer.count * share,
+                seen_offline=normalizer.seen_offline if online else jnp.asarray(written, jnp.int32),
+                seen_online=jnp.asarray(written, jnp.int32) if online else normalizer.seen_online,
+            )
+        return normalizer
+
+    return jax.lax.cond(normalizer.count < args.normalizer_samples, add, lambda same: same, normalizer)
+
+
+def normalize(normalizer: Normalizer, observations: jax.Array) -> jax.Array:
+    """States in standard deviations from the mean; as they are, before any was seen."""
+    std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.count, 1.0))
+    return (observations - normalizer.mean) / jnp.where(normalizer.count > 0, jnp.maximum(std, 0.01), 1.0)
+
+
+def policy(
+    params: Any, normalizer: Normalizer, observations: jax.Array, hp: Hyperparameters, args: Args, action_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean `[batch, action_dim]` and log standard deviation `[action_dim]` of the Gaussian policy."""
+    mean = modules(args, action_dim)[0].apply(params["mean"], normalize(normalizer, observations))
+    return mean, params["log_std"] if args.learn_std else jnp.full(action_dim, jnp.log(hp.std))
+
+
+def value_scale(hp: Hyperparameters, args: Args) -> jax.Array | float:
+    """V divided by the network's output (Eq. 59)."""
+    return 1.0 / (1.0 - hp.discount) if args.scale_values else 1.0
+
+
+def lambda_returns(
+    rewards: jax.Array,
+    next_values: jax.Array,
+    terminations: jax.Array,
+    truncations: jax.Array,
+    hp: Hyperparameters,
+) -> jax.Array:
+    """TD(lambda) returns `[rows]` of time-ordered rows, with `next_values` V(s') of each row's own next state.
+
+    A step is affine in the next one's return, G_t = a_t + b_t G_t+1 with b_t = 0 at the end of an episode and of the
+    rows, so the recursion runs backwards as a scan over compositions, in parallel.
+    """
+    ends = ((terminations + truncations) > 0).at[-1].set(True)
+    bootstrap = hp.discount * (1.0 - terminations) * next_values
+    a = rewards + jnp.where(ends, bootstrap, (1.0 - hp.td_lambda) * bootstrap)
+    b = jnp.where(ends, 0.0, hp.discount * hp.td_lambda)
+
+    def compose(
+        later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
+
+    return jax.lax.associative_scan(compose, (a, b), reverse=True)[0]
+
+
+BLOCK = 8192
+"""Rows whose values are computed at once: of a million rows, the hidden layers would fill gigabytes."""
+
+
+def evaluate(state: State, data: Replay, hp: Hyperparameters, args: Args) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """V(s) and the TD(lambda) return of every row of the data, and whether it is written, each `[rows]`."""
+    network = modules(args, 1)[1]
+
+    def values(observations: jax.Array) -> jax.Array:
+        def one(observation: jax.Array) -> jax.Array:
+            return network.apply(state.value, normalize(state.normalizer, observation)).squeeze(-1)
+
+        return value_scale(hp, args) * jax.lax.map(one, observations, batch_size=BLOCK)
+
+    found = []
+    for rows, start, written, _ in buffers.parts(data):
+        columns = (rows.rewards, values(rows.next_observations), rows.terminations, rows.truncations)
+        returns = lambda_returns(*(jnp.roll(column, -start) for column in columns), hp)
+        is_written = jnp.arange(len(returns)) < written
+        found.append((values(rows.observations), jnp.roll(returns, start), is_written))
+    return tuple(map(jnp.concatenate, zip(*found, strict=True)))
+
+
+def advantage_weights(advantages: jax.Array, written: jax.Array, hp: Hyperparameters, args: Args) -> jax.Array:
+    """Weights `[rows]` of the transitions in the policy's loss, by the `advantages` of the rows that are `written`."""
+    if args.normalize_advantages:  # Eq. (57)
+        count = jnp.sum(written)
+        mean = jnp.sum(jnp.where(written, advantages, 0.0)) / count
+        std = jnp.sqrt(jnp.sum(jnp.where(written, (advantages - mean) ** 2, 0.0)) / count)
+        advantages = (advantages - mean) / (std + 1e-5)
+    weights = jnp.exp(advantages / hp.temperature)
+    return jnp.minimum(weights, hp.weight_clip) if args.clip_weights else weights
+
+
+# Eq. (56)
+def value_loss(values: jax.Array, returns: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Half the squared error of `values [batch]` to `returns [batch]`, both in the units of the network's output."""
+    assert values.shape == returns.shape, (values.shape, returns.shape)
+    loss = 0.5 * jnp.mean((values - returns) ** 2)
+    return loss, {"value/loss": loss, "value/mean": values.mean(), "value/return_mean": returns.mean()}
+
+
+# Eq. (38), (55)
+def actor_loss(
+    log_prob: jax.Array, weights: jax.Array, mean: jax.Array, hp: Hyperparameters
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood `[batch]` weighted by `weights [batch]`; a penalty on `mean` actions out of bounds."""
+    assert log_prob.shape == weights.shape, (log_prob.shape, weights.shape)
+    excess = jnp.maximum(jnp.abs(mean) - 1.0, 0.0)
+    bound_loss = 0.5 * jnp.mean(jnp.sum(excess**2, axis=-1))
+    loss = -jnp.mean(weights * log_prob) + hp.bound_weight * bound_loss
+    return loss, {
+        "actor/loss": loss,
+        "actor/log_prob": log_prob.mean(),
+        "actor/bound_loss": bound_loss,
+        "actor/weight_mean": weights.mean(),
+        "actor/weight_max": weights.max(),
+    }
+
+
+def update_value(
+    state: State, batch: Transitions, returns: jax.Array, hp: Hyperparameters, args: Args
+) -> tuple[State, dict[str, jax.Array]]:
+    """One step of the value function towards the `returns [batch]`, which stay as they are during the iteration."""
+    network = modules(args, 1)[1]
+    observations = normalize(state.normalizer, batch.observations)
+
+    def loss_of_value(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return value_loss(network.apply(params, observations).squeeze(-1), returns / value_scale(hp, args))
+
+    grads, info = jax.grad(loss_of_value, has_aux=True)(state.value)
+    rate = hp.value_learning_rate
+    value_params, value_opt = descend(optimizer(hp, args), state.value, grads, state.value_opt, rate)
+    return state._replace(value=value_params, value_opt=value_opt), info
+
+
+def update_actor(
+    state: State, batch: Transitions, weights: jax.Array, hp: Hyperparameters, args: Args
+) -> tuple[State, dict[str, jax.Array]]:
+    """One step of the policy towards the actions of the batch, weighted by `weights [batch]`."""
+
+    def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mean, log_std = policy(params, state.normalizer, batch.observations, hp, args, batch.actions.shape[-1])
+        return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), weights, mean, hp)
+
+    grads, info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
+    rate = hp.actor_learning_rate
+    actor_params, actor_opt = descend(optimizer(hp, args), state.actor, grads, state.actor_opt, rate)
+    return state._replace(actor=actor_params, actor_opt=actor_opt, step=state.step + 1), info
+
+
+def act(
+    state: State,
+    hp: Hyperparameters,
+    observations: jax.Array,
+    key: jax.Array,
+    args: Args,
+    action_dim: int,
+    sample: bool,
+) -> jax.Array:
+    """Actions `[batch, action_dim]`: the mean within [-1, 1] for evaluation, or a sample, as drawn, to collect data."""
+    mean, log_std = policy(state.actor, state.normalizer, observations, hp, args, action_dim)
+    if sample:
+        return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+    return jnp.clip(mean, -1.0, 1.0)
+
+
+def train(
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+) -> tuple[State, populations.Metrics]:
+    """One iteration with `num_updates` updates of the policy, and in proportion of the value function; metrics' means.
+
+    Returns and weights of all rows are computed once, before the updates that use them.
+    """
+
+    def minibatch(state: State) -> tuple[State, jax.Array, Transitions]:
+        key, sample_key = jax.random.split(state.key)
+        rows = buffers.sample_rows(sample_key, data, args.batch_size)
+        return state._replace(key=key), rows, buffers.take(data, rows)
+
+    def value_step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        state, rows, batch = minibatch(state)
+        return update_value(state, batch, targets[rows], hp, args)
+
+    def actor_step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        state, rows, batch = minibatch(state)
+        return update_actor(state, batch, weights[rows], hp, args)
+
+    state = state._replace(normalizer=observe(state.normalizer, data, args))
+    targets = evaluate(state, data, hp, args)[1]
+    num_value_updates = (args.value_updates * num_updates + args.policy_updates - 1) // args.policy_updates
+    state, of_value = populations.repeat(value_step, state, num_value_updates)
+    values, returns, written = evaluate(state, data, hp, args)
+    weights = advantage_weights(returns - values, written, hp, args)
+    state, of_actor = populations.repeat(actor_step, state, num_updates)
+    return state, populations.Metrics(*(one | other for one, other in zip(of_value, of_actor, strict=True)))
+
+
+def main(args: Args) -> None:
+    """Load, initialise, iterate on the dataset, evaluate, checkpoint, iterate on collected data, report."""
+    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
+    collection = {"num_environments": args.num_environments, "ring_capacity": args.buffer_size}
+    with Run("awr", args, *functions, updates_per_call=args.policy_updates, **collection) as run:
+        state = run.begin()
+        for num_updates in run.offline():  # an iteration, or what is left of it to the next evaluation or checkpoint
+            state, metrics = run.train(state, num_updates)
+            state = run.record(state, metrics)
+        for num_steps in run.online(args.samples_per_iteration):
+            collected = run.collect(state, num_steps)
+            num_updates = -(-args.policy_updates * collected // args.samples_per_iteration)
+            state, metrics = run.train(state, min(num_updates, args.policy_updates))
+            state = run.record(state, metrics)
+        run.finish(state)
+
+
+if __name__ == "__main__":
+    launch(main, Args, PRESETS)
