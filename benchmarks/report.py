@@ -25,6 +25,9 @@ from common.errors import UsageError, exit_status
 from common.logging import Table
 
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
+NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track"}
+NOT_SETTINGS |= {"num_updates", "eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every"}
+"""Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class Args:
 
 @dataclass(frozen=True)
 class Cell:
-    """The members of one run that share algorithm, dataset and swept hyperparameters; they differ by their seeds."""
+    """The members of one run that share algorithm, dataset and settings; they differ by their seeds.
+
+    `algorithm` has the settings in which the folder's runs of it on this dataset differ; `dataset` is the environment
+    where the dataset was not trained on.
+    """
 
     algorithm: str
     dataset: str
@@ -52,23 +59,41 @@ class Cell:
         return [member[column] for member in self.members if member[column] is not None]
 
 
+def trained_on(config: dict[str, Any]) -> str:
+    """The dataset, or without offline updates the environment."""
+    return config["flags"]["dataset"] if config["flags"]["num_updates"] else config["environment"]
+
+
+def settings_of(config: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """The flags in which a run differs from others of the same algorithm on the same dataset."""
+    theirs = [other["flags"] for other in others if _kind(other) == _kind(config)]
+    names = [name for name in config["flags"] if len({json.dumps(flags.get(name)) for flags in theirs}) > 1]
+    return "".join(f" {name}={config['flags'][name]}" for name in names if name not in NOT_SETTINGS)
+
+
+def _kind(config: dict[str, Any]) -> tuple[str, str]:
+    return config["algorithm"], trained_on(config)
+
+
 def read(folder: Path) -> list[Cell]:
     """All cells below `folder`, by dataset and algorithm. UsageError where there is none or one is there twice."""
-    cells: dict[tuple[str, str], Cell] = {}
+    runs = {}
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
         if missing := [name for name in FILES if not (run / name).exists()]:
             raise UsageError(f"{run} has no {missing[0]}")
-        config, final, command = (
-            json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")
-        )
+        runs[run] = [json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")]
+    configs = [config for config, _, _ in runs.values()]
+    cells: dict[tuple[str, str], Cell] = {}
+    for run, (config, final, command) in runs.items():
         with open(run / "evaluations.csv", newline="") as file:
             evaluations = list(csv.DictReader(file))
+        name = config["algorithm"] + settings_of(config, configs)
         groups: dict[str, list[dict[str, Any]]] = {}
         for member in final["members"]:
             swept = "".join(f" {name}={value:g}" for name, value in member["swept"].items())
-            groups.setdefault(config["algorithm"] + swept, []).append(member)
+            groups.setdefault(name + swept, []).append(member)
         for algorithm, members in groups.items():
-            key = (config["flags"]["dataset"], algorithm)
+            key = (trained_on(config), algorithm)
             if key in cells:
                 raise UsageError(f"{folder} has {algorithm} on {key[0]} twice")
             indices = {str(member["member"]) for member in members}
@@ -108,6 +133,11 @@ def before_online(cell: Cell) -> list[float]:
     return [float(row["score_mean"]) for row in rows if int(row["step"]) == first and row["score_mean"]]
 
 
+def about_data(cell: Cell) -> dict[str, Any] | None:
+    """Returns of the dataset's own episodes; None where it was not trained on."""
+    return cell.config.get("dataset_returns") if cell.config["flags"]["num_updates"] else None
+
+
 # Tables
 
 
@@ -141,7 +171,7 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
             values, updates = row[algorithm].values(column), row[algorithm].final["updates"]
             lost = len(row[algorithm].members) - len(values)
             texts.append(show(summary([values]), lost, updates if updates < longest else None))
-        about = next(iter(row.values())).config.get("dataset_returns")
+        about = about_data(next(iter(row.values())))
         rows.append([dataset, *(of_data(about) if about else ["-"] * len(heads)), *texts])
     if column == "score_mean" and len(rows) > 1:
         datasets, totals = aggregate(cells)
@@ -206,7 +236,7 @@ def speed(cells: Sequence[Cell]) -> str:
     for cell in runs:
         rate, seconds = cell.final["updates_per_second"], cell.final["wall_clock_seconds"]
         members = len(cell.final["members"])
-        name = f"{cell.config['algorithm']}, {cell.dataset}"
+        name = f"{cell.config['algorithm']}, {cell.dataset}" + settings_of(cell.config, [c.config for c in cells])
         rows.append(
             [name, f"{cell.final['updates']}", f"{members}", "-" if rate is None else f"{rate:.0f}", f"{seconds:.0f} s"]
         )
@@ -232,8 +262,8 @@ def write_scores(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def level(cell: Cell, scored: bool) -> float | None:
-    """The dataset's own average score or return."""
-    return (cell.config.get("dataset_returns") or {}).get("score_mean" if scored else "mean")
+    """The dataset's own average score or return; None where it was not trained on."""
+    return (about_data(cell) or {}).get("score_mean" if scored else "mean")
 
 
 def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
@@ -333,7 +363,7 @@ def write(folder: Path) -> None:
 
     heads = ["data, average", "worst to best episode", "episodes"]
     parts += ["## Return\n", table(cells, "return_mean", returns, heads), origin(cells)]
-    if tuned := [cell for cell in scored if before_online(cell)]:
+    if tuned := [cell for cell in scored if before_online(cell) and cell.final["updates"]]:
         parts += [
             "## Fine-tuning\n",
             "Score where the online phase begins, and the final score after it.\n",

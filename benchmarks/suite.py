@@ -59,6 +59,8 @@ class Args:
     """Offline gradient updates."""
     extra: str = ""
     """More flags for every script: --extra="--eval-every 5000 --final-eval-episodes 50"."""
+    label: str = ""
+    """Follows the names of this call's runs, so that the same algorithms can join the suite with other flags."""
     runs_dir: Path = Path("runs/suite")
     """Where run directories with checkpoints go."""
     results_dir: Path = Path("results")
@@ -108,8 +110,9 @@ def find_script(algorithm: str) -> Path:
 
 def plan(args: Args) -> list[Job]:
     """The suite's jobs in order: for each dataset, all algorithms. UsageError where flags make no sense."""
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.name):
-        raise UsageError(f'--name "{args.name}": letters, digits, "_", "-" and "." only')
+    for flag, name in (("name", args.name), ("label", args.label or "none")):
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise UsageError(f'--{flag} "{name}": letters, digits, "_", "-" and "." only')
     extra = shlex.split(args.extra)
     for word in extra:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -119,6 +122,7 @@ def plan(args: Args) -> list[Job]:
     for dataset in args.datasets:
         for algorithm in args.algorithms:
             name = f"{algorithm}_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}"
+            name += f"_{args.label}" if args.label else ""
             run_dir = args.runs_dir / args.name / name
             flags = {
                 "dataset": dataset,

@@ -652,7 +652,8 @@ class Run:
         level = float(np.mean(self.dataset_returns if scores is None else scores))
         if self.evaluations.rows:
             title = f"{self.name}, {self.args.dataset}"
-            reporting.plot_curves(self.directory / "curves.png", self.evaluations.rows, title, level)
+            own_level = level if self.args.num_updates else None  # without offline updates the data played no part
+            reporting.plot_curves(self.directory / "curves.png", self.evaluations.rows, title, own_level)
         rows = [
             [str(m), *(row[name] for name in ("return_mean", "return_std", "score_mean", "episodes"))]
             for m, row in zip(self.members, members, strict=True)
