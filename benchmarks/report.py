@@ -218,8 +218,10 @@ def origin(cells: Sequence[Cell]) -> str:
     )
     devices = unique([f"{c['device']['count']} x {c['device']['kind']}" for c in configs])
     versions = unique([", ".join(f"{name} {version}" for name, version in c["versions"].items()) for c in configs])
+    steps = sorted({cell.final["online_steps"] for cell in cells} - {0})
     lines = [
         f"- offline updates: {updates_of(cells)}",
+        *([f"- environment steps: {' or '.join(f'{count:,}' for count in steps)}"] if steps else []),
         f"- seeds: {', '.join(map(str, seeds))}; episodes for each seed: {' or '.join(map(str, episodes))}",
         f"- commit: {'; '.join(commits)}",
         f"- processor: {'; '.join(hardware)}; JAX devices: {'; '.join(devices)}",
@@ -267,11 +269,14 @@ def level(cell: Cell, scored: bool) -> float | None:
 
 
 def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
-    """All algorithms on one dataset: mean over seeds, and the band from the worst to the best of them."""
+    """All algorithms on one dataset: mean over seeds, and the band from the worst to the best of them.
+
+    Returns instead of scores where there is no dataset: in the unit of most learning curves from scratch.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for cell in cells for row in cell.evaluations]
-    scored = all(row["score_mean"] for row in rows)
+    scored = cells[0].config["flags"]["num_updates"] > 0 and all(row["score_mean"] for row in rows)
     column = "score_mean" if scored else "return_mean"
     phases = [phase for phase in ("offline", "online") if any(row["phase"] == phase for row in rows)]
     figure = Figure(figsize=(6.0 * max(1, len(phases)), 4.0), layout="constrained")

@@ -112,6 +112,11 @@ def test_plan_refuses(changes):
         suite.plan(suite_args(**changes))
 
 
+def test_a_label_gives_the_same_algorithms_names_of_their_own():
+    names = [job.name for job in suite.plan(suite_args(label="long"))]
+    assert names == [f"{job.name}_long" for job in suite.plan(suite_args())]
+
+
 def test_suite_keeps_going_after_a_failure_and_skips_what_is_done(folder, monkeypatch, capsys):
     args = suite_args(datasets=("missing.npz", "tiny.npz"))
     assert suite.main(args) == 1
@@ -169,14 +174,19 @@ def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder):
 # The report
 
 
-def write_run(folder, algorithm, dataset, scores, average=30.0):
-    """Files of a run as a suite keeps them; a score of None is a member that diverged."""
-    run = folder / f"{algorithm}_{dataset}"
+def write_run(folder, algorithm, dataset, scores, average=30.0, **others):
+    """Files of a run as a suite keeps them; a score of None is a member that diverged. `others` are flags."""
+    run = folder / "_".join([algorithm, dataset, *(f"{name}-{value}" for name, value in others.items())])
     run.mkdir(parents=True)
-    flags = {"dataset": dataset}
+    flags = {"dataset": dataset, "num_updates": 100, "run_dir": str(run)} | others
     about = {"mean": 1000.0, "min": 10.0, "max": 2000.0, "episodes": 7, "score_mean": average}
     config = {"algorithm": algorithm, "flags": flags, "dataset_returns": about, "git_commit": "abc123"}
-    config |= {"git_dirty": False, "cpu": {"model": "A processor", "cores": 3}, "versions": {"jax": "9.9"}}
+    config |= {
+        "environment": "Hard-v5",
+        "git_dirty": False,
+        "cpu": {"model": "A processor", "cores": 3},
+        "versions": {"jax": "9.9"},
+    }
     config |= {"device": {"platform": "cpu", "kind": "cpu", "count": 3}}
     members, rows = [], []
     for i, score in enumerate(scores):
@@ -188,11 +198,17 @@ def write_run(folder, algorithm, dataset, scores, average=30.0):
                 rows.append(row | {"score_mean": score * step / 100, "score_std": 0, "episodes": 10})
         diverged = {"step": 42, "metric": "actor/loss"} if score is None else None
         members.append({"member": i, "seed": i, "swept": {}, "diverged": diverged} | result)
-    final = {"members": members, "updates": 100, "wall_clock_seconds": 12.0, "updates_per_second": 321.4}
+    final = {
+        "members": members,
+        "updates": flags["num_updates"],
+        "online_steps": 0,
+        "wall_clock_seconds": 12.0,
+        "updates_per_second": 321.4,
+    }
     for name, content in (
         ("config", config),
         ("final", final),
-        ("command", {"command": f"python {algorithm} {dataset}"}),
+        ("command", {"command": " ".join(["python", algorithm, dataset, *map(str, others.items())])}),
     ):
         (run / f"{name}.json").write_text(json.dumps(content))
     with open(run / "evaluations.csv", "w", newline="") as file:
@@ -260,6 +276,22 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
     assert "bc, easy" not in page[: page.index("## Learning curves")], "it has no online phase"
     assert "offline updates: 100 (bc); 200 (iql)" in page
     assert cells_of(page, "easy")[2:] == ["5.0 [5.0, 5.0], after 100", "50.0 [40.0, 60.0]"]
+
+
+def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_no_data_was_used(tmp_path):
+    write_run(tmp_path, "awr", "easy", [10.0], num_updates=0, scale_values=True, hidden_dim=8)
+    write_run(tmp_path, "awr", "easy", [20.0], num_updates=0, scale_values=False, hidden_dim=8)
+    write_run(tmp_path, "awr", "hard", [30.0], scale_values=False, hidden_dim=16)
+    cells = {(cell.algorithm, cell.dataset): cell.values("score_mean") for cell in report.read(tmp_path)}
+    expected = {("awr scale_values=True", "Hard-v5"): [10.0], ("awr scale_values=False", "Hard-v5"): [20.0]}
+    assert cells == expected | {("awr", "hard"): [30.0]}
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "Hard-v5")[1] == "-", "a dataset that was not trained on has no average to beat"
+    assert "| awr, Hard-v5 scale_values=False |" in page
+    write_run(tmp_path, "awr", "hard", [30.0], scale_values=False, hidden_dim=16, seed=7)
+    with pytest.raises(UsageError, match="awr on hard twice"):
+        report.read(tmp_path)
 
 
 def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
