@@ -385,7 +385,7 @@ class Run:
         return state
 
     def finish(self, state: Any) -> None:
-        """The last evaluation, final.json, curves.png and the table."""
+        """The last evaluation, final.json, the figures and the table."""
         self._state = state
         self._check_signal()
         phase, step = ("online", self.online_done) if self.args.online_steps else ("offline", self.updates_done)
@@ -650,10 +650,12 @@ class Run:
             self._progress.stop()
         scores = self._score(self.dataset_returns)
         level = float(np.mean(self.dataset_returns if scores is None else scores))
+        title = f"{self.name}, {self.args.dataset}"
         if self.evaluations.rows:
-            title = f"{self.name}, {self.args.dataset}"
             own_level = level if self.args.num_updates else None  # without offline updates the data played no part
             reporting.plot_curves(self.directory / "curves.png", self.evaluations.rows, title, own_level)
+        if members[0]["swept"]:
+            reporting.plot_grid(self.directory / "grid.png", members, title)
         rows = [
             [str(m), *(row[name] for name in ("return_mean", "return_std", "score_mean", "episodes"))]
             for m, row in zip(self.members, members, strict=True)
@@ -667,5 +669,6 @@ class Run:
         print(f"{time.time() - self.started:.0f} s{speed}; results in {self.directory}", flush=True)
         aggregate = result["aggregate"]
         score = {"final_score_iqm": aggregate["score"]["iqm"], "final_return_iqm": aggregate["return"]["iqm"]}
+        score["diverged_members"] = len(self.diverged)  # they are not in the means
         per_member = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in members]
         self.tracker.finish(per_member, score, 0 if final else 3)

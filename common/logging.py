@@ -90,6 +90,7 @@ class Tracker:
         self.enabled = track or self.under_agent
         self.project, self.group, self.entity = project, group, entity
         self.runs: list[Any] = []
+        self.step = 0
 
     def start(self, configs: list[dict[str, Any]], names: list[str], directory: Path) -> None:
         """Open the runs: `configs[i]` and `names[i]` are those of member i."""
@@ -119,6 +120,7 @@ class Tracker:
         """Log one dictionary for each member; under an agent, their means."""
         if not self.enabled:
             return
+        self.step = step
         if self.under_agent:
             names = {name for row in per_member for name in row}
             numbers = {name: [row[name] for row in per_member if row.get(name) is not None] for name in names}
@@ -130,12 +132,18 @@ class Tracker:
             self._give_up(error)
 
     def finish(self, per_member: list[dict[str, Any]], aggregate: dict[str, Any], exit_code: int) -> None:
-        """Write the final figures into the runs' summaries and close them."""
+        """Write the final figures into the runs' histories and summaries and close them.
+
+        A sweep's metric that is None, as that of a population all of whose members diverged, is not written: with an
+        exit code other than 0, the search then takes the worst value among the other runs.
+        """
         if not self.enabled:
             return
         try:
             for run, row in zip(self.runs, [aggregate] if self.under_agent else per_member, strict=True):
-                run.summary.update({name: value for name, value in row.items() if value is not None})
+                if written := {name: value for name, value in row.items() if value is not None}:
+                    run.log(written, step=self.step)  # joins the row of the last evaluation
+                    run.summary.update(written)
                 run.finish(exit_code=exit_code)
         except Exception as error:
             self._give_up(error)

@@ -1,8 +1,8 @@
-"""What a finished run says: interquartile means, bootstrap intervals, the table on the screen, `curves.png`."""
+"""What a finished run says: interquartile means, bootstrap intervals, the table on the screen, and the figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -104,3 +104,70 @@ def finish_curves(axes: Any, phase: str, scored: bool, dataset_level: float | No
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
     axes.grid(alpha=0.2)
+
+
+class Sweep(NamedTuple):
+    """What a panel of `grid.png` shows of one swept hyperparameter."""
+
+    points: dict[int, list[tuple[float, float]]]
+    """By seed, the value and the figure of every member that has one."""
+    line: list[tuple[float, float]]
+    """Each value in order and the interquartile mean over all members that have it."""
+    diverged: list[float]
+    """The value of each member that diverged."""
+    log_scale: bool
+    """Whether the values are positive and span more than a factor of 10."""
+
+
+def sweeps_of(members: Sequence[dict[str, Any]], column: str) -> dict[str, Sweep]:
+    """The panels of `grid.png` by hyperparameter, from the `column` of the members' entries in final.json."""
+    panels = {}
+    for name in members[0]["swept"]:
+        points: dict[int, list[tuple[float, float]]] = {}
+        by_value: dict[float, list[float]] = {}
+        diverged = []
+        for member in members:
+            value, figure = member["swept"][name], member[column]
+            if member["diverged"] is not None:
+                diverged.append(value)
+            elif figure is not None:
+                points.setdefault(member["seed"], []).append((value, figure))
+                by_value.setdefault(value, []).append(figure)
+        line = [(value, interquartile_mean(by_value[value])) for value in sorted(by_value)]
+        values = [member["swept"][name] for member in members]
+        panels[name] = Sweep(points, line, diverged, min(values) > 0 and max(values) > 10 * min(values))
+    return panels
+
+
+def plot_grid(path: Path, members: Sequence[dict[str, Any]], title: str) -> None:
+    """The last score (raw return where there is none) against each swept hyperparameter, over all others.
+
+    A point for each member, coloured by its seed; a line through the interquartile means; crosses at the bottom for
+    members that diverged.
+    """
+    from matplotlib.figure import Figure
+
+    scored = any(member["score_mean"] is not None for member in members)
+    panels = sweeps_of(members, "score_mean" if scored else "return_mean")
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.0 * columns, 0.4 + 3.4 * rows), layout="constrained")
+    seeds = sorted({member["seed"] for member in members})
+    for i, (name, panel) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for seed, points in panel.points.items():
+            axes.plot(*zip(*points, strict=True), "o", color=f"C{1 + seeds.index(seed) % 9}", markersize=4, alpha=0.6)
+        if panel.line:
+            axes.plot(*zip(*panel.line, strict=True), "-o", color="C0", label="interquartile mean")
+        if panel.diverged:
+            bottom = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
+            at = [0.03] * len(panel.diverged)
+            axes.plot(panel.diverged, at, "x", color="black", transform=bottom, label="diverged")
+        if panel.log_scale:
+            axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.set_ylabel("normalised score" if scored else "return")
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title}: last policies, coloured by seed", fontsize=10)
+    figure.savefig(path, dpi=120)

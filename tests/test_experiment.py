@@ -166,7 +166,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path, spawn: Callab
 
 
 def test_files_of_a_run(finished: Path) -> None:
-    names = {"config.json", "metrics.csv", "evaluations.csv", "final.json", "curves.png", "checkpoint"}
+    names = {"config.json", "metrics.csv", "evaluations.csv", "final.json", "curves.png", "grid.png", "checkpoint"}
     assert {path.name for path in finished.iterdir()} == names
     assert [path.name for path in (finished / "checkpoint").iterdir()] == ["state.npz"]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -210,6 +210,23 @@ def test_under_a_sweep_agent_one_run_reports_the_population(
     assert losses == pytest.approx(np.mean([float(row["value/loss"]) for row in rows]), rel=1e-5)
 
 
+def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves_out(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    grid = ["--grid", "critic_learning_rate=3e-4,1e7"]
+    assert iql(*short, *grid, "--run-dir", tmp_path / "run").status == 0
+    (run,) = wandb.runs
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    survivors = [member["score_mean"] for member in final["members"] if member["diverged"] is None]
+    assert len(survivors) == 2 and run.final["diverged_members"] == 2
+    assert run.final["final_score_iqm"] == pytest.approx(np.mean(survivors))
+    (logged,) = [(step, row) for step, row in run.logged if "final_score_iqm" in row]
+    assert logged == (20, run.final)
+    assert run.exit_code == 0
+
+
 @pytest.mark.parametrize("broken", ["missing", "init", "log", "update", "finish"])
 def test_whatever_raises_in_wandb_training_goes_on(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, broken: str
