@@ -264,6 +264,23 @@ def test_an_error_closes_the_runs_as_failed(
     assert [run.exit_code for run in wandb.runs] == [1, 1]
 
 
+def test_a_crash_under_an_agent_leaves_nothing_that_a_sweep_could_take_for_a_result(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+
+    def crash(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(reporting, "summarise", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        iql(*short, "--run-dir", tmp_path / "run")
+    (run,) = wandb.runs
+    assert run.exit_code == 1 and not hasattr(run, "final")
+    assert not any({"final_score_iqm", "diverged_members"} & row.keys() for _, row in run.logged)
+
+
 def test_offline_mode_writes_a_run_for_each_member(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
