@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import sweeps
 import wandb
 import yaml
 from conftest import ROOT
 from sweeps import bayes_search
-from test_sweeps import SWEEP_ID, draw, elsewhere, load, run_command, sweeps  # noqa: F401 (elsewhere is a fixture)
+from test_sweeps import SWEEP_ID, draw, elsewhere, load, run_command  # noqa: F401 (elsewhere is a fixture)
 from wandb import wandb_agent
 from wandb.apis.public import sweeps as server
 from wandb.proto import wandb_internal_pb2

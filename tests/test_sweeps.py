@@ -6,13 +6,13 @@ import json
 import math
 import multiprocessing
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import sweeps
 import yaml
 from conftest import ROOT, arrays_of
 from wandb import wandb_agent
@@ -21,10 +21,6 @@ from wandb.sdk.launch.sweeps.utils import load_sweep_config
 from common import offax_sets
 from common.errors import UsageError
 from common.flags import RunArgs, parse
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # written for an older pydantic
-    import sweeps
 
 ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__")
 FOLDER = ROOT / "benchmarks" / "sweeps"
