@@ -135,11 +135,8 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.args.num_layers):
-            x = nn.relu(nn.Dense(max(1, self.args.hidden_dim // 2**i), kernel_init=XAVIER)(x))
+            x = nn.relu(nn.Dense(max(1, self.args.hidden_dim // 2**i), kernel_init=networks.glorot)(x))
         return nn.Dense(self.output_dim, kernel_init=self.output_init)(x)
-
-
-XAVIER = nn.initializers.xavier_uniform()
 
 
 def small_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -176,7 +173,7 @@ def optimizer(hp: Hyperparameters, args: Args) -> optax.GradientTransformation:
 
 def modules(args: Args, action_dim: int) -> tuple[Network, Network]:
     """The policy's mean and the value function."""
-    return Network(args, action_dim, small_uniform), Network(args, 1, XAVIER)
+    return Network(args, action_dim, small_uniform), Network(args, 1, networks.glorot)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
