@@ -60,6 +60,28 @@ def test_more_rows_than_capacity_are_refused() -> None:
         buffers.insert(buffers.empty_ring(2, 2, 1), rows([1, 2, 3]))
 
 
+@pytest.mark.parametrize("capacity", [5, 8])
+def test_a_part_of_a_block_is_written_as_if_it_were_all(capacity: int) -> None:
+    """Members of a population write 0 to 5 rows each of blocks of 5, through several wraps; as lists would."""
+    rng, value = np.random.default_rng(capacity), 1.0
+    rings = jax.tree.map(lambda x: jnp.stack([x, x]), buffers.empty_ring(capacity, 2, 1))
+    slots, written = [[None] * capacity, [None] * capacity], [0, 0]
+    insert_members = jax.jit(jax.vmap(buffers.insert))
+    for counts in [(0, 0), (0, 3), *rng.integers(0, 6, (12, 2)), (5, 5)]:
+        blocks = [rows([value + i for i in range(5)]), rows([-value - i for i in range(5)])]
+        rings = insert_members(rings, jax.tree.map(lambda *x: np.stack(x), *blocks), jnp.array(counts))
+        for m, sign in enumerate((1, -1)):
+            for i in range(counts[m]):
+                slots[m][(written[m] + i) % capacity] = sign * (value + i)
+            written[m] += int(counts[m])
+            size = min(written[m], capacity)
+            assert (int(rings.written[m]), int(rings.size[m])) == (written[m], size)
+            assert_rows(jax.tree.map(lambda x: x[m, :size], rings.data), slots[m][:size])  # noqa: B023
+            assert not np.any(rings.data.rewards[m, size:])
+        value += 5
+    assert min(written) > 2 * capacity
+
+
 def test_ending_episodes_marks_each_members_newest_row() -> None:
     """Wrapped, terminated, and empty: rows 3 (odd: truncated by its making), 4 (even: terminated), none."""
     members = [filled(2, [1, 2, 5]), filled(4, [1, 3, 4]), buffers.empty_ring(4, 2, 1), filled(4, [1, 3])]
@@ -119,6 +141,48 @@ def test_a_ring_alone_is_drawn_uniformly(inserted: int) -> None:
         assert_uniform(counts)
     else:
         assert counts.tolist() == [30_000]
+
+
+def test_row_numbers_count_the_dataset_and_then_the_ring_as_it_is_stored() -> None:
+    """Two members' rings of 4: one that 9 and 10 have begun to wrap, one with two rows."""
+    old, rings = [1, 2, 3], [filled(4, [5, 6, 7, 8, 9, 10]), filled(4, [21, 22])]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *rings)
+
+    @jax.jit
+    def draw(replay: Replay, numbers: jax.Array) -> tuple[Transitions, jax.Array, Transitions]:
+        key = jax.random.key(0)
+        return buffers.take(replay, numbers), buffers.sample_rows(key, replay, 200), buffers.sample(key, replay, 200)
+
+    for m, values in enumerate([[9, 10, 7, 8], [21, 22]]):
+        for ring, member in ((rings[m], None), (both, jnp.int32(m))):
+            for offline in ([], old):
+                every = offline + values
+                numbers = np.resize(range(len(every)), 9)  # all, then from the first on again
+                found, drawn, batch = draw(Replay(rows(offline) if offline else None, ring, member), numbers)
+                assert_rows(found, [every[number] for number in numbers])
+                assert set(drawn.tolist()) == set(range(len(every)))
+                assert_rows(batch, [every[number] for number in drawn])
+    np.testing.assert_array_equal(buffers.take(Replay(rows(old)), np.array([2, 0])).rewards, [300, 100])
+
+
+@pytest.mark.parametrize(("values", "start"), [([], 0), ([5, 6], 2), ([5, 6, 7, 8], 0), ([5, 6, 7, 8, 9, 10, 11], 3)])
+def test_parts_are_in_the_order_of_time_from_their_start(values: list[float], start: int) -> None:
+    ring, other = filled(4, values), filled(4, [31])
+    rings = jax.tree.map(lambda *x: jnp.stack(x), other, ring)
+    for replay in (Replay(rows([1, 2]), ring), Replay(None, ring), Replay(rows([1, 2]), rings, jnp.int32(1))):
+        *first, part = buffers.parts(replay)
+        assert len(first) == (replay.offline is not None)
+        for dataset in first:
+            assert_rows(dataset.data, [1, 2])
+            assert (dataset.start, dataset.written, dataset.online) == (0, 2, False)
+        assert (int(part.start), int(part.written), part.online) == (start, len(values), True)
+        in_time = jax.tree.map(lambda x: np.roll(x, -int(part.start), axis=0), part.data)  # noqa: B023
+        newest = values[-4:]
+        if newest:
+            assert_rows(jax.tree.map(lambda x: x[4 - len(newest) :], in_time), newest)  # noqa: B023
+        assert not np.any(in_time.rewards[: 4 - len(newest)])
+    (alone,) = buffers.parts(Replay(rows([1, 2])))
+    assert not alone.online
 
 
 def test_a_row_may_be_drawn_twice_and_keys_decide() -> None:

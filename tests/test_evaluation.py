@@ -9,7 +9,8 @@ import pytest
 from gymnasium import spaces
 
 from common import evaluation
-from common.collection import Collector
+from common.buffers import Transitions
+from common.collection import Collector, Episodes
 from common.errors import UsageError
 from common.evaluation import Evaluator, make_environment
 from common.transforms import Transform
@@ -234,3 +235,83 @@ def test_the_actions_kept_are_the_policys() -> None:
     step = collector.step(np.float32([[-1], [0.5]]))
     np.testing.assert_array_equal(step.actions, [[-1], [0.5]])
     assert Toy.actions == [1.0, 4.0]
+
+
+def test_actions_beyond_their_bounds_are_clipped_for_the_environment_alone() -> None:
+    collector = Collector("OffaxTest/Toy-v0", PLAIN, [2, 6])
+    step = collector.step(np.float32([[-7.0], [1.25]]))
+    np.testing.assert_array_equal(step.actions, np.float32([[-7.0], [1.25]]))
+    assert Toy.actions == [1.0, 5.0]
+    np.testing.assert_array_equal(step.rewards, [1.0, 5.0])
+
+
+# Whole episodes
+
+
+def side_by_side(steps: list[list[tuple[int, str]]]) -> list[Transitions]:
+    """Steps of environments side by side, each a number and whether it is a termination, a truncation or neither."""
+    result = []
+    for environments in steps:
+        numbers = np.float32([number for number, _ in environments])
+        flags = [np.float32([kind == ending for _, kind in environments]) for ending in ("done", "cut")]
+        wide = numbers[:, None]
+        result.append(Transitions(np.hstack([wide, -wide]), wide, numbers, np.hstack([wide + 1, wide]), *flags))
+    return result
+
+
+def numbers_of(ended: list[Transitions | None]) -> list[list[float] | None]:
+    """The numbers of the steps that were given out; every column of a row must belong to the same step."""
+    for part in ended:
+        if part is not None:
+            columns = (part.observations[:, 0], -part.observations[:, 1], part.actions[:, 0])
+            for column in (*columns, part.next_observations[:, 0] - 1, part.next_observations[:, 1]):
+                np.testing.assert_array_equal(column, part.rewards)
+    return [None if part is None else part.rewards.tolist() for part in ended]
+
+
+def test_episodes_are_given_out_whole_and_once() -> None:
+    """Three environments: one ends often, one once and late, one never."""
+    episodes, going = Episodes(3), ""
+    assert episodes.take() == [None] * 3 and not episodes.ended.any()
+    for step in side_by_side([[(1, going), (101, going), (201, going)], [(2, "done"), (102, going), (202, going)]]):
+        episodes.add(step)
+    assert episodes.ended.tolist() == [True, False, False]
+    assert numbers_of(episodes.take()) == [[1, 2], None, None]
+    assert episodes.take() == [None] * 3, "nothing since"
+    endings = {3: "cut", 6: "done", 9: "cut"}
+    for t in (3, 4, 5, 6, 7):
+        episodes.add(side_by_side([[(t, endings.get(t, going)), (100 + t, going), (200 + t, going)]])[0])
+    assert episodes.ended.tolist() == [True, False, False], "before they are taken"
+    found = episodes.take()
+    assert numbers_of(found) == [[3, 4, 5, 6], None, None]
+    np.testing.assert_array_equal(found[0].truncations, [1, 0, 0, 0])
+    np.testing.assert_array_equal(found[0].terminations, [0, 0, 0, 1])
+    episodes.add(side_by_side([[(8, going), (108, going), (208, going)]])[0])
+    assert episodes.take() == [None] * 3
+    for t in (9, 10):
+        episodes.add(
+            side_by_side([[(t, endings.get(t, going)), (100 + t, endings.get(t, going)), (200 + t, going)]])[0]
+        )
+    assert episodes.ended.tolist() == [True, True, False], "for good"
+    found = episodes.take()
+    assert numbers_of(found) == [[7, 8, 9], list(range(101, 110)), None]
+    assert {x.dtype for x in found[1]} == {np.dtype(np.float32)}
+    episodes.add(side_by_side([[(11, "done"), (111, "done"), (211, "cut")]])[0])
+    assert numbers_of(episodes.take()) == [[10, 11], [110, 111], list(range(201, 212))]
+
+
+def test_random_episodes_come_out_as_they_went_in() -> None:
+    """Whatever the ends and however often they are taken, each environment's steps up to its last end, in order."""
+    rng, episodes = np.random.default_rng(0), Episodes(4)
+    went_in, came_out, last_end = [[] for _ in range(4)], [[] for _ in range(4)], [0] * 4
+    for t in range(200):
+        kinds = rng.choice(["", "done", "cut"], 4, p=[0.8, 0.1, 0.1])
+        (step,) = side_by_side([[(1000 * i + t, kind) for i, kind in enumerate(kinds)]])
+        episodes.add(step)
+        for i, kind in enumerate(kinds):
+            went_in[i].append(1000 * i + t)
+            last_end[i] = t + 1 if kind else last_end[i]
+        if rng.random() < 0.3:
+            for out, part in zip(came_out, numbers_of(episodes.take()), strict=True):
+                out += part or []
+            assert came_out == [numbers[:end] for numbers, end in zip(went_in, last_end, strict=True)]
