@@ -411,7 +411,7 @@ def main(args: Args) -> None:
     collection = {"num_environments": args.num_environments, "ring_capacity": args.buffer_size}
     with Run("awr", args, *functions, updates_per_call=args.policy_updates, **collection) as run:
         state = run.begin()
-        for num_updates in run.offline():  # an iteration, or what is left of it to the next evaluation or checkpoint
+        for num_updates in run.offline(args.policy_updates):
             state, metrics = run.train(state, num_updates)
             state = run.record(state, metrics)
         for num_steps in run.online(args.samples_per_iteration):

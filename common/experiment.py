@@ -270,16 +270,16 @@ class Run:
         self._progress.start()
         return self._state
 
-    def offline(self) -> Iterator[int]:
-        """Update counts of the offline phase's chunks; before each, evaluates and checkpoints where due."""
-        yield from self._chunks("offline", lambda: self.updates_done, self.args.num_updates)
-
-    def online(self, length: int | None = None) -> Iterator[int]:
-        """Environment-step counts of the online phase's chunks, likewise.
+    def offline(self, length: int | None = None) -> Iterator[int]:
+        """Update counts of the offline phase's chunks; before each, evaluates and checkpoints where due.
 
         With a `length` the chunks are that long, and evaluations and checkpoints come after the chunk that reaches
-        them.
+        them; without, chunks end where they are due.
         """
+        yield from self._chunks("offline", lambda: self.updates_done, self.args.num_updates, length)
+
+    def online(self, length: int | None = None) -> Iterator[int]:
+        """Environment-step counts of the online phase's chunks, likewise."""
         if not self.args.online_steps:
             return
         from common.collection import Collector, Episodes
@@ -328,6 +328,8 @@ class Run:
                 break
         self._insert_episodes(self._episodes.take())
         self._collector.episodes.clear()
+        if (self.population.to_host(self.ring.written) == 0).any():
+            self._check_signal()  # a member has nothing to train on
         return self.online_done - start
 
     def collect_and_train(self, state: Any, num_steps: int) -> tuple[Any, populations.Metrics]:

@@ -991,6 +991,19 @@ def test_both_phases_resumed_equal_training_through(
     assert count.tolist() == [400 + written for written, _ in rings_of(through)]
 
 
+def test_evaluations_and_checkpoints_do_not_cut_iterations(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any]
+) -> None:
+    """They come after the iteration that reaches them; iterations may be longer than the lines of other algorithms."""
+    plain, often = tmp_path / "plain", tmp_path / "often"
+    arguments = [*small_run, *SMALL, "--num-updates", "11"]
+    assert script("awr", *arguments, "--run-dir", plain).status == 0
+    assert script("awr", *arguments, "--eval-every", "3", "--checkpoint-every", "5", "--run-dir", often).status == 0
+    assert_same_arrays(plain, often)
+    assert [row["step"] for row in rows_of(often / "metrics.csv")] == ["4", "8", "11"]
+    assert [row["step"] for row in rows_of(often / "evaluations.csv")] == ["0", "4", "8", "11"]
+
+
 def test_a_signal_before_the_first_episode_has_ended(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
