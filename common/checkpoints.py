@@ -9,16 +9,13 @@ import jax
 import numpy as np
 
 from common.errors import UsageError
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+from common.populations import is_key
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their path in the tree; random keys as their uint32 data."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -94,7 +91,7 @@ def load(path: Path, like: Any) -> Any:
 
     def restore(path: Any, leaf: Any) -> Any:
         value = arrays[jax.tree_util.keystr(path)]
-        if _is_key(leaf):
+        if is_key(leaf):
             return jax.random.wrap_key_data(value)
         return jax.numpy.asarray(value) if isinstance(leaf, jax.Array) else value
 

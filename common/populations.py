@@ -3,12 +3,18 @@
 A member is one state pytree. A population is the same pytree with a leading member axis, sharded over all devices.
 Within a device the members take turns on a CPU, where a batched matrix product is slower than one after another, and
 are vmapped on a GPU, where one member alone is bound by kernel launches.
+
+A population that is too large for a GPU's memory is run in slices: the compiled functions take one slice after the
+other, and the states of those that wait are on the host. On a CPU this would gain nothing, as it is the same memory.
 """
 
+import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -77,42 +83,61 @@ def use_cpu_cores(num_members: int) -> None:
 
 
 class Population:
-    """Maps functions of one member over all members, sharded over the devices.
+    """Maps functions of one member over all members, sharded over the devices of this process.
 
     The leading axis is padded to a multiple of the device count; padding and frozen members are inactive. On a CPU
     an inactive member costs nothing; on a GPU it is computed and thrown away.
     """
 
     def __init__(self, num_members: int) -> None:
-        devices = jax.devices()[: max(1, min(num_members, jax.device_count()))]
+        devices = jax.local_devices()
+        devices = devices[: max(1, min(num_members, len(devices)))]
         self.num_members = num_members
-        self.padded = -(-num_members // len(devices)) * len(devices)
         self.mesh = Mesh(np.array(devices), (AXIS,))
         self.in_turn = devices[0].platform == "cpu"
-        self.active = np.arange(self.padded) < num_members
+        self._slice(1)
+        self._select = self.compile(_select)
+
+    def _slice(self, slices: int) -> None:
+        """Divide into equal slices, each a multiple of the device count."""
+        self.slices = slices
+        self.slice_size = -(-self.num_members // (slices * self.mesh.size)) * self.mesh.size
+        self.padded = slices * self.slice_size
+        self.active = np.arange(self.padded) < self.num_members
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Parts of the members that fit on one device at a time, beside what is there: all of them on a CPU."""
+        one_device = self.slice_size // self.mesh.size
+        size = self.num_members if self.in_turn and self.slices == 1 else one_device
+        return [slice(i, min(i + size, self.num_members)) for i in range(0, self.num_members, size)]
 
     def replicate(self, tree: Any) -> Any:
         """The whole tree on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def shard(self, tree: Any) -> Any:
-        """A tree of `[num_members, ...]` arrays, padded by its last member and split over the devices."""
+        """A tree of `[num_members, ...]` arrays, padded by its last member and split over the devices.
+
+        In slices it stays on the host.
+        """
         rows = np.minimum(np.arange(self.padded), self.num_members - 1)
         if self.padded > self.num_members:
             tree = jax.tree.map(lambda x: x[rows], tree)
+        return self._put(tree) if self.slices == 1 else on_host(tree)
+
+    def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self.mesh, P(AXIS)))
 
     def to_host(self, tree: Any) -> Any:
         """The `[num_members, ...]` part of a tree, as numpy arrays (random keys stay keys)."""
+        return jax.tree.map(lambda x: x[: self.num_members], on_host(tree))
 
-        def fetch(x: jax.Array) -> Any:
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(np.asarray(jax.random.key_data(x))[: self.num_members])
-            return np.asarray(x)[: self.num_members]
+    def copy(self, tree: Any) -> Any:
+        """A tree whose memory a compiled function may reuse for its results, while the original is kept."""
+        return jax.tree.map(jnp.copy, tree) if self.slices == 1 else tree  # of slices, it gets copies anyway
 
-        return jax.tree.map(fetch, tree)
-
-    def compile(self, program: Callable[[Any, Any, Any, Each], Any]) -> Callable[[Any, Any, Any], Any]:
+    def compile(self, program: Callable[[Any, Any, Any, Each], Any]) -> "Compiled":
         """Compile `program(consumed, members, shared, each)` to run on every device with the device's own members.
 
         `consumed` and `members` are trees of `[padded, ...]` arrays; the former's memory is reused for the results
@@ -134,15 +159,16 @@ class Population:
             out_specs=P(AXIS),
             check_vma=False,
         )
-        # One thread for each device: the devices are the parallelism, and share the cores.
-        options = {"xla_cpu_multi_thread_eigen": False} if self.in_turn and self.mesh.size > 1 else {}
-        compiled = jax.jit(mapped, compiler_options=options, donate_argnums=0)
-        return lambda consumed, members, shared: compiled(consumed, members, shared, jnp.asarray(self.active))
+        # One thread for each device: the devices are the parallelism, and share the cores. Of several processes, one
+        # with a single device too, so that a member's numbers do not depend on how the members are shared out.
+        single = self.in_turn and (self.mesh.size > 1 or jax.process_count() > 1)
+        options = {"xla_cpu_multi_thread_eigen": False} if single else {}
+        return Compiled(self, jax.jit(mapped, compiler_options=options, donate_argnums=0))
 
     def _each(self, active: jax.Array, function: Callable[[Any], Any], members: Any) -> Any:
         if not self.in_turn:
             return jax.vmap(function)(members)
-        if self.padded == self.mesh.size:  # a single member: its arrays stay where they are
+        if len(active) == 1:  # a single member: its arrays stay where they are
             return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], members)))
 
         def one(arguments: tuple[Any, jax.Array]) -> Any:
@@ -158,12 +184,131 @@ class Population:
 
     def select(self, keep: np.ndarray, new: Any, old: Any) -> Any:
         """Per member, `new` where `keep [padded]` and `old` elsewhere."""
-        return _select(jax.device_put(keep, NamedSharding(self.mesh, P(AXIS))), new, old)
+        return self._select((), (jnp.asarray(keep), new, old), ())
+
+    def fit(self, function: "Compiled", members: Any, kept: Any, shared: Any) -> None:
+        """Divide the population into slices where it is too large for the devices; before anything is sharded.
+
+        `function` is the one that needs most memory, called with `((), members, shared)`, and `kept` stays beside it;
+        these two are the shapes of one member. UsageError if the members do not fit in the host's memory where they
+        wait (on a CPU: are), or one of them not on a device.
+        """
+        limit = device_memory()
+        if limit is not None:
+            shared_bytes = _bytes(shared)
+            per_device = self.slice_size // self.mesh.size
+
+            def needed() -> int:
+                beside = _bytes(kept) * self.slice_size // self.mesh.size
+                return function.memory(members, shared) + beside
+
+            whole = needed()
+            if whole > limit:
+                fitting = max(1, int((limit - shared_bytes) * per_device // (whole - shared_bytes)))
+                self._slice(-(-per_device // fitting))
+                while needed() > limit:
+                    if self.slice_size == self.mesh.size:
+                        raise UsageError(
+                            f"one member needs {_size(needed())} of a device's {_size(limit)}; "
+                            "use smaller networks, a smaller batch or a larger device"
+                        )
+                    self._slice(self.slices + 1)
+                print(
+                    f"{self.num_members} members need {_size(whole)} of a device's {_size(limit)}: they take turns in "
+                    f"{self.slices} slices of {self.slice_size}",
+                    file=sys.stderr,
+                )
+        if limit is None or self.slices > 1:
+            # Before and after a chunk of updates; what the training needs besides does not grow with the members.
+            each, room = _bytes(kept) + _bytes(members), host_memory() - _bytes(shared)
+            if each * self.num_members > room:
+                raise UsageError(
+                    f"{self.num_members} members need at least {_size(each * self.num_members)}, the machine has "
+                    f"{_size(room)} beside the data: at most {max(0, room // each)} fit"
+                )
 
 
-@jax.jit
-def _select(keep: jax.Array, new: Any, old: Any) -> Any:
+class Compiled:
+    """A program over all members of a population; see `Population.compile`."""
+
+    def __init__(self, population: Population, function: Any) -> None:
+        self.population, self.function = population, function
+
+    def __call__(self, consumed: Any, members: Any, shared: Any) -> Any:
+        """The results of all members: on the devices, or where they run in slices on the host."""
+        population = self.population
+        if population.slices == 1:
+            return self.function(consumed, members, shared, jnp.asarray(population.active))
+        results = []
+        for rows in np.split(np.arange(population.padded), population.slices):
+            part = population._put(jax.tree.map(lambda x: x[rows], (consumed, members)))  # noqa: B023
+            results.append(on_host(self.function(*part, shared, jnp.asarray(population.active[rows]))))
+        return concatenate(results)
+
+    def memory(self, members: Any, shared: Any) -> int:
+        """Bytes that XLA reserves on each device for a slice of `members`, given as the shapes of one."""
+        population = self.population
+
+        def shapes(x: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(population.mesh, P(AXIS))
+            return jax.ShapeDtypeStruct((population.slice_size, *x.shape), x.dtype, sharding=sharding)
+
+        active = jnp.asarray(population.active[: population.slice_size])
+        lowered = self.function.lower((), jax.tree.map(shapes, members), shared, active)
+        used = lowered.compile().memory_analysis()
+        return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+
+
+def _select(_: Any, members: Any, __: Any, ___: Each) -> Any:
+    keep, new, old = members
     return jax.tree.map(lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of random keys, which numpy cannot hold."""
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def on_host(tree: Any) -> Any:
+    """The tree in numpy arrays; random keys stay keys."""
+
+    def fetch(x: Any) -> Any:
+        return jax.random.wrap_key_data(np.asarray(jax.random.key_data(x))) if is_key(x) else np.asarray(x)
+
+    return jax.tree.map(fetch, tree)
+
+
+def concatenate(trees: list[Any]) -> Any:
+    """One tree on the host from several, leaf by leaf along the first axis."""
+    return jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).concatenate(x), *trees)
+
+
+def device_memory() -> int | None:
+    """Bytes that JAX may use on each device; None on a CPU, whose devices have the host's."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container or job in it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        name = "memory.limit_in_bytes" if "memory" in controllers else "memory.max"
+        folder = (root / "memory" if "memory" in controllers else root) / group.lstrip("/")
+        for file in [parent / name for parent in (folder, *folder.parents) if parent.is_relative_to(root)]:
+            with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+                limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def _bytes(tree: Any) -> int:
+    """Of all arrays, or of arrays of these shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"
 
 
 def all_finite(tree: Any) -> jax.Array:
