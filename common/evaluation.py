@@ -64,7 +64,8 @@ class Evaluator:
     """Runs the members' episodes side by side: one call of the policy for each time step.
 
     Each environment runs one episode and then waits, so long episodes are not under-counted, and none is stepped past
-    its end. At most about `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes.
+    its end. At most about `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes. `num_members` is that of
+    the population, so that how many episodes of a member run at once does not depend on how many members do.
     """
 
     def __init__(self, spec: Any, num_members: int, transform: Transform) -> None:
@@ -76,17 +77,18 @@ class Evaluator:
     def run(
         self, policy: Policy, episodes: int, seeds: list[int], check_interrupt: Callable[[], None] = lambda: None
     ) -> Returns:
-        """`episodes` episodes of each member; episode i of a member is seeded by its `seeds` entry plus i.
+        """`episodes` episodes of each member that has an entry in `seeds`; episode i is seeded by that plus i.
 
         `check_interrupt` is called before each time step and may raise.
         """
         waves = -(-episodes // max(1, MAX_ENVIRONMENTS // self.num_members))
         width = -(-episodes // waves)
-        returns = np.zeros((self.num_members, waves * width))
-        lengths = np.zeros((self.num_members, waves * width), int)
+        members = len(seeds)
+        returns = np.zeros((members, waves * width))
+        lengths = np.zeros((members, waves * width), int)
         for wave in range(waves):
             columns = np.arange(wave * width, (wave + 1) * width)
-            running = [(m, j) for m in range(self.num_members) for j in range(width) if columns[j] < episodes]
+            running = [(m, j) for m in range(members) for j in range(width) if columns[j] < episodes]
             observations = self._reset(running, width, [[seed + int(i) for i in columns] for seed in seeds])
             step = 0
             while running:
@@ -105,10 +107,10 @@ class Evaluator:
 
     def _reset(self, places: list[tuple[int, int]], width: int, seeds: list[list[int]]) -> np.ndarray:
         """First observations `[members, width, obs_dim]`; zeros where no episode is to be run."""
-        while len(self.environments) < self.num_members * width:
+        while len(self.environments) < len(seeds) * width:
             self.environments.append(make_environment(self.spec))
         obs_dim = self.environments[0].observation_space.shape[0]
-        observations = np.zeros((self.num_members, width, obs_dim), np.float32)
+        observations = np.zeros((len(seeds), width, obs_dim), np.float32)
         for m, j in places:
             observations[m, j] = self.environments[m * width + j].reset(seed=seeds[m][j])[0]
         return observations

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common import buffers, checkpoints, datasets, populations, reporting, transforms
+from common import buffers, checkpoints, datasets, populations, processes, reporting, transforms
 from common.buffers import Replay, Transitions
 from common.errors import UsageError
 from common.flags import RunArgs, preset_name
@@ -32,7 +32,8 @@ from common.provenance import provenance
 LOG_EVERY = 1000
 """Updates (online: environment steps) for each row of metrics.csv, and between looks at divergence."""
 SIGNAL_EVERY = 100
-"""Updates between looks at signals: a second for a fast algorithm, and not minutes for a slow one."""
+"""Updates between looks at signals: a second for a fast algorithm, and not minutes for a slow one. Several processes
+look together, also of the online phase's steps at every so many only."""
 EPISODE_BLOCK = 1024
 """Collected episodes are written in blocks of a multiple of this, so that few sizes are compiled."""
 
@@ -42,7 +43,7 @@ EPISODE_BLOCK = 1024
 PHASE_LENGTHS = {"num_updates", "online_steps"}
 FREE_TO_CHANGE = PHASE_LENGTHS | {"eval_every", "eval_episodes", "final_eval_episodes"}
 FREE_TO_CHANGE |= {"checkpoint_every", "run_dir", "resume", "quiet", "preset"}
-FREE_TO_CHANGE |= {"track", "wandb_project", "wandb_group", "wandb_entity"}
+FREE_TO_CHANGE |= {"distributed", "track", "wandb_project", "wandb_group", "wandb_entity"}
 
 
 def use_compilation_cache() -> None:
@@ -80,6 +81,9 @@ class Run:
     `init(key, hp, obs_dim=, action_dim=) -> state`, `train(state, hp, data, num_updates) -> (state, Metrics)` and
     `act(state, hp, observations, key, action_dim=, sample=) -> actions` are functions of one member.
 
+    Of several processes each runs this same code for its `own` members, and all meet wherever results of all members
+    are needed; what they decide there is the same, and process 0 alone writes and prints.
+
     `updates_per_call` is the most updates that `train` is asked for at once; signals wait for it to end. Online, each
     member has `num_environments` and a ring of `ring_capacity` transitions (default: the whole online phase).
     """
@@ -100,17 +104,26 @@ class Run:
         self.ring_capacity = args.online_steps if ring_capacity is None else ring_capacity
         self.started = time.time()
         self.members = populations.make_members(args.hp, args.grid, args.seed, args.num_seeds)
+        self.processes = processes.join() if args.distributed else processes.Processes()
+        if self.processes.count > len(self.members):
+            raise UsageError(
+                f"--distributed: {self.processes.count} processes for {len(self.members)} members; "
+                f"start at most {len(self.members)}, or add --num-seeds"
+            )
+        self.own = self.processes.share(self.members)
         slug = re.sub(r"[^\w./-]", "_", args.dataset).strip("./")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.directory = Path(args.run_dir or Path("runs", name, slug, stamp))
         self.label = f"{name} {slug} {stamp}"
         self._check_directory()
         use_compilation_cache()
-        populations.use_cpu_cores(len(self.members))
+        populations.use_cpu_cores(len(self.own))
 
         from common.evaluation import Evaluator, make_environment  # slow to import, and --help must be quick
 
-        self.dataset = datasets.load(args.dataset, args.env)
+        self.population = populations.Population(len(self.own))  # JAX starts here, in all processes together
+        with self.processes.first_alone():  # it may have to collect or download the dataset
+            self.dataset = datasets.load(args.dataset, args.env)
         spec = args.env or self.dataset.env_spec
         if spec is None:
             raise UsageError(f"{args.dataset} does not name its environment; pass --env ID")
@@ -134,22 +147,23 @@ class Run:
         self._fingerprint = hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()[:16]
         self._score = partial(datasets.normalized_score, self.dataset.domain)
 
-        self.population = populations.Population(len(self.members))
         offline = jax.tree.map(jnp.asarray, self.transform.transitions(raw))
         self.offline_data: Transitions = self.population.replicate(offline)
-        self.hp = self.population.shard(
-            jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(member.hp for member in self.members))
-        )
         self.evaluator = Evaluator(spec, len(self.members), self.transform)
         self._init = partial(init, obs_dim=self.obs_dim, action_dim=self.action_dim)
         self._compile(train, partial(act, action_dim=self.action_dim))
+        self._fit()
+        self.hp = self.population.shard(
+            jax.tree.map(lambda *values: np.array(values, np.float32), *(member.hp for member in self.own))
+        )
 
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_group or self.label, args.wandb_entity)
+        self.tracker.enabled &= self.processes.first
         self.updates_done = self.online_done = 0
         self.diverged: dict[int, dict[str, Any]] = {}
         self.ring: buffers.Ring | None = None
         self._timing: dict[str, np.ndarray] = {}
-        self._signal: int | None = None
+        self._received = self._signal = 0
         self._state: Any = None
         self._phase = "offline"
         self._actions: Any = None
@@ -195,8 +209,10 @@ class Run:
         def insert_all(ring: Any, members: Any, _: Any, each: populations.Each) -> Any:
             return jax.vmap(buffers.insert)(ring, *members)
 
-        def evaluation_actions(state: Any, hp: Any, observations: jax.Array, key: jax.Array) -> jax.Array:
-            keys = jax.random.split(key, len(observations))
+        def evaluation_actions(
+            state: Any, hp: Any, observations: jax.Array, key: jax.Array, places: jax.Array
+        ) -> jax.Array:
+            keys = jax.random.split(key, len(self.members))[places]
             return jax.vmap(partial(act, sample=False))(state, hp, observations, keys)
 
         self._train = self.population.compile(train_all)
@@ -205,6 +221,18 @@ class Run:
         self._insert = self.population.compile(insert_all)
         self._finite = self.population.compile(lambda _, state, __, each: each(populations.all_finite, state))
         self._act = jax.jit(evaluation_actions)
+
+    def _fit(self) -> None:
+        """Divide a population that is too large for the devices; before any of its arrays is made."""
+        hp = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), self.args.hp)
+        state = jax.eval_shape(self._init, jax.random.key(0), hp)
+        ring = jax.eval_shape(self._empty_ring) if self.args.online_steps else None
+        self.population.fit(
+            self._train, (state, hp, None), (state, ring), (self.offline_data, jnp.asarray(1, jnp.int32))
+        )
+
+    def _empty_ring(self) -> buffers.Ring:
+        return buffers.empty_ring(self.ring_capacity, self.obs_dim, self.action_dim)
 
     # ---- the loop, as an algorithm's main sees it ----
 
@@ -215,7 +243,7 @@ class Run:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """Checkpoint after a signal, first of all; then close environments and trackers."""
-        stopped = kind is Interrupted and self._signal is not None
+        stopped = kind is Interrupted
         if stopped:
             self._save()
         if self._progress is not None:
@@ -228,30 +256,40 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if stopped:
-            print(f"stopped; continue with the same flags, --run-dir {self.directory} --resume True", file=sys.stderr)
+            if self.processes.first:
+                again = f"--run-dir {self.directory} --resume True"
+                print(f"stopped; continue with the same flags, {again}", file=sys.stderr)
             sys.exit(128 + self._signal)
 
     def begin(self) -> Any:
         """The members' first states, or those of the checkpoint; opens the run directory."""
-        if not self.args.run_dir:
+        if not self.args.run_dir and self.processes.first:
             self.directory = _unused(self.directory)
-        self.metrics = Table(self.directory / "metrics.csv")
-        self.evaluations = Table(self.directory / "evaluations.csv")
+        self.metrics = Table(self.directory / "metrics.csv", write=self.processes.first)
+        self.evaluations = Table(self.directory / "evaluations.csv", write=self.processes.first)
         # One by one, so that a member's start is the same to the last bit whatever the population.
         initialise = jax.jit(self._init)
-        states = [initialise(jax.random.key(member.seed), member.hp) for member in self.members]
-        self._state = self.population.shard(jax.tree.map(lambda *rows: jnp.stack(rows), *states))
+        states = [initialise(jax.random.key(member.seed), member.hp) for member in self.own]
+        states = [populations.on_host(jax.tree.map(lambda x: x[None], state)) for state in states]
+        self._state = self.population.shard(populations.concatenate(states))
         if self.args.online_steps:
-            ring = buffers.empty_ring(self.ring_capacity, self.obs_dim, self.action_dim)
-            rings = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.members), *x.shape)), ring)
-            self.ring = self.population.shard(rings)
-        if self.checkpoint_path.exists():
+            ring = populations.on_host(self._empty_ring())
+            self.ring = self.population.shard(
+                jax.tree.map(lambda x: np.broadcast_to(x, (len(self.own), *x.shape)), ring)
+            )
+        resumes = self.checkpoint_path.exists()
+        if resumes:
             self._restore()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self.checkpoint_path.exists():
+        found = self.processes.gather(np.array([[self.updates_done, self.online_done]]))
+        if (found != found[0]).any():
+            raise UsageError(f"the processes find different checkpoints in {self.directory}; they must share it")
+        if not resumes:
             for table in (self.metrics, self.evaluations):  # what a run killed before its first checkpoint left
                 table.clear()
-        write_json(self.directory / "config.json", self._config())
+        devices = int(self.processes.gather(np.array([self.population.mesh.size])).sum())
+        if self.processes.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / "config.json", self._config(devices))
         done = {"offline": self.updates_done, "online": self.online_done}
         self.metrics.rewind(lambda row: int(row["step"]) <= self.updates_done + self.online_done)
         self.evaluations.rewind(lambda row: row["phase"] in done and int(row["step"]) <= done[row["phase"]])
@@ -264,7 +302,7 @@ class Run:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
-            disable=self.args.quiet or not sys.stderr.isatty(),
+            disable=self.args.quiet or not sys.stderr.isatty() or not self.processes.first,
             console=reporting.Console(stderr=True),
         )
         self._progress.start()
@@ -286,12 +324,12 @@ class Run:
 
         self._phase = "online"
         seeds = []
-        for member in self.members:
+        for member in self.own:
             start = np.random.SeedSequence([member.seed, self.online_done])
             seeds += [int(word) for word in start.generate_state(self.num_environments)]
         self._collector, self._episodes = Collector(self.spec, self.transform, seeds), Episodes(len(seeds))
         # A fold that no `split` of the member's own key gives.
-        keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.members]
+        keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.own]
         self._collection_keys = self.population.shard(jnp.stack(keys))
         yield from self._chunks("online", lambda: self.online_done, self.args.online_steps, length)
 
@@ -301,7 +339,7 @@ class Run:
         online = self._phase == "online"
         data = None if online and not self.args.num_updates else self.offline_data
         ring = self.ring if online else None
-        while done < num_updates and (done == 0 or self._signal is None):
+        while done < num_updates and not (done and self._stopping()):
             piece = min(self.updates_per_call, num_updates - done)
             count = jnp.asarray(piece, jnp.int32)
             state, metrics = jax.block_until_ready(self._train((), (state, self.hp, ring), (data, count)))
@@ -318,13 +356,18 @@ class Run:
         one; a signal ends it early.
         """
         start, empty = self.online_done, self.population.to_host(self.ring.written) == 0
-        while (
-            self.online_done - start < num_steps or (empty & ~self._by_member(self._episodes.ended).any(axis=1)).any()
-        ):
+
+        def some_has_none() -> bool:
+            waiting = empty & ~self._by_member(self._episodes.ended).any(axis=1)
+            return bool(self.processes.gather(waiting).any())
+
+        for steps in itertools.count(1):
+            if self.online_done - start >= num_steps and not some_has_none():
+                break
             members = (state, self.hp, self._observations(), self._collection_keys)
             actions = self._sampled_actions((), members, jnp.asarray(self.online_done))
             self._episodes.add(self._step(actions))
-            if self._signal is not None:
+            if self._stopping(steps):
                 break
         self._insert_episodes(self._episodes.take())
         self._collector.episodes.clear()
@@ -339,11 +382,11 @@ class Run:
         """
         parts = []
         offline = self.offline_data if self.args.num_updates else None
-        state = jax.tree.map(jnp.copy, state)  # the steps below reuse its memory; the original is kept for freezing
+        state = self.population.copy(state)  # the steps below reuse its memory; the original is kept for freezing
         if self._actions is None:
             members = (state, self.hp, self._observations(), self._collection_keys)
             self._actions = self._sampled_actions((), members, jnp.asarray(self.online_done))
-        for _ in range(num_steps):
+        for step in range(num_steps):
             transitions = jax.tree.map(self._by_member, self._step(self._actions))
             (state, self.ring), self._actions, metrics = self._collect_and_train(
                 (state, self.ring),
@@ -351,14 +394,16 @@ class Run:
                 (offline, jnp.asarray(self.online_done)),
             )
             parts.append((1, metrics))
-            if self._signal is not None:
+            if self._stopping(step + 1):
                 break
         self._collector.episodes.clear()
         return state, populations.join(parts)
 
     def record(self, state: Any, metrics: populations.Metrics) -> Any:
         """Write the chunk's metrics; freeze members that diverged in it. The state to go on with."""
-        finite = self.population.to_host(self._finite((), state, ()))
+        own = (self._finite((), state, ()), tuple(metrics))
+        finite, metrics = self.processes.gather(self.population.to_host(own))
+        metrics = populations.Metrics(*metrics)
         step = self.updates_done + self.online_done
         alive = [member for member in self.members if member.index not in self.diverged]
         rows = []
@@ -377,12 +422,14 @@ class Run:
             if at or not finite[member.index]:
                 name = min(at, key=at.__getitem__) if at else "a parameter"
                 self._freeze(member, self._chunk_start + at[name] + 1 if at else step, name)
+        self._set_active()
         if self.diverged:  # members that are not active keep the state they had
             state = self.population.select(self.population.active, state, self._state)
         self._state = state
         if len(self.diverged) == len(self.members):
             self._report({})
-            print("error: every member diverged", file=sys.stderr)
+            if self.processes.first:
+                print("error: every member diverged", file=sys.stderr)
             sys.exit(3)
         return state
 
@@ -438,7 +485,7 @@ class Run:
 
     def _by_member(self, environments: np.ndarray) -> np.ndarray:
         """`[members * environments, ...]` as `[members, environments, ...]`."""
-        return environments.reshape(len(self.members), self.num_environments, *environments.shape[1:])
+        return environments.reshape(len(self.own), self.num_environments, *environments.shape[1:])
 
     def _observations(self) -> jax.Array:
         return self.population.shard(self._by_member(self._collector.observations))
@@ -446,7 +493,7 @@ class Run:
     def _insert_episodes(self, ended: list[Transitions | None]) -> None:
         """Write each environment's episodes into the ring of its member."""
         counts, rows = [], []
-        for m in range(len(self.members)):
+        for m in range(len(self.own)):
             own = [part for part in ended[m * self.num_environments :][: self.num_environments] if part]
             rows.append([np.concatenate(parts)[-self.ring_capacity :] for parts in zip(*own, strict=True)])
             counts.append(len(rows[-1][0]) if own else 0)
@@ -468,21 +515,13 @@ class Run:
             return {}
         if at_step:  # a kill came between the rows of two members
             self.evaluations.rewind(lambda row: row not in at_step)
-        seeds = [1_000_000 + 1000 * member.seed for member in self.members]
-        state = jax.device_put(self.population.to_host(self._state), jax.devices()[0])
-        hp = self.population.to_host(self.hp)
-        key = jax.random.fold_in(jax.random.key(0), self.updates_done + self.online_done)
-
-        def policy(observations: np.ndarray, count: int) -> np.ndarray:
-            # A frozen member's state is finite, so its actions are; its episodes are not reported.
-            return np.asarray(self._act(state, hp, observations, jax.random.fold_in(key, count)))
-
-        result = self.evaluator.run(policy, episodes, seeds, self._check_signal)
+        returns_of = self.processes.gather(self._evaluate_own(episodes))
+        self._check_signal()
         rows = {}
         for member in self.members:
             if member.index in self.diverged:
                 continue
-            returns = result.returns[member.index]
+            returns = returns_of[member.index]
             scores = self._score(returns)
             rows[member.index] = {
                 "phase": phase,
@@ -505,19 +544,47 @@ class Run:
         self._announce(phase, step, rows)
         return rows
 
+    def _evaluate_own(self, episodes: int) -> np.ndarray:
+        """Returns `[own members, episodes]`; after a signal, which the others may not have had, of no meaning."""
+        returns = np.zeros((len(self.own), episodes))
+        state, hp = self.population.to_host((self._state, self.hp))
+        key = jax.random.fold_in(jax.random.key(0), self.updates_done + self.online_done)
+
+        def interrupt() -> None:
+            if self._received:
+                raise Interrupted
+
+        for rows in self.population.blocks:
+            block = jax.device_put(jax.tree.map(lambda x: x[rows], (state, hp)), jax.local_devices()[0])  # noqa: B023
+            places = jnp.array([member.index for member in self.own[rows]])
+
+            def policy(observations: np.ndarray, count: int) -> np.ndarray:
+                # A frozen member's state is finite, so its actions are; its episodes are not reported.
+                return np.asarray(self._act(*block, observations, jax.random.fold_in(key, count), places))  # noqa: B023
+
+            seeds = [1_000_000 + 1000 * member.seed for member in self.own[rows]]
+            try:
+                returns[rows] = self.evaluator.run(policy, episodes, seeds, interrupt).returns
+            except Interrupted:
+                break
+        return returns
+
     def _announce(self, phase: str, step: int, rows: dict[int, dict[str, Any]]) -> None:
         assert self._progress is not None
         mean_return = np.mean([row["return_mean"] for row in rows.values()])
         scores = [row["score_mean"] for row in rows.values()]
         note = f"return {mean_return:.0f}" + ("" if None in scores else f", score {np.mean(scores):.1f}")
         self._progress.update(self._task, note=note)
-        if self._progress.disable:
+        if self._progress.disable and self.processes.first:
             print(f"{phase} {step}: {note}", flush=True)
 
     def _freeze(self, member: populations.Member, step: int, metric: str) -> None:
         self.diverged[member.index] = {"step": step, "metric": metric}
-        self.population.active[member.index] = False
-        print(f"{member} diverged: {metric} is not finite at update {step}; it is frozen", file=sys.stderr)
+        if self.processes.first:
+            print(f"{member} diverged: {metric} is not finite at update {step}; it is frozen", file=sys.stderr)
+
+    def _set_active(self) -> None:
+        self.population.active[: len(self.own)] = [member.index not in self.diverged for member in self.own]
 
     def _time(self, phase: str, steps: int, seconds: float) -> None:
         """Count towards the phase's rate, but for its first chunk in this process, which compiles."""
@@ -536,17 +603,25 @@ class Run:
         return float(steps / seconds) if seconds else None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is not None:  # the second one does not wait
+        if self._received:  # the second one does not wait
             sys.exit(128 + number)
-        self._signal = number
+        self._received = number
+
+    def _stopping(self, steps: int = 0) -> bool:
+        """Whether a signal came; several processes agree on it, after `steps` at every `SIGNAL_EVERY` of them."""
+        if self.processes.count == 1 or steps % SIGNAL_EVERY == 0:
+            self._signal = int(self.processes.gather(np.array([self._received])).max())
+        return bool(self._signal)
 
     def _check_signal(self) -> None:
-        if self._signal is not None:
+        if self._stopping():
             raise Interrupted
 
     def _check_directory(self) -> None:
         if self.args.resume and not self.args.run_dir:
             raise UsageError("--resume True needs --run-dir, the directory of the run to continue")
+        if not self.processes.first:  # which alone writes there, perhaps already
+            return
         left = any((self.directory / name).exists() for name in ("config.json", "metrics.csv", "evaluations.csv"))
         if self.args.run_dir and left and not self.args.resume:
             raise UsageError(f"{self.directory} holds a run; pass --resume True to continue it, or another --run-dir")
@@ -568,8 +643,8 @@ class Run:
         fixed["dataset"] += f" with sha256 {self._fingerprint}"
         return json.loads(json.dumps({"algorithm": self.name} | fixed))
 
-    def _config(self) -> dict[str, Any]:
-        device = jax.devices()[0]
+    def _config(self, devices: int) -> dict[str, Any]:
+        device = jax.local_devices()[0]
         scores = self._score(self.dataset_returns)
         return {
             "algorithm": self.name,
@@ -594,15 +669,21 @@ class Run:
                 "reward_scale": self.transform.reward_scale,
                 "reward_shift": self.transform.reward_shift,
             },
-            "device": {"platform": device.platform, "kind": device.device_kind, "count": self.population.mesh.size},
+            "device": {"platform": device.platform, "kind": device.device_kind, "count": devices},
         } | provenance()
 
-    def _tree(self) -> Any:
-        """What a checkpoint holds: states, the normaliser, and rings once the online phase has begun."""
-        members = {"state": self._state} | ({"ring": self.ring} if self.online_done else {})
-        return self.population.to_host(members) | {"transform": jax.tree.map(np.asarray, self.transform)}
+    def _own_part(self) -> dict[str, Any]:
+        """Of a checkpoint: states, and rings once the online phase has begun."""
+        return self.population.to_host({"state": self._state} | ({"ring": self.ring} if self.online_done else {}))
+
+    def _tree(self, members: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds: all members' parts, and the normaliser."""
+        return members | {"transform": jax.tree.map(np.asarray, self.transform)}
 
     def _save(self) -> None:
+        members = self.processes.gather(self._own_part(), everywhere=False)
+        if not self.processes.first:
+            return
         metadata = {
             "identity": self._identity(),
             "updates_done": self.updates_done,
@@ -610,7 +691,7 @@ class Run:
             "diverged": self.diverged,
             "seconds": time.time() - self.started,
         }
-        checkpoints.save(self.checkpoint_path, self._tree(), metadata)
+        checkpoints.save(self.checkpoint_path, self._tree(members), metadata)
 
     def _restore(self) -> None:
         metadata = checkpoints.metadata(self.checkpoint_path)
@@ -629,14 +710,17 @@ class Run:
                     f"{self.directory} holds a run with --{flag} {theirs.get(name)}, this one has {ours.get(name)}; "
                     "use another --run-dir"
                 )
-        tree = checkpoints.load(self.checkpoint_path, self._tree())
-        self._state = self.population.shard(tree["state"])
-        if "ring" in tree:
-            self.ring = self.population.shard(buffers.end_episodes(tree["ring"]))
-        for index in self.diverged:
-            self.population.active[index] = False
+        like = jax.tree.map(lambda x: x[np.zeros(len(self.members), int)], self._own_part())
+        tree = checkpoints.load(self.checkpoint_path, self._tree(like))
+        own = jax.tree.map(self.processes.share, {name: tree[name] for name in like})
+        self._state = self.population.shard(own["state"])
+        if "ring" in own:
+            self.ring = self.population.shard(buffers.end_episodes(own["ring"]))
+        self._set_active()
 
     def _report(self, final: dict[int, dict[str, Any]]) -> None:
+        if not self.processes.first:
+            return
         members = []
         for m in self.members:
             row = final.get(m.index, {})

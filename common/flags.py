@@ -93,6 +93,9 @@ class RunArgs:
     """Group of the members' runs. Default: algorithm, dataset and time."""
     wandb_entity: str | None = None
     """Weights & Biases user or team. Default: yours."""
+    distributed: bool = False
+    """Share the members out between processes, on this machine or on many, each on its own devices; started by srun, or
+    with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set. Process 0 writes the results."""
     quiet: bool = False
     """No progress bar."""
 

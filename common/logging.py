@@ -28,10 +28,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class Table:
-    """A CSV that grows by whole rows, each flushed. Rows are dictionaries; a missing or None value is left empty."""
+    """A CSV that grows by whole rows, each flushed. Rows are dictionaries; a missing or None value is left empty.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Without `write` the file stays as it is, and the rows here are those that its writer has.
+    """
+
+    def __init__(self, path: Path, write: bool = True) -> None:
+        self.path, self.write = path, write
         self.columns: list[str] | None = None
         self.rows: list[dict[str, str]] = []
         if path.exists():
@@ -45,6 +48,8 @@ class Table:
         if self.columns is None:
             return
         self.rows = [row for row in self.rows if keep(row)]
+        if not self.write:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
@@ -54,7 +59,8 @@ class Table:
     def clear(self) -> None:
         """Start anew: no rows, no columns, no file."""
         self.columns, self.rows = None, []
-        self.path.unlink(missing_ok=True)
+        if self.write:
+            self.path.unlink(missing_ok=True)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows in one go; the first row ever written fixes the columns."""
@@ -71,8 +77,9 @@ class Table:
             cells = {name: "" if value is None else _format(value) for name, value in row.items()}
             writer.writerow(cells)
             self.rows.append(cells)
-        with open(self.path, "w" if new else "a", newline="") as file:
-            file.write(text.getvalue())
+        if self.write:
+            with open(self.path, "w" if new else "a", newline="") as file:
+                file.write(text.getvalue())
 
 
 def _format(value: Any) -> str:
