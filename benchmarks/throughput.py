@@ -7,11 +7,13 @@ Every figure is that of `python algorithms/iql.py` itself, run on synthetic data
 
 * updates/s: `updates_per_second` of final.json, summed over the members; evaluation, checkpoints and the first chunk of
   1,000 updates, which compiles, are outside of it. Runs of all population sizes take turns, so that whatever else the
-  machine does meets them alike; the load average at each start is recorded.
+  machine does meets them alike; the load average at each start is recorded. More members stop paying at the smallest
+  population whose median is within 3 % of the best.
 * time to the first update: from just before the process is started until the first row of metrics.csv is written,
   with --num-updates 1, so that this row is one update. Cold: JAX's compilation cache is empty; warm: a run has filled
   it. Python and its packages are on the disk or in the system's page cache, as they happen to be.
-* peak memory: the process's largest resident set (`ru_maxrss` of wait4), over the whole run.
+* peak memory: the process's largest resident set (`ru_maxrss` of wait4), over the whole run. Memory per member: the
+  slope of the straight line that fits these by least squares over the number of members.
 
 It writes a row for each measurement to `<output>.csv` and the table made from them to `<output>.md`.
 """
@@ -42,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
 ENV, OBS_DIM, ACTION_DIM = "Walker2d-v5", 17, 6
 FIRST_CHUNK = 1000
+NEAR_BEST = 0.97
+"""Share of the best rate that is as good."""
 QUANTITIES = {
     "updates/s": "updates/s, all members",
     "first update, cold": "first update, no compilation cache",
@@ -56,7 +60,7 @@ QUANTITIES = {
 class Args:
     """Speed of IQL on this machine."""
 
-    populations: tuple[int, ...] = (1, 2, 4, 8)
+    populations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Members of the populations whose updates are timed."""
     repeats: int = 5
     """Measurements of each figure."""
@@ -199,6 +203,7 @@ def report(path: Path) -> str:
         numbers = [f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values))]
         cells = [QUANTITIES[quantity], str(members), *numbers, str(len(values)), group[0]["unit"]]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *scaling(groups)]
     loads = [float(row["load_average"]) for row in rows]
 
     def distinct(*names: str) -> str:
@@ -220,6 +225,26 @@ def report(path: Path) -> str:
             f"\n```sh\n{commands}\n```\n",
         ]
     )
+
+
+def scaling(groups: dict[tuple[str, int], list[dict[str, str]]]) -> list[str]:
+    """Lines on how speed and memory grow with the members; none for what one population size cannot tell."""
+
+    def measured(quantity: str) -> dict[int, list[float]]:
+        return {n: [float(row["value"]) for row in groups[name, n]] for name, n in sorted(groups) if name == quantity}
+
+    lines = []
+    rates = {members: statistics.median(values) for members, values in measured("updates/s").items()}
+    if len(rates) > 1:
+        pays = min(members for members, rate in rates.items() if rate >= NEAR_BEST * max(rates.values()))
+        more = "more members no longer add" if pays < max(rates) else "more than that were not measured, and may add"
+        lines.append(f"- members: {pays} reach {rates[pays]:.0f} updates/s together; {more} to it")
+    memory = measured("peak memory")
+    if len(memory) > 1:
+        points = [(members, value) for members, values in memory.items() for value in values]
+        slope = np.polyfit(*zip(*points, strict=True), 1)[0]
+        lines.append(f"- memory per member: {slope:.1f} MiB")
+    return lines
 
 
 if __name__ == "__main__":

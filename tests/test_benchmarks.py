@@ -330,6 +330,40 @@ def test_throughput_page_has_median_and_range(tmp_path):
     assert cells_of(page, "first update, no compilation cache")[2:5] == ["7.2", "7.2", "7.2"]
 
 
+def groups_of(**quantities):
+    return {
+        (quantity, members): [{"value": str(value)} for value in values]
+        for quantity, sizes in quantities.items()
+        for members, values in sizes.items()
+    }
+
+
+def test_throughput_page_says_where_members_stop_paying_and_what_they_take():
+    rates = {1: [100, 90, 300], 2: [194, 10, 200], 4: [199, 198, 202], 16: [200, 200, 100]}
+    memory = {1: [500, 502], 2: [510, 512], 4: [530, 532]}
+    groups = groups_of(**{"updates/s": rates, "peak memory": memory})
+    pays, slope = throughput.scaling(groups)
+    assert "members: 2 reach 194 updates/s together; more members no longer add" in pays
+    assert slope == "- memory per member: 10.0 MiB"
+    growing = groups_of(**{"updates/s": {1: [100], 2: [193], 4: [200]}})
+    assert throughput.scaling(growing) == [
+        "- members: 4 reach 200 updates/s together; more than that were not measured, and may add to it"
+    ]
+    assert throughput.scaling(groups_of(**{"updates/s": {1: [100]}, "peak memory": {1: [5]}})) == []
+
+
+def test_throughput_page_has_the_scaling(tmp_path):
+    shared = {"load_average": 0.5, "date": "d", "command": "c"}
+    shared |= dict.fromkeys(("cpu", "cores", "git_commit", "python", "jax", "jaxlib", "flax", "optax", "numpy"), "x")
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["quantity", "members", "value", "unit", *shared, "transitions"])
+        writer.writeheader()
+        for members, value in ((8, 180), (64, 740)):
+            row = {"quantity": "peak memory", "members": members, "value": value, "unit": "MiB", "transitions": 9}
+            writer.writerow(row | shared)
+    assert "\n- memory per member: 10.0 MiB\n" in throughput.report(tmp_path / "t.csv")
+
+
 def test_throughput_plan_times_whole_chunks_after_the_first():
     jobs = throughput.plan(throughput.Args(populations=(1, 8), timed_updates=4000), 0)
     assert [job.members for job in jobs[:2]] == [1, 8]
