@@ -187,12 +187,12 @@ class Run:
         def collect_and_train_all(consumed: Any, members: Any, shared: Any, each: populations.Each) -> Any:
             state, ring = consumed
             hp, transitions, observations, keys = members
-            offline, step = shared
+            offline, step, one_update = shared
             ring = jax.vmap(buffers.insert)(ring, transitions)
 
             def one(member: Any) -> Any:
                 state, hp, observations, key, place = member
-                state, metrics = train(state, hp, Replay(offline, ring, place), 1)
+                state, metrics = train(state, hp, Replay(offline, ring, place), one_update)
                 key = jax.random.fold_in(key, step)
                 return state, act(state, hp, observations, key, sample=True), metrics
 
@@ -391,7 +391,9 @@ class Run:
             (state, self.ring), self._actions, metrics = self._collect_and_train(
                 (state, self.ring),
                 (self.hp, self.population.shard(transitions), self._observations(), self._collection_keys),
-                (offline, jnp.asarray(self.online_done)),
+                # A count that XLA does not know: it compiles the update by itself, to the same bits however many
+                # members a device has.
+                (offline, jnp.asarray(self.online_done), jnp.asarray(1, jnp.int32)),
             )
             parts.append((1, metrics))
             if self._stopping(step + 1):
