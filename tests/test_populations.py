@@ -1,5 +1,6 @@
 """Populations: members are independent of each other, of their number, of padding and of chunk boundaries."""
 
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import arrays_of
 
 from algorithms import iql
 from common import populations
@@ -286,7 +288,138 @@ def test_vmapped_members_as_on_a_gpu_are_those_that_take_turns(trained: list[Any
         assert_close(jax.tree.map(lambda x, i=i: x[i], result), trained[i])
 
 
+# Slices
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, devices: int | None = None, host: int | None = None) -> None:
+    """Give the devices or the host so many bytes."""
+    if devices is not None:
+        monkeypatch.setattr(populations, "device_memory", lambda: devices)
+    if host is not None:
+        monkeypatch.setattr(populations, "host_memory", lambda: host)
+
+
+HP_SHAPE = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), iql.Hyperparameters())
+STATE_SHAPE = jax.eval_shape(start, 0, iql.Hyperparameters())
+NUMBERS = [*MEMBERS, (3, iql.Hyperparameters(beta=1.0)), (4, iql.Hyperparameters())]
+
+
+def fitted(kept: Any = ()) -> tuple[Population, Callable[..., Any], Any]:
+    """A population of five, its training, and what is shared; divided as the limits say."""
+    population = Population(len(NUMBERS))
+
+    def program(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
+        return each(lambda member: iql.train(*member, Replay(shared[0]), shared[1], ARGS), members)
+
+    train, shared = population.compile(program), (population.replicate(batch_of_data()), jnp.int32(30))
+    population.fit(train, (STATE_SHAPE, HP_SHAPE), kept, shared)
+    return population, train, shared
+
+
+def trained_numbers(population: Population, train: Callable[..., Any], shared: Any) -> Any:
+    states = populations.concatenate(
+        [populations.on_host(jax.tree.map(lambda x: x[None], start(*member))) for member in NUMBERS]
+    )
+    hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(hp for _, hp in NUMBERS))
+    return population.to_host(train((), (population.shard(states), population.shard(hp)), shared))
+
+
+def test_slices_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: list[Any]
+) -> None:
+    population, train, shared = fitted()
+    whole = train.memory((STATE_SHAPE, HP_SHAPE), shared)
+    assert (population.slices, population.padded, capsys.readouterr().err) == (1, 6, "")
+    expected = trained_numbers(population, train, shared)
+    limited(monkeypatch, devices=whole)
+    assert fitted()[0].slices == 1 and capsys.readouterr().err == "", "just enough"
+    assert fitted(kept=STATE_SHAPE)[0].slices == 2, "what stays beside it counts"
+    assert capsys.readouterr().err.count("\n") == 1
+    limited(monkeypatch, devices=whole - 1)
+    population, train, shared = fitted()
+    assert (population.slices, population.slice_size, population.padded) == (2, 4, 8)
+    assert population.active.tolist() == [True] * 5 + [False] * 3
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "5 members need" in err and "2 slices of 4" in err
+    assert train.memory((STATE_SHAPE, HP_SHAPE), shared) < whole
+    assert_equal(trained_numbers(population, train, shared), expected)
+    for i in range(len(MEMBERS)):
+        assert_equal(jax.tree.map(lambda x, i=i: x[i], expected), trained[i])
+
+
+def test_smallest_slices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One member for each device at a time, and what does not fit even so."""
+    population, train, shared = fitted()
+    population._slice(3)
+    least = train.memory((STATE_SHAPE, HP_SHAPE), shared)
+    limited(monkeypatch, devices=least)
+    population = fitted()[0]
+    assert (population.slices, population.slice_size) == (3, 2)
+    assert population.blocks == [slice(i, i + 1) for i in range(5)], "evaluated on one device"
+    assert "3 slices of 2" in capsys.readouterr().err
+    limited(monkeypatch, devices=least - 1)
+    with pytest.raises(UsageError, match="one member needs"):
+        fitted()
+
+
+def test_members_that_the_host_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    each, data = (populations._bytes(tree) for tree in ((STATE_SHAPE, HP_SHAPE), batch_of_data()))
+    limited(monkeypatch, host=data + 4 + 5 * each)
+    assert fitted()[0].slices == 1
+    limited(monkeypatch, host=data + 4 + 5 * each - 1)
+    with pytest.raises(UsageError, match=r"5 members need at least .* at most 4 fit"):
+        fitted()
+    limited(monkeypatch, host=data + 4 + 4 * each)
+    with pytest.raises(UsageError, match="at most 4 fit"):
+        fitted()
+    limited(monkeypatch, devices=1 << 40)
+    assert fitted()[0].slices == 1, "on a device the host's memory is not what counts"
+
+
+def test_memory_of_this_machine() -> None:
+    assert 1 << 28 < populations.host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert populations.device_memory() is None
+
+
 # Whole runs
+
+
+def test_a_run_in_slices_writes_the_same(
+    tmp_path: Path, small_run: list[str], iql: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline and online, with a member that diverges, and resumed unsliced from a checkpoint of slices."""
+    rates = ["--grid", "critic_learning_rate=3e-4,1e-3,1e7", "--num-seeds", "2", "--actor-decay-updates", "0"]
+    flags = [*small_run, *rates, "--eval-every", "15", "--num-updates", "30", "--run-dir"]
+    original, needed = populations.Compiled.memory, []
+
+    def memory(*arguments: Any) -> int:
+        needed.append(original(*arguments))
+        return needed[-1]
+
+    monkeypatch.setattr(populations.Compiled, "memory", memory)
+    limited(monkeypatch, devices=1 << 40)
+    whole = iql(*flags, tmp_path / "whole", "--online-steps", "4")
+    limited(monkeypatch, devices=needed[-1])
+    sliced = iql(*flags, tmp_path / "sliced", "--online-steps", "4")
+    assert whole.status == sliced.status == 0
+    message, *rest = sliced.err.splitlines(keepends=True)
+    assert "6 members need" in message and "take turns in" in message
+    assert "".join(rest) == whole.err and whole.err.count("diverged") == 2
+    assert iql(*flags, tmp_path / "offline").status == 0
+    limited(monkeypatch, devices=1 << 40)
+    assert iql(*flags, tmp_path / "offline", "--online-steps", "4", "--resume", "True").status == 0
+    for name in ("sliced", "offline"):
+        wanted, found = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / name)
+        assert wanted.keys() == found.keys() and any("'ring'" in key for key in wanted)
+        for key, array in wanted.items():
+            ours, theirs = array, found[key]
+            if "'ring'" in key:  # what frozen members collect has no meaning
+                ours, theirs = ours[:4], theirs[:4]
+            assert ours.tobytes() == theirs.tobytes(), key
+        for table in ("metrics.csv", "evaluations.csv"):
+            wanted = (tmp_path / "whole" / table).read_text().splitlines()
+            found = (tmp_path / name / table).read_text().splitlines()
+            assert [row for row in found if row in wanted] == wanted
 
 
 def test_a_member_of_a_run_is_that_run_alone(tmp_path: Path, small_run: list[str], iql: Callable[..., Any]) -> None:
