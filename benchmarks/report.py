@@ -25,7 +25,7 @@ from common.errors import UsageError, exit_status
 from common.logging import Table
 
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
-NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track"}
+NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "distributed"}
 NOT_SETTINGS |= {"num_updates", "eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
 

@@ -99,10 +99,10 @@ class Population:
         self._select = self.compile(_select)
 
     def _slice(self, slices: int) -> None:
-        """Divide into equal slices, each a multiple of the device count."""
-        self.slices = slices
+        """Divide into equal slices, each a multiple of the device count; fewer where that leaves none for the last."""
         self.slice_size = -(-self.num_members // (slices * self.mesh.size)) * self.mesh.size
-        self.padded = slices * self.slice_size
+        self.slices = -(-self.num_members // self.slice_size)
+        self.padded = self.slices * self.slice_size
         self.active = np.arange(self.padded) < self.num_members
 
     @property
@@ -195,29 +195,7 @@ class Population:
         """
         limit = device_memory()
         if limit is not None:
-            shared_bytes = _bytes(shared)
-            per_device = self.slice_size // self.mesh.size
-
-            def needed() -> int:
-                beside = _bytes(kept) * self.slice_size // self.mesh.size
-                return function.memory(members, shared) + beside
-
-            whole = needed()
-            if whole > limit:
-                fitting = max(1, int((limit - shared_bytes) * per_device // (whole - shared_bytes)))
-                self._slice(-(-per_device // fitting))
-                while needed() > limit:
-                    if self.slice_size == self.mesh.size:
-                        raise UsageError(
-                            f"one member needs {_size(needed())} of a device's {_size(limit)}; "
-                            "use smaller networks, a smaller batch or a larger device"
-                        )
-                    self._slice(self.slices + 1)
-                print(
-                    f"{self.num_members} members need {_size(whole)} of a device's {_size(limit)}: they take turns in "
-                    f"{self.slices} slices of {self.slice_size}",
-                    file=sys.stderr,
-                )
+            self._divide(function, members, kept, shared, limit)
         if limit is None or self.slices > 1:
             # Before and after a chunk of updates; what the training needs besides does not grow with the members.
             each, room = _bytes(kept) + _bytes(members), host_memory() - _bytes(shared)
@@ -226,6 +204,32 @@ class Population:
                     f"{self.num_members} members need at least {_size(each * self.num_members)}, the machine has "
                     f"{_size(room)} beside the data: at most {max(0, room // each)} fit"
                 )
+
+    def _divide(self, function: "Compiled", members: Any, kept: Any, shared: Any, limit: int) -> None:
+        """Take as few slices as fit `limit` bytes for each device; UsageError if even one member is too large."""
+
+        def needed() -> int:
+            return function.memory(members, shared) + _bytes(kept) * self.slice_size // self.mesh.size
+
+        whole = needed()
+        if whole <= limit:
+            return
+        all_of_device, shared_bytes = self.slice_size // self.mesh.size, _bytes(shared)
+        fitting = max(1, (limit - shared_bytes) * all_of_device // (whole - shared_bytes))  # members for each device
+        self._slice(-(-all_of_device // fitting))
+        while needed() > limit:  # not all that a program needs grows with the members
+            fitting = self.slice_size // self.mesh.size - 1
+            if not fitting:
+                raise UsageError(
+                    f"one member needs {_size(needed())} of a device's {_size(limit)}; "
+                    "use smaller networks, a smaller batch or a larger device"
+                )
+            self._slice(-(-all_of_device // fitting))
+        print(
+            f"{self.num_members} members need {_size(whole)} of a device's {_size(limit)}: they take turns in "
+            f"{self.slices} slices of {self.slice_size}",
+            file=sys.stderr,
+        )
 
 
 class Compiled:
@@ -284,8 +288,9 @@ def concatenate(trees: list[Any]) -> Any:
 
 
 def device_memory() -> int | None:
-    """Bytes that JAX may use on each device; None on a CPU, whose devices have the host's."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    """Bytes that may be planned for on each device; None on a CPU, whose devices have the host's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return int(0.9 * stats["bytes_limit"]) if stats else None  # the rest for the gaps between arrays
 
 
 def host_memory() -> int:
