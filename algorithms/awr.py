@@ -43,11 +43,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common import buffers, networks, populations
+from common import buffers, networks, normalization, populations
 from common.buffers import Replay, Transitions
 from common.errors import UsageError
 from common.experiment import Run
 from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch, refuse_sweep
+from common.normalization import Normalizer, normalize
 from common.optimization import descend
 
 
@@ -144,16 +145,6 @@ def small_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
     return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
 
 
-class Normalizer(NamedTuple):
-    """Mean and sum of squared deviations, `[obs_dim]` each, of `count` states; how many rows of each data they are."""
-
-    count: jax.Array
-    mean: jax.Array
-    squares: jax.Array
-    seen_offline: jax.Array
-    seen_online: jax.Array
-
-
 class State(NamedTuple):
     """Everything that training changes, of one member."""
 
@@ -185,48 +176,15 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     if args.learn_std:
         actor_params["log_std"] = jnp.full(action_dim, jnp.log(hp.std))
     value_params = value.init(value_key, observations)
-    none = jnp.zeros((), jnp.int32)
     return State(
         actor=actor_params,
         value=value_params,
-        normalizer=Normalizer(jnp.zeros(()), jnp.zeros(obs_dim), jnp.zeros(obs_dim), none, none),
+        normalizer=normalization.empty(obs_dim),
         actor_opt=optimizer(hp, args).init(actor_params),
         value_opt=optimizer(hp, args).init(value_params),
         step=jnp.zeros((), jnp.int32),
         key=key,
     )
-
-
-# Eq. (58)
-def observe(normalizer: Normalizer, data: Replay, args: Args) -> Normalizer:
-    """The normaliser with the states that came since it was last called, until it has `--normalizer-samples`."""
-
-    def add(normalizer: Normalizer) -> Normalizer:
-        for rows, start, written, online in buffers.parts(data):
-            age = (start - 1 - jnp.arange(len(rows.rewards))) % len(rows.rewards)
-            seen = normalizer.seen_online if online else normalizer.seen_offline
-            new = (age < written - seen)[:, None].astype(jnp.float32)
-            count = jnp.minimum(written - seen, len(rows.rewards)).astype(jnp.float32)
-            total = normalizer.count + count
-            mean = jnp.sum(new * rows.observations, axis=0) / jnp.maximum(count, 1.0)
-            squares = jnp.sum(new * (rows.observations - mean) ** 2, axis=0)
-            change, share = mean - normalizer.mean, count / jnp.maximum(total, 1.0)
-            normalizer = Normalizer(
-                count=total,
-                mean=normalizer.mean + change * share,
-                squares=normalizer.squares + squares + change**2 * normalizer.count * share,
-                seen_offline=normalizer.seen_offline if online else jnp.asarray(written, jnp.int32),
-                seen_online=jnp.asarray(written, jnp.int32) if online else normalizer.seen_online,
-            )
-        return normalizer
-
-    return jax.lax.cond(normalizer.count < args.normalizer_samples, add, lambda same: same, normalizer)
-
-
-def normalize(normalizer: Normalizer, observations: jax.Array) -> jax.Array:
-    """States in standard deviations from the mean; as they are, before any was seen."""
-    std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.count, 1.0))
-    return (observations - normalizer.mean) / jnp.where(normalizer.count > 0, jnp.maximum(std, 0.01), 1.0)
 
 
 def policy(
@@ -395,7 +353,8 @@ def train(
         state, rows, batch = minibatch(state)
         return update_actor(state, batch, weights[rows], hp, args)
 
-    state = state._replace(normalizer=observe(state.normalizer, data, args))
+    # Eq. (58)
+    state = state._replace(normalizer=normalization.observe(state.normalizer, data, args.normalizer_samples))
     targets = evaluate(state, data, hp, args)[1]
     num_value_updates = (args.value_updates * num_updates + args.policy_updates - 1) // args.policy_updates
     state, of_value = populations.repeat(value_step, state, num_value_updates)

@@ -371,8 +371,8 @@ class Run:
                 break
         self._insert_episodes(self._episodes.take())
         self._collector.episodes.clear()
-        if (self.population.to_host(self.ring.written) == 0).any():
-            self._check_signal()  # a member has nothing to train on
+        if self._signal and self.processes.gather(self.population.to_host(self.ring.written) == 0).any():
+            raise Interrupted  # a member has nothing to train on
         return self.online_done - start
 
     def collect_and_train(self, state: Any, num_steps: int) -> tuple[Any, populations.Metrics]:

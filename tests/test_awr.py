@@ -18,16 +18,17 @@ from scipy import stats
 from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
 from algorithms import awr
-from common import buffers, checkpoints, collection, experiment, flags
+from common import buffers, checkpoints, collection, experiment, flags, normalization
 from common.buffers import Replay, Transitions
 from common.errors import UsageError
+from common.normalization import Normalizer, normalize
 
 ARGS = awr.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, value_updates=3, policy_updates=4)
 PLAIN = ARGS.replace(normalizer_samples=0, scale_values=False, normalize_advantages=False, clip_weights=False)
 HP = awr.Hyperparameters()
 train = jax.jit(awr.train, static_argnames="args")
 evaluate = jax.jit(awr.evaluate, static_argnames="args")
-observe = jax.jit(awr.observe, static_argnames="args")
+observe = jax.jit(normalization.observe, static_argnames="limit")
 returns = jax.jit(awr.lambda_returns)
 update_value = jax.jit(awr.update_value, static_argnames="args")
 update_actor = jax.jit(awr.update_actor, static_argnames="args")
@@ -118,11 +119,11 @@ def filled(capacity: int, lengths: Any, seed: int = 1) -> Log:
     return log
 
 
-def seen(states: np.ndarray) -> awr.Normalizer:
+def seen(states: np.ndarray) -> Normalizer:
     """The normaliser of these states."""
     states, none = double(states), jnp.int32(0)
     mean, squares = (np.float32(x) for x in (states.mean(axis=0), len(states) * states.var(axis=0)))
-    return awr.Normalizer(jnp.float32(len(states)), mean, squares, none, none)
+    return Normalizer(jnp.float32(len(states)), mean, squares, none, none)
 
 
 def normalised(x: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -361,14 +362,14 @@ def test_without_the_clip_weights_overflow() -> None:
 # ---- the normaliser ----
 
 
-def assert_has_seen(normalizer: awr.Normalizer, states: np.ndarray) -> None:
+def assert_has_seen(normalizer: Normalizer, states: np.ndarray) -> None:
     """It subtracts the mean of these states and divides by their deviations."""
     assert float(normalizer.count) == len(states)
     probe = np.float32([[1, 2, 3, 4], [300, 0, -2, 5]])
-    assert_close(awr.normalize(normalizer, probe), normalised(probe, states), rtol=2e-3, atol=2e-3)
+    assert_close(normalize(normalizer, probe), normalised(probe, states), rtol=2e-3, atol=2e-3)
 
 
-MANY = ARGS.replace(normalizer_samples=10**6)
+MANY = 10**6
 
 
 def test_the_normaliser_has_seen_each_state_once() -> None:
@@ -398,14 +399,14 @@ def test_the_normaliser_has_seen_each_state_once() -> None:
 def test_before_anything_was_seen_states_stay_as_they_are() -> None:
     states = trajectories([9])[0].observations
     empty = observe(fresh().normalizer, Replay(None, buffers.empty_ring(30, OBS, ACT)), MANY)
-    none = observe(fresh().normalizer, Replay(trajectories([9])[0]), ARGS.replace(normalizer_samples=0))
+    none = observe(fresh().normalizer, Replay(trajectories([9])[0]), 0)
     for normalizer in (fresh().normalizer, empty, none):
         assert float(normalizer.count) == 0
-        np.testing.assert_array_equal(awr.normalize(normalizer, states), states)
+        np.testing.assert_array_equal(normalize(normalizer, states), states)
 
 
 def test_the_normaliser_freezes_when_it_has_enough() -> None:
-    few, log, normalizer, states = ARGS.replace(normalizer_samples=12), Log(30), fresh().normalizer, []
+    few, log, normalizer, states = 12, Log(30), fresh().normalizer, []
     for i, length in enumerate([7, 4, 6, 5]):  # 7, 11, 17: enough
         log.add(trajectories([length], seed=i))
         states.append(log.episodes[-1].observations)
@@ -418,7 +419,7 @@ def test_deviations_are_at_least_a_hundredth() -> None:
     rows.observations[:, 1:3] = [2.0, 3.0]
     rows.observations[:, 2] += np.float32(0.004) * np.arange(9)  # a deviation of 0.0103
     normalizer = observe(fresh().normalizer, Replay(rows), MANY)
-    found = awr.normalize(normalizer, jnp.float32([0.0, 2.5, 3.516, 0.0]))
+    found = normalize(normalizer, jnp.float32([0.0, 2.5, 3.516, 0.0]))
     assert_close(found[1:3], [0.5 / 0.01, 0.5 / 0.004 / np.std(np.arange(9))], rtol=1e-3)
 
 
