@@ -54,6 +54,20 @@ def test_rewinding_drops_what_came_after_and_writing_goes_on(tmp_path: Path) -> 
     assert [row["step"] for row in again.rows] == ["10", "20", "25"]
 
 
+def test_a_reader_follows_the_writers_rows_and_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    writer = Table(path)
+    writer.append([{"step": 10, "loss": 0.1}])
+    reader, before = Table(path, write=False), path.read_bytes()
+    for table in (reader, writer):
+        table.append([{"step": 20, "loss": 0.25}])
+        table.rewind(lambda row: row["step"] == "20")
+        assert table.rows == [{"step": "20", "loss": "0.25"}]
+        assert (path.read_bytes() == before) == (table is reader)
+    reader.clear()
+    assert reader.rows == [] and path.exists()
+
+
 WRITTEN = b"step,member,episodes\n10,0,10\n20,0,10\n"
 
 
