@@ -154,7 +154,7 @@ class Run:
         self._compile(train, partial(act, action_dim=self.action_dim))
         self._fit()
         self.hp = self.population.shard(
-            jax.tree.map(lambda *values: np.array(values, np.float32), *(member.hp for member in self.own))
+            jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(member.hp for member in self.own))
         )
 
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_group or self.label, args.wandb_entity)
