@@ -26,7 +26,14 @@ from common.logging import Table
 
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
 NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "distributed"}
-NOT_SETTINGS |= {"num_updates", "eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every"}
+NOT_SETTINGS |= {
+    "num_updates",
+    "online_steps",
+    "eval_every",
+    "eval_episodes",
+    "final_eval_episodes",
+    "checkpoint_every",
+}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
 
 
@@ -42,11 +49,13 @@ class Args:
 class Cell:
     """The members of one run that share algorithm, dataset and settings; they differ by their seeds.
 
-    `algorithm` has the settings in which the folder's runs of it on this dataset differ; `dataset` is the environment
-    where the dataset was not trained on.
+    `algorithm` has the settings in which the run differs from the folder's plainest one of the algorithm on the
+    dataset, and what was swept; `dataset` is the environment where the dataset was not trained on.
     """
 
     algorithm: str
+    run: str
+    """The same without what was swept."""
     dataset: str
     members: list[dict[str, Any]]
     evaluations: list[dict[str, str]]
@@ -64,15 +73,13 @@ def trained_on(config: dict[str, Any]) -> str:
     return config["flags"]["dataset"] if config["flags"]["num_updates"] else config["environment"]
 
 
-def settings_of(config: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
-    """The flags in which a run differs from others of the same algorithm on the same dataset."""
-    theirs = [other["flags"] for other in others if _kind(other) == _kind(config)]
-    names = [name for name in config["flags"] if len({json.dumps(flags.get(name)) for flags in theirs}) > 1]
-    return "".join(f" {name}={config['flags'][name]}" for name in names if name not in NOT_SETTINGS)
-
-
-def _kind(config: dict[str, Any]) -> tuple[str, str]:
-    return config["algorithm"], trained_on(config)
+def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
+    """The flags in which a run differs from another one of the same algorithm on the same dataset."""
+    ours, theirs = config["flags"], reference["flags"]
+    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name)]
+    return "".join(
+        f" {name}={ours[name]:g}" if isinstance(ours[name], float) else f" {name}={ours[name]}" for name in names
+    )
 
 
 def read(folder: Path) -> list[Cell]:
@@ -82,12 +89,15 @@ def read(folder: Path) -> list[Cell]:
         if missing := [name for name in FILES if not (run / name).exists()]:
             raise UsageError(f"{run} has no {missing[0]}")
         runs[run] = [json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")]
-    configs = [config for config, _, _ in runs.values()]
+    # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
+    references: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: len(run.name)):
+        references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
     cells: dict[tuple[str, str], Cell] = {}
     for run, (config, final, command) in runs.items():
         with open(run / "evaluations.csv", newline="") as file:
             evaluations = list(csv.DictReader(file))
-        name = config["algorithm"] + settings_of(config, configs)
+        name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
         groups: dict[str, list[dict[str, Any]]] = {}
         for member in final["members"]:
             swept = "".join(f" {name}={value:g}" for name, value in member["swept"].items())
@@ -98,7 +108,7 @@ def read(folder: Path) -> list[Cell]:
                 raise UsageError(f"{folder} has {algorithm} on {key[0]} twice")
             indices = {str(member["member"]) for member in members}
             rows = [row for row in evaluations if row["member"] in indices]
-            cells[key] = Cell(algorithm, key[0], members, rows, config, final, command["command"])
+            cells[key] = Cell(algorithm, name, key[0], members, rows, config, final, command["command"])
     if not cells:
         raise UsageError(f"{folder} has no results: run benchmarks/suite.py first")
     return [cells[key] for key in sorted(cells)]
@@ -147,19 +157,26 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def show(value: dict[str, float] | None, lost: int = 0, updates: int | None = None) -> str:
-    """`mean [low, high]`, how many seeds it lacks, and its updates where they are to be named."""
+def show(value: dict[str, float] | None, lost: int = 0, length: str = "") -> str:
+    """`mean [low, high]`, how many seeds it lacks, and the run's length where it is to be named."""
     text = "-" if value is None else f"{value['iqm']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
-    return text + (f", {lost} diverged" if lost else "") + (f", after {updates:,}" if updates else "")
+    return text + (f", {lost} diverged" if lost else "") + (f", after {length}" if length else "")
+
+
+def short_length(cell: Cell, cells: Sequence[Cell]) -> str:
+    """Updates, or environment steps of a run that has only these, where the longest of the cells has more."""
+    for name, unit in (("updates", ""), ("online_steps", " steps")):
+        if 0 < cell.final[name] < max(other.final[name] for other in cells):
+            return f"{cell.final[name]:,}{unit}"
+    return ""
 
 
 def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]], list[str]], heads: list[str]) -> str:
     """Datasets by algorithms, after what `of_data` says of the dataset; `column` is `score_mean` or `return_mean`.
 
-    A run of fewer offline updates than the longest has their number beside it.
+    A run that is shorter than the longest has its length beside it.
     """
     algorithms = sorted({cell.algorithm for cell in cells})
-    longest = max(cell.final["updates"] for cell in cells)
     rows = []
     for dataset in unique([cell.dataset for cell in cells]):
         row = {cell.algorithm: cell for cell in cells if cell.dataset == dataset}
@@ -168,16 +185,16 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
             if algorithm not in row:
                 texts.append("not run")
                 continue
-            values, updates = row[algorithm].values(column), row[algorithm].final["updates"]
+            values = row[algorithm].values(column)
             lost = len(row[algorithm].members) - len(values)
-            texts.append(show(summary([values]), lost, updates if updates < longest else None))
+            texts.append(show(summary([values]), lost, short_length(row[algorithm], cells)))
         about = about_data(next(iter(row.values())))
         rows.append([dataset, *(of_data(about) if about else ["-"] * len(heads)), *texts])
     if column == "score_mean" and len(rows) > 1:
         datasets, totals = aggregate(cells)
         if datasets:
             name = f"all {len(datasets)}" if len(datasets) == len(rows) else f"the {len(datasets)} with every algorithm"
-            short = {cell.algorithm for cell in cells if cell.final["updates"] < longest and cell.dataset in datasets}
+            short = {cell.algorithm for cell in cells if short_length(cell, cells) and cell.dataset in datasets}
             texts = [show(totals[one]) + (", of unequal lengths" if one in short else "") for one in algorithms]
             rows.append([name, *[""] * len(heads), *texts])
     return markdown(["dataset", *heads, *algorithms], rows)
@@ -238,7 +255,7 @@ def speed(cells: Sequence[Cell]) -> str:
     for cell in runs:
         rate, seconds = cell.final["updates_per_second"], cell.final["wall_clock_seconds"]
         members = len(cell.final["members"])
-        name = f"{cell.config['algorithm']}, {cell.dataset}" + settings_of(cell.config, [c.config for c in cells])
+        name = f"{cell.run}, {cell.dataset}"
         rows.append(
             [name, f"{cell.final['updates']}", f"{members}", "-" if rate is None else f"{rate:.0f}", f"{seconds:.0f} s"]
         )

@@ -201,7 +201,7 @@ def write_run(folder, algorithm, dataset, scores, average=30.0, **others):
     final = {
         "members": members,
         "updates": flags["num_updates"],
-        "online_steps": 0,
+        "online_steps": flags.get("online_steps", 0),
         "wall_clock_seconds": 12.0,
         "updates_per_second": 321.4,
     }
@@ -279,17 +279,18 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
 
 
 def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_no_data_was_used(tmp_path):
-    write_run(tmp_path, "awr", "easy", [10.0], num_updates=0, scale_values=True, hidden_dim=8)
-    write_run(tmp_path, "awr", "easy", [20.0], num_updates=0, scale_values=False, hidden_dim=8)
-    write_run(tmp_path, "awr", "hard", [30.0], scale_values=False, hidden_dim=16)
+    write_run(tmp_path, "awr", "easy", [10.0], num_updates=0, rate=0.1, hidden_dim=8, online_steps=900)
+    write_run(tmp_path, "awr", "easy", [20.0], num_updates=0, rate=1e-4, hidden_dim=8, online_steps=1000)
+    write_run(tmp_path, "awr", "hard", [30.0], rate=1e-4, hidden_dim=16)
     cells = {(cell.algorithm, cell.dataset): cell.values("score_mean") for cell in report.read(tmp_path)}
-    expected = {("awr scale_values=True", "Hard-v5"): [10.0], ("awr scale_values=False", "Hard-v5"): [20.0]}
+    expected = {("awr", "Hard-v5"): [10.0], ("awr rate=0.0001", "Hard-v5"): [20.0]}
     assert cells == expected | {("awr", "hard"): [30.0]}
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert cells_of(page, "Hard-v5")[1] == "-", "a dataset that was not trained on has no average to beat"
-    assert "| awr, Hard-v5 scale_values=False |" in page
-    write_run(tmp_path, "awr", "hard", [30.0], scale_values=False, hidden_dim=16, seed=7)
+    assert cells_of(page, "Hard-v5")[2] == "10.0 [10.0, 10.0], after 900 steps"
+    assert "| awr rate=0.0001, Hard-v5 |" in page
+    write_run(tmp_path, "awr", "hard", [30.0], rate=1e-4, hidden_dim=16, seed=7)
     with pytest.raises(UsageError, match="awr on hard twice"):
         report.read(tmp_path)
 
