@@ -288,7 +288,8 @@ def level(cell: Cell, scored: bool) -> float | None:
 def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
     """All algorithms on one dataset: mean over seeds, and the band from the worst to the best of them.
 
-    Returns instead of scores where there is no dataset: in the unit of most learning curves from scratch.
+    From where a seed is lost to divergence, a cross, each of the others is drawn by itself. Returns instead of scores
+    where there is no dataset: in the unit of most learning curves from scratch.
     """
     from matplotlib.figure import Figure
 
@@ -296,19 +297,25 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
     scored = cells[0].config["flags"]["num_updates"] > 0 and all(row["score_mean"] for row in rows)
     column = "score_mean" if scored else "return_mean"
     phases = [phase for phase in ("offline", "online") if any(row["phase"] == phase for row in rows)]
-    figure = Figure(figsize=(6.0 * max(1, len(phases)), 4.0), layout="constrained")
+    figure = Figure(figsize=(6.0 * max(1, len(phases)), 4.0 + 0.2 * len(cells)), layout="constrained")
     for i, phase in enumerate(phases):
         axes = figure.add_subplot(1, len(phases), i + 1)
         for number, cell in enumerate(cells):
-            by_step: dict[int, list[float]] = {}
+            by_member: dict[str, dict[int, float]] = {}
             for row in cell.evaluations:
                 if row["phase"] == phase:
-                    by_step.setdefault(int(row["step"]), []).append(float(row[column]))
-            steps, color = sorted(by_step), f"C{number}"
-            means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
-            axes.plot(steps, means, color=color, label=cell.algorithm)
-            low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
-            axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+                    by_member.setdefault(row["member"], {})[int(row["step"])] = float(row[column])
+            color, steps = f"C{number}", sorted({step for values in by_member.values() for step in values})
+            whole = [step for step in steps if all(step in values for values in by_member.values())]
+            found = [[values[step] for values in by_member.values()] for step in whole]
+            axes.plot(whole, [sum(values) / len(values) for values in found], color=color, label=cell.algorithm)
+            axes.fill_between(whole, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, linewidth=0)
+            for values in by_member.values():
+                rest = {step: value for step, value in values.items() if step >= whole[-1]}
+                if len(rest) > 1:
+                    axes.plot(list(rest), list(rest.values()), color=color, linewidth=1.0, linestyle=":")
+                if steps[-1] not in values or len(cell.values("return_mean")) == 0:
+                    axes.plot(max(values), values[max(values)], "x", color=color)
         title = f"{cells[0].dataset} ({phase}): mean and range over seeds"
         reporting.finish_curves(axes, phase, scored, level(cells[0], scored), title)
     figure.savefig(path, dpi=120)
@@ -320,7 +327,7 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
 
     datasets = unique([cell.dataset for cell in cells])
     algorithms = sorted({cell.algorithm for cell in cells})
-    figure = Figure(figsize=(2.0 + 1.8 * len(datasets), 4.0), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 2.0 + 1.8 * len(datasets)), 4.0 + 0.2 * len(algorithms)), layout="constrained")
     axes = figure.add_subplot()
     labelled: set[str] = set()
     for cell in cells:
@@ -343,7 +350,7 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
     axes.set_ylabel("normalised score")
     axes.set_title("Final score; dashed: average of the dataset", fontsize=10)
     if labelled:
-        axes.legend(frameon=False)
+        reporting.legend_below(axes)
     axes.grid(axis="y", alpha=0.2)
     figure.savefig(path, dpi=120)
 

@@ -102,8 +102,13 @@ def finish_curves(axes: Any, phase: str, scored: bool, dataset_level: float | No
     axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
     axes.set_ylabel("normalised score" if scored else "return")
     axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False)
+    legend_below(axes)
     axes.grid(alpha=0.2)
+
+
+def legend_below(axes: Any) -> None:
+    """A legend under the axes, where long names have room."""
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 class Sweep(NamedTuple):
