@@ -23,6 +23,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from common.flags import RunArgs, parse  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
 
@@ -68,6 +70,16 @@ def small_run(tiny: Path) -> list[str]:
         *("--dataset", str(tiny), "--env", "Hopper-v5", "--preset", "none", "--hidden-dim", "8", "--batch-size", "16"),
         *("--eval-episodes", "1", "--final-eval-episodes", "1", "--quiet", "True"),
     ]
+
+
+def parsed(words: list[str]) -> RunArgs:
+    """The words of `python algorithms/<name>.py ...`, read and checked as the script itself does."""
+    interpreter, program, *flags = words
+    assert interpreter == "python" and (ROOT / program).is_file()
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    args = parse(module.Args, module.PRESETS, flags)
+    args.validate()
+    return args
 
 
 def arrays_of(directory: Path) -> dict[str, np.ndarray]:

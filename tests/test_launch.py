@@ -1,7 +1,5 @@
 """The page from one run to a cluster, and the launch files, as far as they need neither a server nor a cluster."""
 
-import dataclasses
-import importlib
 import json
 import os
 import re
@@ -14,26 +12,14 @@ from typing import Any
 import pytest
 import wandb
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, parsed
 from wandb import env as wandb_env
 from wandb.apis.public import sweeps as server
 from wandb.cli import cli
 
-from common.flags import RunArgs, parse
-
 LAUNCH = ROOT / "benchmarks" / "launch"
 PAGE = (ROOT / "benchmarks" / "README.md").read_text()
 COMMANDS = [block.strip() for block in re.findall(r"^ *```bash\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)]
-
-
-def parsed(words: list[str]) -> RunArgs:
-    """The words of `python algorithms/<name>.py ...`, read and checked as the script does."""
-    interpreter, program, *flags = words
-    assert interpreter == "python" and (ROOT / program).is_file()
-    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    args = parse(module.Args, module.PRESETS, flags)
-    args.validate()
-    return args
 
 
 def launched(script: str, arguments: list[str], folder: Path) -> list[dict[str, Any]]:
@@ -158,10 +144,7 @@ def test_a_population_gets_its_flags_and_a_directory_to_resume_from(tmp_path: Pa
     )
     (call,) = launched("population.sbatch", shlex.split(example[1]), tmp_path)
     words = call["words"]
-    place = words.index("--distributed")
-    assert words[place + 1] == "True"
-    if "distributed" not in {field.name for field in dataclasses.fields(RunArgs)}:
-        del words[place : place + 2]
     args = parsed(words)
+    assert args.distributed
     assert (args.run_dir, args.resume, args.num_seeds) == ("runs/population-17", True, 4)
     assert args.grid == "beta=1,3,10 expectile=0.7,0.9"

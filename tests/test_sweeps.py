@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import sweeps
 import yaml
-from conftest import ROOT, arrays_of
+from conftest import ROOT, arrays_of, parsed
 from wandb import wandb_agent
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
 from common import offax_sets
 from common.errors import UsageError
-from common.flags import RunArgs, parse
+from common.flags import RunArgs
 
 ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "__init__")
 FOLDER = ROOT / "benchmarks" / "sweeps"
@@ -74,16 +74,6 @@ def run_command(config: dict[str, Any], values: dict[str, Any], run_id: str) -> 
     """What the server sends to have a run started."""
     args = {name: {"value": value} for name, value in values.items()}
     return {"id": f"command-{run_id}", "type": "run", "run_id": run_id, "program": config["program"], "args": args}
-
-
-def parsed(words: list[str]) -> RunArgs:
-    """The words after `python`, read and checked as the script itself does."""
-    interpreter, program, *flags = words
-    assert interpreter == "python" and (ROOT / program).is_file()
-    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    args = parse(module.Args, module.PRESETS, flags)
-    args.validate()
-    return args
 
 
 def value_of(args: RunArgs, name: str) -> Any:
