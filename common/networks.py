@@ -217,9 +217,12 @@ class AutoregressivePolicy(nn.Module):
         bins = []
         for i, head in enumerate(self.heads):
             bin_key, place_key = jax.random.split(jax.random.fold_in(key, i))
-            logits = head(embedding, actions) / temperature
-            logits = jnp.broadcast_to(logits, (num_samples, *logits.shape[1:]))  # the first has no prefix to differ by
-            bins.append(jax.random.categorical(bin_key, logits))
+            probs = jax.nn.softmax(head(embedding, actions) / temperature)  # of the first [1, ...]: it has no prefix
+            # By the distribution function: a random number for each sample, where jax.random.categorical takes one for
+            # each bin. XLA is slow at cumsum on a CPU.
+            below = jax.lax.associative_scan(jnp.add, probs, axis=-1)
+            place = jax.random.uniform(bin_key, (num_samples, len(observations), 1)) * below[..., -1:]
+            bins.append(jnp.sum(below[..., :-1] <= place, axis=-1))
             actions = jnp.concatenate([actions, self.within(bins[-1], place_key)[..., None]], axis=-1)
         return actions, jnp.stack(bins, axis=-1)
 
