@@ -1,6 +1,6 @@
 """Transitions on the device: the offline arrays shared by a population, and a ring of online transitions per member."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +77,14 @@ class Replay(NamedTuple):
     """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union.
 
     With a `member` the ring is that of a population, `[members, capacity, ...]`, and that member's part is meant:
-    rows are then picked from the whole, because slicing the part out would copy it.
+    rows are then picked from the whole, because slicing the part out would copy it. What was `precomputed` for the
+    offline rows, `[members, rows, ...]`, is to be read in the same way.
     """
 
     offline: Transitions | None
     ring: Ring | None = None
     member: jax.Array | None = None
+    precomputed: Any = None
 
 
 def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
@@ -90,7 +92,7 @@ def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
 
     Offline rows come first; those of the ring follow in the order in which it stores them.
     """
-    offline, ring, member = replay
+    offline, ring, member, _ = replay
     num_offline = 0 if offline is None else len(offline.rewards)
     assert num_offline or ring is not None, "nothing to sample from"
     written = 0 if ring is None else ring.size if member is None else ring.size[member]
@@ -99,7 +101,7 @@ def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
 
 def take(replay: Replay, rows: jax.Array) -> Transitions:
     """The transitions `[len(rows), ...]` of row numbers that `sample_rows` drew."""
-    offline, ring, member = replay
+    offline, ring, member, _ = replay
     if ring is None:
         return jax.tree.map(lambda x: x[rows], offline)
     num_offline = 0 if offline is None else len(offline.rewards)
@@ -134,7 +136,7 @@ class Part(NamedTuple):
 
 def parts(replay: Replay) -> list[Part]:
     """Offline data and ring, whichever are there, in the order of the row numbers."""
-    offline, ring, member = replay
+    offline, ring, member, _ = replay
     found = [] if offline is None else [Part(offline, 0, len(offline.rewards), online=False)]
     if ring is not None:
         own = ring if member is None else jax.tree.map(lambda x: x[member], ring)

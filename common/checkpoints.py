@@ -70,13 +70,14 @@ def metadata(path: Path) -> dict[str, Any]:
     return content
 
 
-def load(path: Path, like: Any) -> Any:
-    """The tree saved at `path`, with the structure of `like`.
+def load(path: Path, like: Any, part: str = "") -> Any:
+    """The tree saved at `path`, with the structure of `like`; or of it the part by that name, e.g. "['state'].actor".
 
     UsageError if the file is damaged or if any leaf's name, shape or dtype differs from `like`'s.
     """
     arrays = _read(path)
     arrays.pop("metadata", None)
+    arrays = {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)}
     expected = _named_leaves(like)
     if arrays.keys() != expected.keys():
         odd = sorted(arrays.keys() ^ expected.keys())[0]

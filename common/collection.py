@@ -71,8 +71,11 @@ class Episodes:
         self.steps.append(transitions)
         self.ended |= (transitions.terminations + transitions.truncations) > 0
 
-    def take(self) -> list[Transitions | None]:
-        """For each environment the steps of the episodes that ended since the last call, one after the other."""
+    def take(self, whole: bool = True) -> list[Transitions | None]:
+        """For each environment the steps of the episodes that ended since the last call, one after the other.
+
+        Unless `whole`: all steps since then.
+        """
         if not self.steps:
             return [None] * len(self.running)
         steps = jax.tree.map(lambda *rows: np.stack(rows), *self.steps)
@@ -80,7 +83,7 @@ class Episodes:
         ended: list[Transitions | None] = []
         for i, running in enumerate(self.running):
             ends = np.flatnonzero(steps.terminations[:, i] + steps.truncations[:, i])
-            cut = int(ends[-1]) + 1 if len(ends) else 0
+            cut = len(steps.rewards) if not whole else int(ends[-1]) + 1 if len(ends) else 0
             head, tail = (jax.tree.map(lambda x: x[rows, i], steps) for rows in (slice(cut), slice(cut, None)))  # noqa: B023
             ended.append(jax.tree.map(lambda *rows: np.concatenate(rows), *running, head) if cut else None)
             self.running[i] = [tail] if cut else [*running, tail]

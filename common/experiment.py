@@ -86,6 +86,11 @@ class Run:
 
     `updates_per_call` is the most updates that `train` is asked for at once; signals wait for it to end. Online, each
     member has `num_environments` and a ring of `ring_capacity` transitions (default: the whole online phase).
+
+    `pretrain`, a function like `train`, does the updates of a phase before the offline one, with metrics of its own.
+    `precompute(state, hp, offline, key)` is an array of the dataset's rows that the offline phase reads as
+    `Replay.precomputed`: it is computed at its start, and again whenever minibatches have used a row
+    `precomputed_uses` times on average.
     """
 
     def __init__(
@@ -98,6 +103,9 @@ class Run:
         updates_per_call: int = SIGNAL_EVERY,
         num_environments: int = 1,
         ring_capacity: int | None = None,
+        pretrain: Callable | None = None,
+        precompute: Callable | None = None,
+        precomputed_uses: int = 1,
     ) -> None:
         self.name, self.args = name, args
         self.updates_per_call, self.num_environments = updates_per_call, num_environments
@@ -151,7 +159,9 @@ class Run:
         self.offline_data: Transitions = self.population.replicate(offline)
         self.evaluator = Evaluator(spec, len(self.members), self.transform)
         self._init = partial(init, obs_dim=self.obs_dim, action_dim=self.action_dim)
-        self._compile(train, partial(act, action_dim=self.action_dim))
+        self._compile(train, partial(act, action_dim=self.action_dim), pretrain, precompute)
+        self._precompute_every = -(-precomputed_uses * len(raw.rewards) // args.batch_size)
+        self._precomputed, self._precomputed_at = None, -1
         self._fit()
         self.hp = self.population.shard(
             jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(member.hp for member in self.own))
@@ -159,7 +169,7 @@ class Run:
 
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_group or self.label, args.wandb_entity)
         self.tracker.enabled &= self.processes.first
-        self.updates_done = self.online_done = 0
+        self.pretraining_done = self.updates_done = self.online_done = 0
         self.diverged: dict[int, dict[str, Any]] = {}
         self.ring: buffers.Ring | None = None
         self._timing: dict[str, np.ndarray] = {}
@@ -171,18 +181,27 @@ class Run:
         self._episodes: Any = None
         self._progress: Progress | None = None
 
-    def _compile(self, train: Callable, act: Callable) -> None:
+    def _compile(self, train: Callable, act: Callable, pretrain: Callable | None, precompute: Callable | None) -> None:
         """The functions of one member, mapped over the population."""
 
-        def train_all(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
-            state, hp, ring = members
+        def train_all(train: Callable, _: Any, members: Any, shared: Any, each: populations.Each) -> Any:
+            state, hp, ring, precomputed = members
             offline, num_updates = shared
 
             def one(member: Any) -> Any:
                 state, hp, place = member
-                return train(state, hp, Replay(offline, ring, place), num_updates)
+                return train(state, hp, Replay(offline, ring, place, precomputed), num_updates)
 
             return each(one, (state, hp, _places(hp)))
+
+        def precompute_all(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
+            offline, count = shared
+
+            def one(member: Any) -> Any:
+                state, hp, key = member
+                return precompute(state, hp, offline, jax.random.fold_in(key, count))
+
+            return each(one, members)
 
         def collect_and_train_all(consumed: Any, members: Any, shared: Any, each: populations.Each) -> Any:
             state, ring = consumed
@@ -215,7 +234,10 @@ class Run:
             keys = jax.random.split(key, len(self.members))[places]
             return jax.vmap(partial(act, sample=False))(state, hp, observations, keys)
 
-        self._train = self.population.compile(train_all)
+        self._train = self.population.compile(partial(train_all, train))
+        self._pretrain = self.population.compile(partial(train_all, pretrain)) if pretrain else None
+        self._precompute_one = precompute
+        self._precompute = self.population.compile(precompute_all) if precompute else None
         self._collect_and_train = self.population.compile(collect_and_train_all)
         self._sampled_actions = self.population.compile(sampled_actions)
         self._insert = self.population.compile(insert_all)
@@ -227,8 +249,18 @@ class Run:
         hp = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), self.args.hp)
         state = jax.eval_shape(self._init, jax.random.key(0), hp)
         ring = jax.eval_shape(self._empty_ring) if self.args.online_steps else None
+        ahead = None
+        if self._precompute is not None:
+            ahead = jax.eval_shape(self._precompute_one, state, hp, self.offline_data, jax.random.key(0))
+            if not self.population.has_room(ahead):
+                print(
+                    f"what is computed ahead for {len(self.own)} members would take more than half of the memory; "
+                    "each update computes its own part instead",
+                    file=sys.stderr,
+                )
+                ahead = self._precompute = None
         self.population.fit(
-            self._train, (state, hp, None), (state, ring), (self.offline_data, jnp.asarray(1, jnp.int32))
+            self._train, (state, hp, None, ahead), (state, ring), (self.offline_data, jnp.asarray(1, jnp.int32))
         )
 
     def _empty_ring(self) -> buffers.Ring:
@@ -266,6 +298,7 @@ class Run:
         if not self.args.run_dir and self.processes.first:
             self.directory = _unused(self.directory)
         self.metrics = Table(self.directory / "metrics.csv", write=self.processes.first)
+        self.pretraining_metrics = Table(self.directory / "pretraining.csv", write=self.processes.first)
         self.evaluations = Table(self.directory / "evaluations.csv", write=self.processes.first)
         # One by one, so that a member's start is the same to the last bit whatever the population.
         initialise = jax.jit(self._init)
@@ -280,17 +313,22 @@ class Run:
         resumes = self.checkpoint_path.exists()
         if resumes:
             self._restore()
-        found = self.processes.gather(np.array([[self.updates_done, self.online_done]]))
+        found = self.processes.gather(np.array([[self.pretraining_done, self.updates_done, self.online_done]]))
         if (found != found[0]).any():
             raise UsageError(f"the processes find different checkpoints in {self.directory}; they must share it")
         if not resumes:
-            for table in (self.metrics, self.evaluations):  # what a run killed before its first checkpoint left
+            for table in (
+                self.pretraining_metrics,
+                self.metrics,
+                self.evaluations,
+            ):  # what a run killed before its first checkpoint left
                 table.clear()
         devices = int(self.processes.gather(np.array([self.population.mesh.size])).sum())
         if self.processes.first:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_json(self.directory / "config.json", self._config(devices))
         done = {"offline": self.updates_done, "online": self.online_done}
+        self.pretraining_metrics.rewind(lambda row: int(row["step"]) <= self.pretraining_done)
         self.metrics.rewind(lambda row: int(row["step"]) <= self.updates_done + self.online_done)
         self.evaluations.rewind(lambda row: row["phase"] in done and int(row["step"]) <= done[row["phase"]])
         configs = [self._flags() | dict(member.hp._asdict()) | {"seed": member.seed} for member in self.members]
@@ -308,12 +346,41 @@ class Run:
         self._progress.start()
         return self._state
 
+    def adopt(self, state: Any, name: str, path: str) -> Any:
+        """The states with their part `name` from the checkpoint of another run on this dataset, by its directory.
+
+        Members take it from the one of their seed; those with other seeds in turn. A resumed run has it already.
+        UsageError if it was trained on other data, or has networks of other sizes.
+        """
+        if self._steps_in_all:
+            return state
+        file = Path(path) / "checkpoint" / "state.npz"
+        metadata = checkpoints.metadata(file)
+        try:
+            theirs, seeds = metadata["identity"], metadata["seeds"]
+            data = (theirs["dataset"].rpartition(" ")[2], theirs["normalize_observations"])
+            places = [seeds.index(m.seed) if m.seed in seeds else m.seed % len(seeds) for m in self.own]
+        except (KeyError, TypeError, AttributeError):
+            raise UsageError(f"checkpoint {file} is damaged or was edited (its metadata)") from None
+        if data != (self._fingerprint, self.args.normalize_observations):
+            raise UsageError(f"{path} is of a run on another dataset or with another --normalize-observations")
+        part = self.population.to_host(getattr(state, name))
+        like = jax.tree.map(lambda x: x[np.zeros(len(seeds), int)], part)
+        loaded = checkpoints.load(file, like, f"['state'].{name}")
+        return state._replace(**{name: self.population.shard(jax.tree.map(lambda x: x[np.array(places)], loaded))})
+
+    def pretraining(self, num_updates: int) -> Iterator[int]:
+        """Update counts of the chunks of the phase before the offline one; there are no evaluations in it."""
+        self._phase = "pretraining"
+        yield from self._chunks("pretraining", lambda: self.pretraining_done, num_updates)
+
     def offline(self, length: int | None = None) -> Iterator[int]:
         """Update counts of the offline phase's chunks; before each, evaluates and checkpoints where due.
 
         With a `length` the chunks are that long, and evaluations and checkpoints come after the chunk that reaches
         them; without, chunks end where they are due.
         """
+        self._phase = "offline"
         yield from self._chunks("offline", lambda: self.updates_done, self.args.num_updates, length)
 
     def online(self, length: int | None = None) -> Iterator[int]:
@@ -336,24 +403,44 @@ class Run:
     def train(self, state: Any, num_updates: int) -> tuple[Any, populations.Metrics]:
         """`num_updates` updates of every member on the data that the phase has; fewer where a signal comes."""
         done, parts = 0, []
-        online = self._phase == "online"
+        online, pretraining = self._phase == "online", self._phase == "pretraining"
         data = None if online and not self.args.num_updates else self.offline_data
         ring = self.ring if online else None
+        program = self._pretrain if pretraining else self._train
+        assert program is not None
         while done < num_updates and not (done and self._stopping()):
             piece = min(self.updates_per_call, num_updates - done)
             count = jnp.asarray(piece, jnp.int32)
-            state, metrics = jax.block_until_ready(self._train((), (state, self.hp, ring), (data, count)))
+            ahead = self._ahead(state) if self._phase == "offline" else None
+            state, metrics = jax.block_until_ready(program((), (state, self.hp, ring, ahead), (data, count)))
             parts.append((piece, metrics))
             done += piece
-        if not online:
-            self.updates_done += done
+            if pretraining:
+                self.pretraining_done += piece
+            elif not online:
+                self.updates_done += piece
         return state, populations.join(parts)
 
-    def collect(self, state: Any, num_steps: int) -> int:
+    def _ahead(self, state: Any) -> Any:
+        """What is computed ahead for the dataset's rows, anew after every so many updates."""
+        if self._precompute is None:
+            return None
+        count = self.updates_done // self._precompute_every
+        if count != self._precomputed_at:
+            self._precomputed = None  # its memory first
+            # Folds that no `split` of the member's own key gives.
+            keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31 + 1) for member in self.own]
+            members = (state, self.hp, self.population.shard(jnp.stack(keys)))
+            shared = (self.offline_data, jnp.asarray(count, jnp.int32))
+            self._precomputed = jax.block_until_ready(self._precompute((), members, shared))
+            self._precomputed_at = count
+        return self._precomputed
+
+    def collect(self, state: Any, num_steps: int, whole_episodes: bool = True) -> int:
         """At least `num_steps` environment steps of every member, its environments taking turns; how many they were.
 
-        Episodes enter the member's ring whole, when they have ended. The first call goes on until every member has
-        one; a signal ends it early.
+        With `whole_episodes` they enter the member's ring when their episode has ended, and the first call goes on
+        until every member has one. A signal ends it early.
         """
         start, empty = self.online_done, self.population.to_host(self.ring.written) == 0
 
@@ -362,14 +449,14 @@ class Run:
             return bool(self.processes.gather(waiting).any())
 
         for steps in itertools.count(1):
-            if self.online_done - start >= num_steps and not some_has_none():
+            if self.online_done - start >= num_steps and not (whole_episodes and some_has_none()):
                 break
             members = (state, self.hp, self._observations(), self._collection_keys)
             actions = self._sampled_actions((), members, jnp.asarray(self.online_done))
             self._episodes.add(self._step(actions))
             if self._stopping(steps):
                 break
-        self._insert_episodes(self._episodes.take())
+        self._insert_episodes(self._episodes.take(whole_episodes))
         self._collector.episodes.clear()
         if self._signal and self.processes.gather(self.population.to_host(self.ring.written) == 0).any():
             raise Interrupted  # a member has nothing to train on
@@ -406,18 +493,19 @@ class Run:
         own = (self._finite((), state, ()), tuple(metrics))
         finite, metrics = self.processes.gather(self.population.to_host(own))
         metrics = populations.Metrics(*metrics)
-        step = self.updates_done + self.online_done
+        step = self._step_of_phase
         alive = [member for member in self.members if member.index not in self.diverged]
         rows = []
         for member in alive:
             counts = {name: int(count[member.index]) for name, count in metrics.counts.items()}
             sums = {name: float(metrics.sums[name][member.index]) for name in counts}
             rows.append({name: sums[name] / count if count else None for name, count in counts.items()})
-        self.metrics.append(
+        table = self.pretraining_metrics if self._phase == "pretraining" else self.metrics
+        table.append(
             [{"step": step, "member": m.index, "seed": m.seed} | row for m, row in zip(alive, rows, strict=True)]
         )
         by_member = {member.index: row for member, row in zip(alive, rows, strict=True)}
-        self.tracker.log(step, [by_member.get(member.index, {}) for member in self.members])
+        self.tracker.log(self._steps_in_all, [by_member.get(member.index, {}) for member in self.members])
         for member in alive:
             first = {name: int(values[member.index]) for name, values in metrics.first_nonfinite.items()}
             at = {name: update for name, update in first.items() if update >= 0}
@@ -446,6 +534,15 @@ class Run:
     # ---- what it is made of ----
 
     @property
+    def _step_of_phase(self) -> int:
+        """The step in the metrics' table of the phase: the offline and the online one share theirs."""
+        return self.pretraining_done if self._phase == "pretraining" else self.updates_done + self.online_done
+
+    @property
+    def _steps_in_all(self) -> int:
+        return self.pretraining_done + self.updates_done + self.online_done
+
+    @property
     def checkpoint_path(self) -> Path:
         """Where this run's checkpoint is."""
         return self.directory / "checkpoint" / "state.npz"
@@ -466,12 +563,12 @@ class Run:
             self._check_signal()
             if step >= total:
                 break
-            if self.args.eval_every:
+            if self.args.eval_every and phase != "pretraining":
                 evaluated = [int(row["step"]) for row in self.evaluations.rows if row["phase"] == phase]
                 wanted = step - step % self.args.eval_every
                 if step == wanted or max(evaluated, default=-1) < wanted:
                     self._evaluate(phase, step, self.args.eval_episodes)
-            self._chunk_start = self.updates_done + self.online_done
+            self._chunk_start = self._step_of_phase
             before, start = step, time.time()
             yield min([total - step, *([length] if length else [n - step % n for n in every if n])])
             self._time(phase, done() - step, time.time() - start)
@@ -542,7 +639,7 @@ class Run:
             {f"evaluation/{name}": rows[member.index][name] for name in names} if member.index in rows else {}
             for member in self.members
         ]
-        self.tracker.log(self.updates_done + self.online_done, logged)
+        self.tracker.log(self._steps_in_all, logged)
         self._announce(phase, step, rows)
         return rows
 
@@ -596,7 +693,7 @@ class Run:
             self._timing[phase] = np.zeros(2)
         rate = self._rate(phase)
         if rate and self._progress is not None:
-            unit = "updates/s" if phase == "offline" else "steps/s"
+            unit = "steps/s" if phase == "online" else "updates/s"
             self._progress.update(self._task, description=f"{self.name} {rate:.0f} {unit}")
 
     def _rate(self, phase: str) -> float | None:
@@ -688,6 +785,8 @@ class Run:
             return
         metadata = {
             "identity": self._identity(),
+            "seeds": [member.seed for member in self.members],
+            "pretraining_done": self.pretraining_done,
             "updates_done": self.updates_done,
             "online_done": self.online_done,
             "diverged": self.diverged,
@@ -699,6 +798,7 @@ class Run:
         metadata = checkpoints.metadata(self.checkpoint_path)
         try:
             theirs = dict(metadata["identity"])
+            self.pretraining_done = int(metadata["pretraining_done"])
             self.updates_done, self.online_done = int(metadata["updates_done"]), int(metadata["online_done"])
             self.diverged = {int(index): what for index, what in metadata["diverged"].items()}
             self.started -= float(metadata["seconds"])
@@ -730,6 +830,8 @@ class Run:
             names = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
             members.append(entry | {name: row.get(name) for name in names})
         result = {"members": members} | reporting.summarise(members)
+        if self._pretrain is not None:
+            result |= {"pretraining_updates": self.pretraining_done}
         result |= {"updates": self.updates_done, "online_steps": self.online_done}
         result |= {"wall_clock_seconds": time.time() - self.started, "updates_per_second": self._rate("offline")}
         result |= {"online_steps_per_second": self._rate("online")}

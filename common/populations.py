@@ -186,6 +186,12 @@ class Population:
         """Per member, `new` where `keep [padded]` and `old` elsewhere."""
         return self._select((), (jnp.asarray(keep), new, old), ())
 
+    def has_room(self, each: Any) -> bool:
+        """Whether arrays of these shapes for every member would take at most half of the memory."""
+        devices = device_memory()
+        room = host_memory() if devices is None else devices * self.mesh.size
+        return _bytes(each) * self.padded <= room // 2
+
     def fit(self, function: "Compiled", members: Any, kept: Any, shared: Any) -> None:
         """Divide the population into slices where it is too large for the devices; before anything is sharded.
 
