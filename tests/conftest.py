@@ -27,6 +27,16 @@ from common.flags import RunArgs, parse  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
+SMALLER = {  # what small runs of one algorithm need beside the flags of `small_run`
+    "emaq": {
+        "num_proposals": 4,
+        "behavior_updates": 4,
+        "embedding_dim": 8,
+        "embedding_layers": 1,
+        "head_dim": 8,
+        "head_layers": 1,
+    }
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,6 +80,11 @@ def small_run(tiny: Path) -> list[str]:
         *("--dataset", str(tiny), "--env", "Hopper-v5", "--preset", "none", "--hidden-dim", "8", "--batch-size", "16"),
         *("--eval-episodes", "1", "--final-eval-episodes", "1", "--quiet", "True"),
     ]
+
+
+def smaller(name: str) -> list[str]:
+    """What an algorithm's script needs beside the flags of `small_run`."""
+    return [word for flag, size in SMALLER.get(name, {}).items() for word in (f"--{flag.replace('_', '-')}", str(size))]
 
 
 def parsed(words: list[str]) -> RunArgs:

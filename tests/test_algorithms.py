@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTION_DIM, OBS_DIM, ROOT, arrays_of, assert_same_arrays, hopper_like
+from conftest import ACTION_DIM, OBS_DIM, ROOT, SMALLER, arrays_of, assert_same_arrays, hopper_like, smaller
 
 from common import buffers, experiment, flags
 from common.buffers import Replay, Transitions
@@ -31,7 +31,8 @@ def load(name: str) -> Any:
 
 
 def small_args(script: Any, **changes: Any) -> Any:
-    return script.Args(hidden_dim=8, num_layers=1, batch_size=16).replace(**changes)
+    own = SMALLER.get(script.__name__.removeprefix("algorithms."), {})
+    return script.Args(hidden_dim=8, num_layers=1, batch_size=16, **own).replace(**changes)
 
 
 def data() -> Transitions:
@@ -148,7 +149,8 @@ def test_actions_stay_in_their_bounds(name: str) -> None:
     observations = 100.0 * jax.random.normal(jax.random.key(1), (50, OBS_DIM))
     act = partial(script.act, state, args.hp, observations, args=args, action_dim=ACTION_DIM)
     still, noisy = act(jax.random.key(2), sample=False), act(jax.random.key(2), sample=True)
-    np.testing.assert_array_equal(still, act(jax.random.key(3), sample=False))
+    if name != "emaq":  # its policy is the best of some proposals, drawn with the key
+        np.testing.assert_array_equal(still, act(jax.random.key(3), sample=False))
     assert still.shape == noisy.shape == (50, ACTION_DIM)
     assert float(jnp.abs(still).max()) <= 1.0
     if name != "awr":  # it regresses on its Gaussian's samples as drawn; the environment clips them
@@ -166,6 +168,7 @@ def test_online_from_an_offline_checkpoint_equals_training_through(
     run = [*small_run, "--num-updates", "20", "--grid", f"{one}={value},{0.5 * value}", "--reward-scale", "0.5"]
     if name == "iql":
         run += ["--actor-decay-updates", "0"]
+    run += smaller(name)
     through, later = tmp_path / "through", tmp_path / "later"
     outcome = script(name, *run, "--online-steps", "12", "--run-dir", through)
     assert outcome.status == 0, outcome.err

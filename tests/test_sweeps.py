@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sweeps
 import yaml
-from conftest import ROOT, arrays_of, parsed
+from conftest import ROOT, arrays_of, parsed, smaller
 from wandb import wandb_agent
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
@@ -147,25 +147,32 @@ def test_a_suite_is_a_grid_of_whole_sets_and_separate_seeds(name: str, monkeypat
 def test_every_swept_value_changes_the_training(
     name: str, tmp_path: Path, small_run: list[str], script: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The corners of the space as one population: members that differ in one name only end with other parameters."""
+    """The corners of the space as one population: members that differ in one name only end with other parameters.
+
+    Of what decides shapes, and cannot be in one population, the ends.
+    """
     monkeypatch.delenv("WANDB_SWEEP_ID")
     config = load(f"{name}.yaml")
     hp = importlib.import_module(f"algorithms.{name}").Hyperparameters()
     swept = {parameter: space for parameter, space in config["parameters"].items() if "value" not in space}
-    assert swept.keys() <= set(hp._fields)
     ends = {
         parameter: sorted(space["values"])[:: len(space["values"]) - 1]
         if "values" in space
         else [space["min"], space["max"]]
         for parameter, space in swept.items()
     }
-    grid = " ".join(f"{parameter}={low},{high}" for parameter, (low, high) in ends.items())
     flags = [word for word in config["command"] if word.startswith("--") and not word.startswith("--num-")]
-    run_dir = tmp_path / "run"
-    outcome = script(
-        name, *small_run, *flags, "--num-updates", "4", "--eval-every", "0", "--grid", grid, "--run-dir", run_dir
-    )
-    assert outcome.status == 0, outcome.err
+
+    def run(label: str, *more: str) -> Path:
+        own = [*small_run, *smaller(name), *flags, "--num-updates", "4", "--eval-every", "0"]
+        outcome = script(name, *own, *more, "--run-dir", tmp_path / label)
+        assert outcome.status == 0, outcome.err
+        return tmp_path / label
+
+    for parameter in [parameter for parameter in ends if parameter not in hp._fields]:
+        low, high = (run(str(end), f"--{parameter.replace('_', '-')}", str(end)) for end in ends.pop(parameter))
+        assert any(x.tobytes() != arrays_of(high)[key].tobytes() for key, x in arrays_of(low).items()), parameter
+    run_dir = run("grid", "--grid", " ".join(f"{parameter}={low},{high}" for parameter, (low, high) in ends.items()))
     corners = list(itertools.product((0, 1), repeat=len(ends)))
     arrays = [x for x in arrays_of(run_dir).values() if x.ndim and len(x) == len(corners)]
     assert len(arrays) > 10
