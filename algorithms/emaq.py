@@ -19,7 +19,7 @@ Two things are done faster than the paper has them, with the same results:
 * mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and drawn anew after
   `--pool-uses` uses of a state; the place within a bin is drawn at each use.
 * with lambda = 1 the target is max_n min_k. A proposal's minimum over some of the Q-functions bounds its minimum over
-  all: those whose bound is below the best minimum found so far cannot win, and skip the other Q-functions.
+  all: those whose bound is not above the best minimum found so far cannot win, and skip the other Q-functions.
 
 Open in the paper, ours: discount, length of mu's training, initialisation, no normalisation; online, targets use mu
 without tau, and each update of the Q-functions comes with one of mu on the same minibatch. The appendix's soft backup
@@ -108,8 +108,8 @@ class Args(RunArgs):
     drawn at each update. N bytes for each set, action dimension and state (ours)."""
     pool_uses: Count = 8
     """The pool is drawn anew when a state of the dataset has been used this often on average (ours)."""
-    screening_critics: int = 2
-    """Q-functions that bound the minimum of all proposals, where lambda is 1; 0: all at once (ours)."""
+    screening: bool = True
+    """Where lambda is 1, leave out Q-functions of proposals that cannot be the best (ours)."""
     steps_per_iteration: Count = 1
     """The paper's M: online, environment steps taken in a row, and as many updates after them (paper, appendix F)."""
 
@@ -131,14 +131,11 @@ class Args(RunArgs):
         return bool(self.proposal_pool and self.num_updates) and self.behavior == "autoregressive"
 
     @property
-    def screens(self) -> int:
-        """Q-functions that screen proposals for the others: none unless every member takes the minimum alone."""
-        weights = {
-            values.get("ensemble_weight", self.hp.ensemble_weight)
-            for values in populations.parse_grid(self.grid, self.hp)
-        }
-        fit = self.backup == "max" and weights == {1.0} and self.screening_critics < self.num_critics
-        return self.screening_critics if fit else 0
+    def screens(self) -> bool:
+        """Whether targets are screened: only if every member takes the minimum of several Q-functions alone."""
+        grid = populations.parse_grid(self.grid, self.hp)
+        weights = {values.get("ensemble_weight", self.hp.ensemble_weight) for values in grid}
+        return self.screening and self.backup == "max" and weights == {1.0} and self.num_critics > 1
 
 
 TABLE_3 = {  # of the paper
@@ -168,7 +165,6 @@ PRESETS = {
         "embedding_dim": 256,
         "head_dim": 64,
         "head_layers": 2,
-        "screening_critics": 1,
     },
 }
 
@@ -281,7 +277,7 @@ def backup(
     _, critic = modules(args, batch.actions.shape[-1])
     info = {}
     if args.screens:
-        value, share = max_of_min(target_critic, critic, batch.next_observations, proposals, args.screens)
+        value, share = max_of_min(target_critic, critic, batch.next_observations, proposals)
         info = {"critic/evaluated_share": share}
     else:
         values = ensemble(critic.apply(target_critic, batch.next_observations, proposals), hp.ensemble_weight)

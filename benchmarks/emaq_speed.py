@@ -160,7 +160,7 @@ def run(args: Args) -> None:
     use_compilation_cache()
     script = parse(emaq.Args, emaq.PRESETS, ["--preset", args.preset])
     hp = script.hp
-    everywhere = script.replace(screening_critics=0)
+    everywhere = script.replace(screening=False)
     raw = datasets.load(args.dataset).transitions
     data = jax.tree.map(lambda x: jnp.asarray(x[: args.rows]), raw)
     state = emaq.init(jax.random.key(args.seed), hp, script, data.observations.shape[1], data.actions.shape[1])
@@ -253,8 +253,7 @@ def report(path: Path, args: Args, script: emaq.Args) -> str:
             f"- K = {script.num_critics}, {script.num_layers} x {script.hidden_dim}, N = {script.num_proposals}, batch "
             f"{script.batch_size}; {args.dataset}, first {args.rows} rows, after {args.warm_up} updates",
             f"- drawing the pool: {drawing:.4g} s for each update, at {script.pool_uses} uses of a state",
-            f"- {script.screening_critics} Q-functions screen; the others were evaluated on "
-            f"{float(first['evaluated_share']):.1%} of the proposals",
+            f"- screening: {float(first['evaluated_share']):.1%} of the target Q-functions' evaluations were done",
             f"- {first['device']}, {first['cpu']}, {first['cores']} cores; load average {min(loads):.1f} to "
             f"{max(loads):.1f}; {args.repeats} repeats; JAX {first['jax']}; commit {first['git_commit']}",
             f"\n```sh\n{first['command']}\n```\n",
