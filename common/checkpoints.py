@@ -77,7 +77,9 @@ def load(path: Path, like: Any, part: str = "") -> Any:
     """
     arrays = _read(path)
     arrays.pop("metadata", None)
-    arrays = {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)}
+    ends = ("", "[", ".")  # of the name of a part, which may be the beginning of another one's
+    inside = [name for name in arrays if name.startswith(part) and name[len(part) :][:1] in ends]
+    arrays = {name.removeprefix(part): arrays[name] for name in inside}
     expected = _named_leaves(like)
     if arrays.keys() != expected.keys():
         odd = sorted(arrays.keys() ^ expected.keys())[0]

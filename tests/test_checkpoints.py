@@ -20,6 +20,11 @@ class Pair(NamedTuple):
     right: Any
 
 
+class Behavior(NamedTuple):
+    behavior: Any
+    behavior_opt: Any
+
+
 METADATA = {"updates_done": 7, "name": "é", "nested": {"a": [1, None]}}
 
 
@@ -73,6 +78,17 @@ def test_round_trip_is_exact_and_leaves_one_file(path: Path) -> None:
     np.testing.assert_array_equal(drawn(loaded["keys"]), drawn(tree()["keys"]))
     assert checkpoints.metadata(path) == METADATA
     assert [file.name for file in path.parent.iterdir()] == ["state.npz"]
+
+
+def test_a_part_alone_is_read_whatever_else_begins_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "state.npz"
+    parts = {"low": {"a": np.arange(3.0), "b": np.float32(2)}, "low_opt": {"a": np.ones(3)}, "lower": np.zeros(2)}
+    checkpoints.save(path, parts, METADATA)
+    assert_same(checkpoints.load(path, jax.tree.map(np.zeros_like, parts["low"]), "['low']"), parts["low"])
+    state = Behavior({"a": np.arange(2.0)}, Pair(np.zeros(1), np.ones(1)))
+    checkpoints.save(path, {"state": state}, METADATA)
+    assert_same(checkpoints.load(path, {"a": np.zeros(2)}, "['state'].behavior"), state.behavior)
+    assert "on one side only" in refusal(lambda: checkpoints.load(path, {"a": np.zeros(2)}, "['state'].behav"))
 
 
 def test_nothing_in_it_is_pickled(path: Path) -> None:
