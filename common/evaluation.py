@@ -22,10 +22,15 @@ MAX_ENVIRONMENTS = 64
 
 
 class Returns(NamedTuple):
-    """Undiscounted returns and lengths of the evaluation's episodes, `[members, episodes]`."""
+    """Undiscounted returns and lengths of the evaluation's episodes, `[members, episodes]`.
+
+    `successes` is 1 where the environment reported success (`info["success"]`) at some step of the episode, 0 where it
+    did at none, and NaN where it reports nothing of the kind.
+    """
 
     returns: np.ndarray
     lengths: np.ndarray
+    successes: np.ndarray
 
 
 def make_environment(spec: Any) -> gym.Env:
@@ -86,6 +91,7 @@ class Evaluator:
         members = len(seeds)
         returns = np.zeros((members, waves * width))
         lengths = np.zeros((members, waves * width), int)
+        successes = np.full((members, waves * width), np.nan)
         for wave in range(waves):
             columns = np.arange(wave * width, (wave + 1) * width)
             running = [(m, j) for m in range(members) for j in range(width) if columns[j] < episodes]
@@ -97,13 +103,15 @@ class Evaluator:
                 still_running = []
                 for m, j in running:
                     env = self.environments[m * width + j]
-                    observations[m, j], reward, terminated, truncated, _ = env.step(actions[m, j])
+                    observations[m, j], reward, terminated, truncated, info = env.step(actions[m, j])
                     returns[m, columns[j]] += float(reward)
                     lengths[m, columns[j]] += 1
+                    if "success" in info:
+                        successes[m, columns[j]] = np.fmax(successes[m, columns[j]], float(info["success"]))
                     if not (terminated or truncated):
                         still_running.append((m, j))
                 running, step = still_running, step + 1
-        return Returns(returns[:, :episodes], lengths[:, :episodes])
+        return Returns(returns[:, :episodes], lengths[:, :episodes], successes[:, :episodes])
 
     def _reset(self, places: list[tuple[int, int]], width: int, seeds: list[list[int]]) -> np.ndarray:
         """First observations `[members, width, obs_dim]`; zeros where no episode is to be run."""

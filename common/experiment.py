@@ -614,7 +614,7 @@ class Run:
             return {}
         if at_step:  # a kill came between the rows of two members
             self.evaluations.rewind(lambda row: row not in at_step)
-        returns_of = self.processes.gather(self._evaluate_own(episodes))
+        returns_of, successes_of = self.processes.gather(self._evaluate_own(episodes))
         self._check_signal()
         rows = {}
         for member in self.members:
@@ -633,19 +633,22 @@ class Run:
                 "score_std": None if scores is None else float(scores.std()),
                 "episodes": episodes,
             }
+            if np.isfinite(successes_of[member.index]).all():  # the environment reports success
+                rows[member.index]["success_mean"] = float(successes_of[member.index].mean())
         self.evaluations.append(list(rows.values()))
-        names = ("return_mean", "score_mean")
+        names = ("return_mean", "score_mean", "success_mean")
         logged = [
-            {f"evaluation/{name}": rows[member.index][name] for name in names} if member.index in rows else {}
-            for member in self.members
+            {f"evaluation/{name}": row[name] for name in names if name in row}
+            for row in (rows.get(member.index, {}) for member in self.members)
         ]
         self.tracker.log(self._steps_in_all, logged)
         self._announce(phase, step, rows)
         return rows
 
-    def _evaluate_own(self, episodes: int) -> np.ndarray:
-        """Returns `[own members, episodes]`; after a signal, which the others may not have had, of no meaning."""
-        returns = np.zeros((len(self.own), episodes))
+    def _evaluate_own(self, episodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns and successes, `[own members, episodes]`; after a signal, which the others may not have had, of no
+        meaning."""
+        returns, successes = np.zeros((2, len(self.own), episodes))
         state, hp = self.population.to_host((self._state, self.hp))
         key = jax.random.fold_in(jax.random.key(0), self.updates_done + self.online_done)
 
@@ -663,10 +666,10 @@ class Run:
 
             seeds = [1_000_000 + 1000 * member.seed for member in self.own[rows]]
             try:
-                returns[rows] = self.evaluator.run(policy, episodes, seeds, interrupt).returns
+                returns[rows], _, successes[rows] = self.evaluator.run(policy, episodes, seeds, interrupt)
             except Interrupted:
                 break
-        return returns
+        return returns, successes
 
     def _announce(self, phase: str, step: int, rows: dict[int, dict[str, Any]]) -> None:
         assert self._progress is not None

@@ -109,6 +109,26 @@ def test_every_episode_is_counted_once_and_in_full() -> None:
     assert len(Toy.actions) == (1 + seeds % 4).sum()
 
 
+def test_success_is_that_of_any_step_and_nan_where_none_is_reported() -> None:
+    class Successful(Toy):
+        """Seed s: success at the first step of an even s, at none of an odd one."""
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+            self.even, self.first = seed % 2 == 0, True
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+            success, self.first = self.even and self.first, False
+            return *super().step(action)[:4], {"success": np.bool_(success)}
+
+    gym.register("OffaxTest/Successful-v0", entry_point=Successful)
+    result = Evaluator("OffaxTest/Successful-v0", 2, PLAIN).run(lambda *_: np.zeros((2, 4, 1)), 4, [100, 203])
+    assert result.lengths.max() > 1, "later steps without success follow"
+    np.testing.assert_array_equal(result.successes, [[1, 0, 1, 0], [0, 1, 0, 1]])
+    silent = Evaluator("OffaxTest/Toy-v0", 1, PLAIN).run(lambda *_: np.zeros((1, 2, 1)), 2, [100])
+    assert np.isnan(silent.successes).all() and silent.successes.shape == (1, 2)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5, 64])
 def test_episodes_in_waves_are_the_same_episodes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "MAX_ENVIRONMENTS", limit)
