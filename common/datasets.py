@@ -11,7 +11,7 @@ What comes out is the same for each (`Dataset`). What goes in:
   Dictionaries of vectors are flattened in the order of the environment's own space, as gymnasium's
   `FlattenObservation` does. A flat copy is kept beside Minari's files (`flat-...`), where the directory can be written.
 * `.npz`: the arrays of `Transitions` by their names; `truncations` may be absent and is then zero everywhere, which
-  leaves episodes that ended by a time limit joined to the next one.
+  leaves episodes that ended by a time limit joined to the next one. A text `env` may name the environment.
 * `.hdf5` (D4RL's names): as D4RL's `qlearning_dataset` where there are no `next_observations`: the successor is the
   next row, so rows with a timeout and an unfinished last row are dropped, and the row before is marked truncated.
   A terminal row stays; its successor is masked, and is its own observation here rather than the next episode's first.
@@ -251,6 +251,7 @@ def _load_npz(path: str, env: str | None) -> Dataset:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             arrays = {name: file[name] for name in Transitions._fields if name in names}
+            env = env or (str(file["env"]) if "env" in names else None)
     except ValueError as error:
         if "pickle" in str(error).lower():
             raise UsageError(
@@ -352,18 +353,26 @@ def _timeouts_by_counting(terminal: np.ndarray) -> np.ndarray:
 # Minari
 
 
-def _load_minari(dataset_id: str) -> Dataset:
+def ensure(dataset_id: str) -> Path:
+    """Directory of the Minari dataset, with its files in `data`; collected or downloaded when missing.
+
+    UsageError, in one line, for what is no id and for a download that fails.
+    """
     if not re.fullmatch(r"(?:[-\w]+/)*[-\w]+-v\d+", dataset_id):
         raise UsageError(
             f"{dataset_id!r} is neither a dataset id such as offax/hopper/medium-v0, nor a path to an .npz or .hdf5 "
             "file"
         )
     if dataset_id.startswith("offax/"):
-        directory = offax_sets.ensure(dataset_id)
-    else:
-        directory = offax_sets.datasets_root() / dataset_id
-        if not (directory / "data").exists():
-            _download(dataset_id)
+        return offax_sets.ensure(dataset_id)
+    directory = offax_sets.datasets_root() / dataset_id
+    if not (directory / "data").exists():
+        _download(dataset_id)
+    return directory
+
+
+def _load_minari(dataset_id: str) -> Dataset:
+    directory = ensure(dataset_id)
     fingerprint = _fingerprint(directory / "data")
     cached = _read_cache(directory, fingerprint)
     if cached is None:

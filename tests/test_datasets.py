@@ -366,6 +366,16 @@ def test_bounds_have_a_float_tolerance(tmp_path: Path) -> None:
     assert datasets.load(str(tmp_path / "mine.npz")).transitions.actions.max() == 1.0
 
 
+def test_npz_that_names_its_environment(tmp_path: Path) -> None:
+    arrays = good_npz() | {"actions": np.full((5, 1), 1.5), "env": np.array("Pendulum-v1")}  # bounded by 2
+    np.savez(tmp_path / "mine.npz", **arrays)
+    dataset = datasets.load(str(tmp_path / "mine.npz"))
+    assert dataset.env_spec == dataset.env_id == "Pendulum-v1"
+    assert dataset.transitions.actions.tolist() == [[0.75]] * 5
+    other = usage_error(str(tmp_path / "mine.npz"), "MountainCarContinuous-v0")
+    assert "1.5 is not in [-1, 1]" in other, "--env comes first"
+
+
 def test_npz_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "bad.npz"
     assert "there is no file" in usage_error(str(path))
