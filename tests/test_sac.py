@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import sac
+from benchmarks import sac, sac_prior
 from common import networks, offax_sets
 from common.buffers import Transitions
 
@@ -87,3 +87,16 @@ def test_a_run_leaves_snapshots_and_a_curve_and_goes_on_from_its_checkpoint(tmp_
     before = (tmp_path / "run" / "training.csv").read_text()
     sac.main(args)  # the checkpoint is at 400: nothing is left to do
     assert (tmp_path / "run" / "training.csv").read_text() == before
+
+
+def test_with_prior_data_it_is_evaluated_by_the_mode_and_collects_samples() -> None:
+    """The median of tanh(N(mean, std)) is tanh(mean)."""
+    args, observations = sac_prior.Args(hidden_dim=8), random_batch().observations
+    state = sac_prior.init(jax.random.key(3), args.hp, args, OBS, ACT)
+    act = jax.jit(partial(sac_prior.act, args=args, action_dim=ACT), static_argnames="sample")
+    mode = act(state, args.hp, observations, jax.random.key(0), sample=False)
+    samples = jax.vmap(lambda key: act(state, args.hp, observations, key, sample=True))(
+        jax.random.split(jax.random.key(1), 4000)
+    )
+    np.testing.assert_allclose(np.median(samples, axis=0), mode, atol=0.1)
+    assert samples.std(axis=0).min() > 0.1
