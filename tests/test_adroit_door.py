@@ -1,0 +1,310 @@
+"""The Adroit door: rewards and data against the simulator's own state, the commands, and the page by hand."""
+
+import csv
+import json
+import shlex
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import arrays_of, parsed
+
+from benchmarks import adroit_door as door
+from benchmarks import sac_prior
+from common import datasets
+from common.errors import UsageError
+from common.evaluation import make_environment
+
+Episode = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture
+def simulator() -> gym.Env:
+    """The door with its time limit."""
+    pytest.importorskip("gymnasium_robotics")
+    env = make_environment(door.ENV)
+    yield env
+    env.close()
+
+
+def angle(env: gym.Env) -> float:
+    """The joint's own, by its name."""
+    return float(env.unwrapped.data.joint("door_hinge").qpos[0])
+
+
+def open_to(env: gym.Env, value: float) -> np.ndarray:
+    """The observation after the door was set to an angle in radians."""
+    env.reset(seed=0)
+    state = env.unwrapped.get_env_state()
+    state["qpos"][env.unwrapped.model.joint("door_hinge").qposadr[0]] = value
+    env.unwrapped.set_env_state(state)
+    return env.unwrapped._get_obs()
+
+
+def record(env: gym.Env, start: float, steps: int, seed: int) -> tuple[Episode, np.ndarray]:
+    """Observations and actions, some beyond their bounds, from a door at an angle; and its angle after each step."""
+    rng = np.random.default_rng(seed)
+    observations, actions = [open_to(env, start)], 1.3 * rng.uniform(-1, 1, (steps, 28))
+    angles = []
+    for action in actions:
+        observations.append(env.unwrapped.step(action)[0])  # which clips by itself
+        angles.append(angle(env))
+    return (np.array(observations), actions), np.array(angles)
+
+
+# The environment
+
+
+@pytest.mark.parametrize("start", [0.0, 1.5])
+def test_an_episode_has_200_steps_and_no_termination(simulator: gym.Env, start: float) -> None:
+    """Rewards against the joint in the simulator, of a closed door and of an open one."""
+    open_to(simulator, start)
+    rng, rewards, wanted = np.random.default_rng(0), [], []
+    for step in range(200):
+        _, reward, terminated, truncated, info = simulator.step(rng.uniform(-1, 1, 28))
+        rewards.append(reward)
+        wanted.append(0.0 if angle(simulator) > 1.4 else -1.0)
+        assert info["success"] == (angle(simulator) > 1.4)
+        assert not terminated and truncated == (step == 199)
+    assert rewards == wanted
+    assert set(rewards) == ({-1.0} if start == 0.0 else {0.0})
+
+
+def test_the_threshold_is_above_1_4_and_not_at_1_35(simulator: gym.Env) -> None:
+    angles = [1.36, 1.399, 1.401, 1.5]
+    assert door.rewards_of(np.stack([open_to(simulator, value) for value in angles])).tolist() == [-1, -1, 0, 0]
+
+
+@pytest.mark.parametrize("command", ["prepare", "run"])
+def test_without_the_package_there_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics.envs.adroit_hand.adroit_door", None)
+    with pytest.raises(SystemExit) as stop, door.exit_status():
+        door.main([command])
+    assert stop.value.code == 2
+    message = 'error: the door needs gymnasium-robotics: install with `pip install -e ".[adroit]"`\n'
+    assert capsys.readouterr() == ("", message)
+
+
+# The demonstrations
+
+
+@pytest.fixture
+def recorded(simulator: gym.Env) -> tuple[list[Episode], list[np.ndarray]]:
+    """A closed door, an open one, and one that was let go near the threshold; and their angles."""
+    found = [record(simulator, start, steps, seed) for seed, (start, steps) in enumerate([(0, 6), (1.5, 9), (1.2, 4)])]
+    return [episode for episode, _ in found], [angles for _, angles in found]
+
+
+def as_npz(path: Path, episodes: list[Episode]) -> Path:
+    observations, actions = (np.concatenate(parts) for parts in zip(*episodes, strict=True))
+    np.savez(path, replay_observations=observations, actions=actions, lengths=[len(a) for _, a in episodes])
+    return path
+
+
+def test_demonstrations_replay_in_the_simulator(simulator, recorded, tmp_path: Path) -> None:
+    """Their clipped actions lead from row to row, with the rewards of the environment itself."""
+    episodes, angles = recorded
+    data = door.to_transitions(door.read_demonstrations(str(as_npz(tmp_path / "human.npz", episodes))))
+    assert data.observations.shape == (19, 39) and np.abs(data.actions).max() == 1.0
+    assert np.flatnonzero(data.truncations).tolist() == [5, 14, 18] and not data.terminations.any()
+    row = 0
+    for start, of_episode in zip([0, 1.5, 1.2], angles, strict=True):
+        np.testing.assert_allclose(data.observations[row], open_to(simulator, start), atol=1e-6)
+        for value in of_episode:
+            observation, reward, *_ = simulator.step(data.actions[row])
+            np.testing.assert_allclose(data.next_observations[row], observation, atol=1e-6)
+            assert data.rewards[row] == reward == (0.0 if value > 1.4 else -1.0)
+            row += 1
+    assert set(data.rewards.tolist()) == {-1.0, 0.0}
+
+
+def test_minari_gives_the_same_data(recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actions beyond the bounds of its action space included."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    episodes, _ = recorded
+    flags = [np.zeros(len(actions), bool) for _, actions in episodes]
+    buffers = [
+        EpisodeBuffer(observations=o, actions=np.float32(a), rewards=np.ones(len(a)), terminations=f, truncations=f)
+        for (o, a), f in zip(episodes, flags, strict=True)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spaces = gym.spaces.Box(-np.inf, np.inf, (39,), np.float64), gym.spaces.Box(-1, 1, (28,), np.float32)
+        minari.create_dataset_from_buffers(
+            "test/door-v0", buffers, observation_space=spaces[0], action_space=spaces[1], data_format="hdf5"
+        )
+    ours = door.to_transitions(door.read_demonstrations("test/door-v0"))
+    theirs = door.to_transitions(door.read_demonstrations(str(as_npz(tmp_path / "human.npz", episodes))))
+    for name, array in ours._asdict().items():
+        np.testing.assert_allclose(array, getattr(theirs, name), atol=1e-6, err_msg=name)
+
+
+def test_bad_demonstrations_are_one_line(tmp_path: Path) -> None:
+    good: Episode = (np.zeros((4, 39)), np.zeros((3, 28)))
+    cases = {
+        "wide.npz": [(np.zeros((4, 40)), np.zeros((3, 28)))],
+        "short.npz": [good, (np.zeros((3, 39)), np.zeros((3, 28)))],
+        "thin.npz": [(np.zeros((4, 39)), np.zeros((3, 27)))],
+    }
+    for name, episodes in cases.items():
+        with pytest.raises(UsageError, match=f"{name}: demonstration"):
+            door.read_demonstrations(str(as_npz(tmp_path / name, episodes)))
+    np.savez(tmp_path / "other.npz", actions=np.zeros((3, 28)))
+    for source in ("other.npz", "absent.npz"):
+        with pytest.raises(UsageError, match=f"{source}: cannot be read"):
+            door.read_demonstrations(str(tmp_path / source))
+
+
+def test_about_counts_by_hand() -> None:
+    opened = [(range(199, 210), 210), (range(200, 205), 205), (range(3, 5), 6), ((), 7)]
+    episodes = []
+    for steps_open, length in opened:
+        observations = np.zeros((length + 1, 39))
+        observations[[step + 1 for step in steps_open], door.DOOR_ANGLE] = 1.5
+        episodes.append((observations, np.zeros((length, 28))))
+    assert door.about(door.to_transitions(episodes)) == {
+        "episodes": 4, "steps": 428, "shortest": 6, "longest": 210, "steps_open": 11 + 5 + 2,
+        "episodes_open": 3, "episodes_open_within_200": 2, "episodes_open_at_end": 2,
+    }  # fmt: skip
+
+
+# The clone and its trajectories
+
+
+def test_the_clone_imitates_on_raw_observations() -> None:
+    rng = np.random.default_rng(0)
+    scaled, actions = rng.normal(size=(20, 39)), rng.uniform(-0.9, 0.9, (19, 28))
+    data = door.to_transitions([(50.0 + 10.0 * scaled, actions)])
+    policy = door.clone(data, 100, seed=0)
+    error = np.mean((np.asarray(policy(data.observations)) - actions) ** 2)
+    assert error < 0.1 * actions.var()
+
+
+def test_trajectories_are_whole_and_the_policys_own(simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "NUM_ENVIRONMENTS", 2)
+
+    def policy(observations: np.ndarray) -> np.ndarray:
+        return np.tanh(3.0 * observations[:, :28]).astype(np.float32)
+
+    data = door.collect(policy, 3, seed=5)
+    assert data.observations.shape == (600, 39)
+    assert np.flatnonzero(data.truncations).tolist() == [199, 399, 599] and not data.terminations.any()
+    inside = data.truncations[:-1] == 0
+    np.testing.assert_array_equal(data.next_observations[:-1][inside], data.observations[1:][inside])
+    np.testing.assert_allclose(data.actions, policy(data.observations), atol=1e-6)
+    starts = data.observations[::200]
+    assert len({tuple(row) for row in starts}) == 3, "the door is elsewhere in each"
+    np.testing.assert_array_equal(data.rewards, np.where(data.next_observations[:, 28] > 1.4, 0.0, -1.0))
+
+
+def test_a_script_takes_the_prepared_data_as_they_are(
+    recorded: tuple[list[Episode], list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAC evaluates in the door and steps it, without --env, and reports its success rate."""
+    monkeypatch.setattr(door, "NUM_ENVIRONMENTS", 2)
+    monkeypatch.setattr(door, "clone", lambda *_: lambda observations: np.zeros((len(observations), 28), np.float32))
+    source, data = as_npz(tmp_path / "human.npz", recorded[0]), tmp_path / "data" / "door-binary.npz"
+    words = ["prepare", "--demonstrations", str(source), "--out", str(data), "--trajectories", "2"]
+    assert door.main(words) == 0
+    loaded = datasets.load(str(data))
+    assert loaded.env_id == door.ENV and len(loaded.transitions.rewards) == 19 + 400
+    about = json.loads(data.with_suffix(".json").read_text())
+    assert (about["demonstrations"]["episodes"], about["clone"]["steps"]) == (3, 400)
+
+    command = f"python benchmarks/sac_prior.py --dataset {data} --num-updates 1 --online-steps 2 --hidden-dim 8"
+    command += f" --eval-episodes 1 --final-eval-episodes 1 --batch-size 8 --run-dir {tmp_path / 'run'}"
+    sac_prior.main(parsed(command.split()))
+    with open(tmp_path / "run" / "evaluations.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["phase"], row["step"]) for row in rows] == [("offline", "0"), ("online", "0"), ("online", "2")]
+    for row in rows:
+        assert -200.0 <= float(row["return_mean"]) <= 0.0
+        assert (float(row["success_mean"]) > 0.0) == (float(row["return_mean"]) > -200.0)
+    steps = [array for name, array in arrays_of(tmp_path / "run").items() if name.endswith(".step")]
+    assert [step.tolist() for step in steps] == [[3]], "an update offline, and one for each step online"
+
+
+# The runs and the page
+
+
+def test_each_algorithm_runs_by_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium_robotics")
+    (tmp_path / "door-binary.npz").touch()
+    (tmp_path / "door-binary.json").write_text("{}")
+    commands = {}
+
+    def remember(args: door.suite.Args) -> int:
+        (job,) = door.suite.plan(args)
+        commands[args.algorithms[0]] = parsed(shlex.split(job.command))
+        return 0
+
+    monkeypatch.setattr(door.suite, "main", remember)
+    (tmp_path / "results" / door.SUITE).mkdir(parents=True)
+    words = ["run", "--data", str(tmp_path / "door-binary.npz"), "--results-dir", str(tmp_path / "results")]
+    assert door.main(words) == 0
+    assert set(commands) == {"awac", "iql", "cql", "td3_bc", "awr", "sac_prior", "bc"}
+    for algorithm, args in commands.items():
+        assert (args.num_updates, args.num_seeds) == (25_000, 3)
+        assert args.online_steps == (0 if algorithm == "bc" else 100_000)
+    assert commands["awac"].weights == "softmax" and commands["awac"].hp.softmax_temperature == 0.5
+    assert commands["iql"].hp.beta == 0.5 and commands["cql"].hp.conservative_weight == 1.0, "their Adroit settings"
+    assert (tmp_path / "results" / door.SUITE / "data.json").exists()
+
+
+def write_run(folder: Path, algorithm: str, phases: dict[str, dict[int, list[float]]], online_steps: int) -> None:
+    """What a suite keeps of a run; success rates of each seed by phase and step."""
+    run = folder / f"{algorithm}_door"
+    run.mkdir(parents=True)
+    rows = [
+        {"phase": phase, "step": step, "member": seed, "seed": seed, "return_mean": -150.0, "score_mean": "",
+         "episodes": 10, "success_mean": value}
+        for phase, by_step in phases.items() for step, values in by_step.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    with open(run / "evaluations.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    members = [{"member": i, "seed": i, "swept": {}, "diverged": None, "episodes": 10} for i in range(4)]
+    contents = {
+        "config": {"algorithm": algorithm, "flags": {"dataset": "door", "num_updates": 100}, "environment": "door",
+                   "git_commit": "abc123", "cpu": None, "versions": {"jax": "9.9"},
+                   "device": {"count": 1, "kind": "cpu"}},
+        "final": {"members": members, "updates": 100, "online_steps": online_steps, "wall_clock_seconds": 1.0,
+                  "updates_per_second": None},
+        "command": {"command": f"python algorithms/{algorithm}.py"},
+    }  # fmt: skip
+    for name, content in contents.items():
+        (run / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_the_page_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    online = {0: [0.0, 0.0, 0.1, 0.2], 50: [0.0, 0.2, 0.4, 1.0]}  # the middle halves: 0 and 10 %, 20 and 40 %
+    write_run(tmp_path, "awac", {"offline": {0: [0.9] * 4}, "online": online}, 50)
+    write_run(tmp_path, "bc", {"offline": {0: [0.0] * 4, 100: [0.3] * 4}}, 0)
+    assert door.main(["report", "--results", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    cells = {
+        words[1].strip(): [word.strip() for word in words[2:-1]]
+        for words in (line.split("|") for line in page.splitlines() if line.startswith("| "))
+    }
+    assert cells["awac"][:2] == ["100", "50"] and cells["bc"][1:4] == ["0", "-", "30.0 [30.0, 30.0]"]
+    assert cells["awac"][2].startswith("5.0 [") and cells["awac"][3].startswith("30.0 [")
+    low, high = (float(word.strip("[],")) for word in cells["awac"][3].split()[1:])
+    assert 0.0 <= low < 30.0 < high <= 100.0
+    assert (tmp_path / "success.png").read_bytes()[:4] == b"\x89PNG"
+    with open(tmp_path / "success.csv") as file:
+        assert len(list(csv.DictReader(file))) == 4 + 8 + 8
+
+    shutil.rmtree(tmp_path / "bc_door")
+    write_run(tmp_path, "bc", {"offline": {0: [""] * 4}}, 0)  # of an environment that reports no success
+    with pytest.raises(UsageError, match="bc has no success rates"):
+        door.main(["report", "--results", str(tmp_path)])
