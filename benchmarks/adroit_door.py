@@ -118,8 +118,7 @@ if "door-binary-v0" not in gym.registry:  # as a script this file is loaded twic
 def read_demonstrations(source: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Observations `[steps + 1, 39]` and actions `[steps, 28]`, as recorded, of each demonstration.
 
-    `source` is a Minari id, or an .npz with `actions [all steps, 28]`, `lengths [episodes]`, and `replay_observations
-    [all steps + episodes, 39]`: the first of each episode, and those that the simulator gave for the clipped actions.
+    UsageError, in one line, for a `source` (see `Prepare.demonstrations`) that is neither a Minari id nor such a file.
     """
     try:
         if source.endswith(".npz"):
@@ -213,7 +212,8 @@ class Prepare:
     """Make the data: demonstrations, and trajectories of a policy cloned from them."""
 
     demonstrations: str = "D4RL/door/human-v2"
-    """Minari id, or path of an .npz (see the head of read_demonstrations)."""
+    """Minari id, or path of an .npz with actions [all steps, 28], lengths [episodes] and replay_observations [all steps
+    + episodes, 39]: the first of each episode, and those that the simulator gave for the clipped actions."""
     out: Path = DATA
     """The .npz to write; what was found goes into the .json of the same name."""
     clone_updates: int = 25_000
