@@ -4,6 +4,7 @@
 
 Reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below the one given, and writes
 into the latter `README.md`, `scores.csv` (a row for each seed), `scores.png` and, for each dataset, `curves_*.png`.
+`--against num_proposals` adds a table and a figure of the score against that setting, in which the runs differ.
 Text of your own in the folder's `notes.md` goes under the table of scores.
 
 Scores are those of the last policy, never of the best one. A number over seeds is their interquartile mean with a 95 %
@@ -27,6 +28,7 @@ from common.logging import Table
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
 NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "distributed"}
 NOT_SETTINGS |= {
+    "behavior_checkpoint",
     "num_updates",
     "online_steps",
     "eval_every",
@@ -43,6 +45,8 @@ class Args:
 
     results: Annotated[Path, tyro.conf.Positional]
     """Folder of a suite, e.g. results/locomotion."""
+    against: str = ""
+    """A flag or hyperparameter in which the runs differ: adds a table and a figure of the score against it."""
 
 
 @dataclass(frozen=True)
@@ -355,16 +359,70 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def lines_against(cells: Sequence[Cell], name: str) -> dict[str, dict[float, Cell]]:
+    """Cells by what they share, then by their value of `name`; UsageError for what is no number of every run."""
+    lines: dict[str, dict[float, Cell]] = {}
+    for cell in cells:
+        value = cell.members[0]["swept"].get(name, cell.config["flags"].get(name))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"--against {name}: {cell.run} on {cell.dataset} has no such number")
+        shared = re.sub(rf" {name}=\S+", "", cell.algorithm)
+        lines.setdefault(f"{shared}, {cell.dataset}", {})[float(value)] = cell
+    return {label: dict(sorted(line.items())) for label, line in lines.items()}
+
+
+def plot_against(path: Path, lines: dict[str, dict[float, Cell]], name: str) -> None:
+    """Final score at each value of `name`: interquartile mean, interval as a band, the dataset's average dashed."""
+    from matplotlib.figure import Figure
+
+    values = sorted({value for line in lines.values() for value in line})
+    figure = Figure(figsize=(7.0, 4.0 + 0.2 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, line) in enumerate(lines.items()):
+        found = {values.index(value): summary([cell.values("score_mean")]) for value, cell in line.items()}
+        found = {place: value for place, value in found.items() if value is not None}
+        axes.plot(list(found), [value["iqm"] for value in found.values()], "o-", color=f"C{number}", label=label)
+        low, high = ([value[end] for value in found.values()] for end in ("low", "high"))
+        axes.fill_between(list(found), low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        average = level(next(iter(line.values())), True)
+        if average is not None:
+            axes.axhline(average, color=f"C{number}", linestyle="--", linewidth=1.0)
+    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    axes.set_xlabel(name)
+    axes.set_ylabel("normalised score")
+    axes.set_title("Final score, interval over seeds; dashed: average of the dataset", fontsize=10)
+    reporting.legend_below(axes)
+    axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=120)
+
+
+def table_against(lines: dict[str, dict[float, Cell]], name: str) -> str:
+    """The figure's numbers."""
+    values = sorted({value for line in lines.values() for value in line})
+    rows = []
+    for label, line in lines.items():
+        texts = []
+        for value in values:
+            scores = line[value].values("score_mean") if value in line else []
+            lost = len(line[value].members) - len(scores) if value in line else 0
+            texts.append(show(summary([scores]), lost) if value in line else "not run")
+        rows.append([label, *texts])
+    return markdown([name, *(f"{value:g}" for value in values)], rows)
+
+
 # The page
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, against: str = "") -> None:
     """Write README.md, scores.csv and the figures of the suite in `folder`."""
     cells = read(folder)
+    lines = lines_against(cells, against) if against else {}
+    command = f"python benchmarks/report.py results/{folder.resolve().name}"
+    command += f" --against {against}" if against else ""
     write_scores(folder / "scores.csv", cells)
     parts = [
         f"# Results: {folder.resolve().name}\n",
-        f"Made from the files beside it by `python benchmarks/report.py results/{folder.resolve().name}`.\n",
+        f"Made from the files beside it by `{command}`.\n",
         "The figures are those of the last policy, not of the best one: interquartile mean over the seeds [95 % "
         "stratified bootstrap interval]. A quarter of the seeds, rounded down, is cut at each end, so with fewer than "
         "four it is the mean; with fewer than about ten, the interval is narrower than its name says. Each seed by "
@@ -372,6 +430,10 @@ def write(folder: Path) -> None:
     ]
     with_score = {cell.dataset for cell in cells if cell.values("score_mean")}
     scored = [cell for cell in cells if cell.dataset in with_score]  # with those that diverged there
+    if against:
+        plot_against(folder / f"against_{against}.png", lines, against)
+        parts += [f"## Score against {against}\n", table_against(lines, against)]
+        parts += [f"![Score against {against}](against_{against}.png)\n"]
     if scored:
         plot_scores(folder / "scores.png", scored)
 
@@ -411,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit(2), with one line on stderr, where there is nothing to report."""
     with exit_status():
         args = tyro.cli(Args, args=argv)
-        write(args.results)
+        write(args.results, args.against.replace("-", "_"))
         print(f"wrote {args.results / 'README.md'}")
 
 

@@ -308,6 +308,29 @@ def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
     assert cells_of(page, "the 1 with every algorithm")[2] == "10.0 [10.0, 10.0]"
 
 
+def test_report_against_a_setting_has_a_line_for_what_the_runs_share(tmp_path, capsys):
+    """Values in order, whether they are flags or were swept within a run; what has no such value is refused."""
+    for count, score in ((100, 7.0), (5, 3.0)):
+        write_run(tmp_path, "emaq", "easy", [score], num_proposals=count, model="a")
+    write_run(tmp_path, "emaq", "easy", [9.0, None], num_proposals=20, model="b")
+    run = tmp_path / "emaq_easy_num_proposals-20_model-b"
+    final = json.loads((run / "final.json").read_text())
+    for member in final["members"]:
+        member["swept"] = {"num_proposals": 50.0}
+    (run / "final.json").write_text(json.dumps(final))
+    report.main([str(tmp_path), "--against", "num-proposals"])
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "num_proposals") == ["num_proposals", "5", "50", "100"]
+    rows = [cells_of(page, label)[1:] for label in ("emaq, easy", "emaq model=b, easy")]
+    assert rows[0] == ["3.0 [3.0, 3.0]", "not run", "7.0 [7.0, 7.0]"]
+    assert rows[1] == ["not run", "9.0 [9.0, 9.0], 1 diverged", "not run"]
+    assert "report.py results/" in page and "--against num_proposals`" in page
+    assert (tmp_path / "against_num_proposals.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path), "--against", "model"])
+    assert "--against model: emaq" in capsys.readouterr().err
+
+
 def test_report_without_results_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         report.main([str(tmp_path)])
