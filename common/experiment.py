@@ -367,7 +367,9 @@ class Run:
         part = self.population.to_host(getattr(state, name))
         like = jax.tree.map(lambda x: x[np.zeros(len(seeds), int)], part)
         loaded = checkpoints.load(file, like, f"['state'].{name}")
-        return state._replace(**{name: self.population.shard(jax.tree.map(lambda x: x[np.array(places)], loaded))})
+        adopted = self.population.shard(jax.tree.map(lambda x: x[np.array(places)], loaded))
+        self._state = state._replace(**{name: adopted})  # what the evaluation before the first update sees
+        return self._state
 
     def pretraining(self, num_updates: int) -> Iterator[int]:
         """Update counts of the chunks of the phase before the offline one; there are no evaluations in it."""
