@@ -412,8 +412,10 @@ class Run:
         assert program is not None
         while done < num_updates and not (done and self._stopping()):
             piece = min(self.updates_per_call, num_updates - done)
-            count = jnp.asarray(piece, jnp.int32)
             ahead = self._ahead(state) if self._phase == "offline" else None
+            if ahead is not None:  # at the same updates wherever chunks end
+                piece = min(piece, self._precompute_every - self.updates_done % self._precompute_every)
+            count = jnp.asarray(piece, jnp.int32)
             state, metrics = jax.block_until_ready(program((), (state, self.hp, ring, ahead), (data, count)))
             parts.append((piece, metrics))
             done += piece
