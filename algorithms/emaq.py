@@ -31,6 +31,7 @@ The settings of the domains are the paper's and made for an accelerator. On a CP
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -237,9 +238,15 @@ def propose(
     args: Args,
     action_dim: int,
     temperature: jax.Array | float = 1.0,
+    bins: jax.Array | None = None,
 ) -> jax.Array:
-    """N actions `[N, batch, action_dim]` of the behaviour model for each state; the vae has no temperature."""
+    """N actions `[N, batch, action_dim]` of the behaviour model for each state; the vae has no temperature.
+
+    With `bins [batch, N, action_dim]` drawn ahead, only their places within these.
+    """
     behavior, _ = modules(args, action_dim)
+    if bins is not None:
+        return behavior.within(jnp.swapaxes(bins, 0, 1), key)
     if args.behavior == "vae":
         return behavior.apply(params, observations, key, args.num_proposals, method="sample")
     return behavior.apply(params, observations, key, args.num_proposals, temperature, method="sample")[0]
@@ -281,8 +288,10 @@ def backup(
         info = {"critic/evaluated_share": share}
     else:
         values = ensemble(critic.apply(target_critic, batch.next_observations, proposals), hp.ensemble_weight)
-        weights = jax.nn.softmax(hp.softmax_scale * values, axis=0)
-        value = values.max(axis=0) if args.backup == "max" else jnp.sum(weights * values, axis=0)
+        if args.backup == "max":
+            value = values.max(axis=0)
+        else:
+            value = jnp.sum(jax.nn.softmax(hp.softmax_scale * values, axis=0) * values, axis=0)
     return batch.rewards + hp.discount * (1.0 - batch.terminations) * value, info
 
 
@@ -308,12 +317,17 @@ def update(
     state: State, batch: Transitions, hp: Hyperparameters, args: Args, bins: jax.Array | None = None
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update of the Q-functions, then of their targets; proposals are in `bins [batch, N, action_dim]` or new."""
-    behavior, critic = modules(args, batch.actions.shape[-1])
     key, proposal_key = jax.random.split(state.key)
-    if bins is None:
-        proposals = propose(state.behavior, batch.next_observations, proposal_key, args, batch.actions.shape[-1])
-    else:
-        proposals = behavior.within(jnp.swapaxes(bins, 0, 1), proposal_key)
+    action_dim = batch.actions.shape[-1]
+    proposals = propose(state.behavior, batch.next_observations, proposal_key, args, action_dim, bins=bins)
+    return update_critic(state._replace(key=key), batch, proposals, hp, args)
+
+
+def update_critic(
+    state: State, batch: Transitions, proposals: jax.Array, hp: Hyperparameters, args: Args
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update of the Q-functions, then of their targets, with `proposals [N, batch, action_dim]`."""
+    _, critic = modules(args, batch.actions.shape[-1])
     targets, backup_info = backup(state.target_critic, batch, proposals, hp, args)
 
     def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -326,7 +340,6 @@ def update(
         target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
         critic_opt=critic_opt,
         step=state.step + 1,
-        key=key,
     )
     return new_state, critic_info | backup_info
 
@@ -363,7 +376,12 @@ def train_behavior(
 
 
 def train(
-    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+    state: State,
+    hp: Hyperparameters,
+    data: Replay,
+    num_updates: jax.Array | int,
+    args: Args,
+    update: Callable = update,
 ) -> tuple[State, populations.Metrics]:
     """`num_updates` updates, each on a fresh uniform minibatch of the data; online, of the behaviour model too."""
 
