@@ -4,7 +4,6 @@ An algorithm file hands its `init`, `train` and `act` to `Run` and keeps the loo
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -150,9 +149,7 @@ class Run:
             raw, args.normalize_observations, args.normalize_returns, args.reward_scale, args.reward_shift
         )
         self.dataset_returns = datasets.episode_returns(raw)
-        # Enough to tell two datasets of one name apart.
-        arrays = (raw.observations[:1000], raw.actions, raw.rewards, raw.terminations, raw.truncations)
-        self._fingerprint = hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()[:16]
+        self._fingerprint = datasets.digest(raw)
         self._score = partial(datasets.normalized_score, self.dataset.domain)
 
         offline = jax.tree.map(jnp.asarray, self.transform.transitions(raw))
