@@ -4,33 +4,36 @@ There is no policy. A behaviour model mu(a|s) is fitted to the dataset, and the 
 the best of N actions that mu proposes; larger N is bolder:
 
     L_mu = -mean log mu(a|s)                                                                       (Eq. 62)
-    y    = r + discount (1 - termination) max_n Ens(Q'_1(s', a'_n), ..., Q'_K(s', a'_n)),   a'_n ~ mu(s'), n = 1 .. N
-    Ens(v) = lambda min(v) + (1 - lambda) max(v)                                                   (Eq. 5)
-    L_Q  = sum_k mean (Q_k(s, a) - y)^2                                                            (Eq. 5, appendix C)
+    y    = r + discount (1 - termination) max_n Ens(Q'_1(s', a'_n), ..., Q'_K(s', a'_n)),   a'_n ~ mu(s')   (Eq. 11)
+    Ens(v) = lambda min(v) + (1 - lambda) max(v)                                                   (appendix C)
+    L_Q  = sum_k mean (Q_k(s, a) - y)^2                                                            (Eq. 10)
 
-with target networks Q'; the ensemble comes first, then the maximum. The agent draws N actions of mu and takes the best
-by the minimum of the Q-functions.
+with n = 1 .. N and target networks Q'; the ensemble comes first, then the maximum. The agent draws N actions of mu and
+takes the best by Ens(Q_1, ..., Q_K) (algorithm 1).
 
 Variants: `--backup soft` weights the proposals by softmax(alpha Ens) in place of the maximum (Eq. 71, 74); `--behavior
 vae` takes a variational autoencoder for mu (appendix H). Online (appendix F) the agent explores: it draws from mu with
 logits divided by tau, takes the action of largest mean_k Q_k + beta std_k Q_k (Eq. 67), and mu is refitted.
 
-Two things are done faster than the paper has them, with the same results:
+Two things are done faster than in the paper:
 * mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and drawn anew after
-  `--pool-uses` uses of a state; the place within a bin is drawn at each use.
+  `--pool-uses` uses of a state. The places within the bins are drawn at each use; so the bins of a proposal's later
+  dimensions belong to other places in the earlier ones' bins, and until then a state keeps its bins.
+  `--proposal-pool 0` draws everything at each update.
 * with lambda = 1 the target is max_n min_k. A proposal's minimum over some of the Q-functions bounds its minimum over
-  all: those whose bound is not above the best minimum found so far cannot win, and skip the other Q-functions.
+  all: those whose bound is not above the best minimum found so far cannot win, and skip the other Q-functions. Targets
+  are the same.
 
 Open in the paper, ours: discount, length of mu's training, initialisation, no normalisation; online, targets use mu
-without tau, and each update of the Q-functions comes with one of mu on the same minibatch. The appendix's soft backup
-lacks the discount (Eq. 68, 70), a slip. In the paper's test ensemble the index runs over N, where K is meant.
+without tau, and each update of the Q-functions comes with one of mu on the same minibatch. Slips of the paper: the soft
+backup lacks the discount (Eq. 68, 70), the test ensemble runs over N instead of K. The vae's loss sums over dimensions;
+BRAC's code, which the paper used, averages.
 
-The settings of the domains are the paper's and made for an accelerator. On a CPU use smaller ones:
+The settings of the domains are the paper's, for an accelerator. Smaller ones for a CPU:
 
     python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v0
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +49,7 @@ from common.errors import UsageError
 from common.experiment import Run
 from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch, refuse_sweep
 from common.optimization import descend
+from common.populations import Sometimes
 from common.screening import max_of_min
 
 
@@ -53,10 +57,9 @@ class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
     ensemble_weight: Share = 1.0
-    """The paper's lambda: weight of the minimum over the Q-functions in targets, against the maximum (paper, tables
-    2 and 3); 1 is the minimum alone."""
+    """The paper's lambda: weight of the minimum over the Q-functions, against the maximum (paper, tables 2 and 3)."""
     softmax_scale: NonNegative = 64.0
-    """The paper's alpha, for --backup soft; 0 is the mean, large is the maximum (paper, appendix J: 1 to 1024)."""
+    """The paper's alpha, for --backup soft; 0: mean, large: maximum (ours; paper, appendix J: 1 to 1024)."""
     discount: Share = 0.99
     """Discount factor (BRAC, which the paper follows)."""
     polyak: Share = 0.005
@@ -77,9 +80,9 @@ class Args(RunArgs):
 
     hp: Hyperparameters = Hyperparameters()
     num_proposals: Count = 100
-    """The paper's N: actions to choose from (paper, table 2: 5 to 400)."""
+    """The paper's N: actions to choose from (ours; paper, figure 1: 5 to 400)."""
     backup: Literal["max", "soft"] = "max"
-    """The best proposal, or the softmax's mean over all (paper, Eq. 5 and appendix J)."""
+    """The best proposal, or the softmax's mean over all (paper, Eq. 11 and appendix J)."""
     num_critics: Count = 8
     """The paper's K: Q-functions (paper, table 2)."""
     hidden_dim: Count = 750
@@ -93,9 +96,9 @@ class Args(RunArgs):
     behavior_checkpoint: str | None = None
     """Run directory whose behaviour models to use in place of training them (ours)."""
     embedding_dim: Count = 750
-    """Width of the state's embedding and of its hidden layers; of the vae all layers (paper, appendix G.1)."""
+    """Width of the state's embedding and its hidden layers (paper, appendix G.1); of the vae's (appendix H: 1024)."""
     embedding_layers: Count = 2
-    """Hidden layers of the state's embedding; of the vae, of both its networks (paper, appendix G.1)."""
+    """Hidden layers of the state's embedding (paper, appendix G.1); of the vae's two networks (appendix H: 3)."""
     head_dim: Count = 256
     """Width of the hidden layers of each action dimension (paper, appendix G.1)."""
     head_layers: Count = 3
@@ -105,24 +108,29 @@ class Args(RunArgs):
     num_bins: Count = 40
     """Bins of each action dimension (paper, appendix G.1)."""
     proposal_pool: int = 1
-    """Sets of N proposals drawn ahead for each next state of the dataset, of which an update takes one at random; 0:
-    drawn at each update. N bytes for each set, action dimension and state (ours)."""
+    """Sets of N proposals drawn ahead for each next state of the dataset, of which an update takes one at random; N
+    bytes for each member, set, action dimension and state. 0: drawn at each update, as for the vae always (ours)."""
     pool_uses: Count = 8
     """The pool is drawn anew when a state of the dataset has been used this often on average (ours)."""
     screening: bool = True
-    """Where lambda is 1, leave out Q-functions of proposals that cannot be the best (ours)."""
+    """On a CPU, where lambda is 1: leave out Q-functions of proposals that cannot be the best (ours)."""
     steps_per_iteration: Count = 1
-    """The paper's M: online, environment steps taken in a row, and as many updates after them (paper, appendix F)."""
+    """The paper's M: online, environment steps taken in a row, and as many updates after them; a signal ends these
+    early (paper, appendix F)."""
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""
         super().validate()
-        if self.proposal_pool and self.num_bins > 256:
+        if self.draws_ahead and self.num_bins > 256:
             raise UsageError(f"--num-bins {self.num_bins}: at most 256, or pass --proposal-pool 0")
         if self.backup == "max":
             refuse_sweep(self, {"softmax_scale"}, "with --backup max")
         if not self.online_steps:
             refuse_sweep(self, {"temperature", "exploration_bonus"}, "with --online-steps 0")
+        if self.behavior == "vae":
+            refuse_sweep(self, {"temperature"}, "with --behavior vae")
+        if self.behavior_checkpoint is not None and not self.online_steps:
+            refuse_sweep(self, {"behavior_learning_rate"}, "with --behavior-checkpoint")
         if self.behavior_checkpoint is not None and not self.num_updates:
             raise UsageError("--behavior-checkpoint has no effect with --num-updates 0")
 
@@ -131,42 +139,19 @@ class Args(RunArgs):
         """Whether proposals for the dataset are drawn ahead; the vae's are no bins, and fast to draw."""
         return bool(self.proposal_pool and self.num_updates) and self.behavior == "autoregressive"
 
-    @property
-    def screens(self) -> bool:
-        """Whether targets are screened: only if every member takes the minimum of several Q-functions alone."""
-        grid = populations.parse_grid(self.grid, self.hp)
-        weights = {values.get("ensemble_weight", self.hp.ensemble_weight) for values in grid}
-        return self.screening and self.backup == "max" and weights == {1.0} and self.num_critics > 1
 
-
-TABLE_3 = {  # of the paper
-    "batch_size": 128,
-    "num_critics": 16,
-    "hidden_dim": 256,
-    "num_layers": 4,
-    "embedding_dim": 256,
-    "embedding_layers": 4,
-    "head_dim": 128,
-    "head_layers": 1,
-    "prefix_dim": 128,
-    "num_bins": 80,
-}
+# The paper's tables 2 and 3. N it tunes for each dataset; those here are among the ones that it tried.
+TABLE_3 = {"batch_size": 128, "num_critics": 16, "hidden_dim": 256, "num_layers": 4, "prefix_dim": 128, "num_bins": 80}
+TABLE_3 |= {"embedding_dim": 256, "embedding_layers": 4, "head_dim": 128, "head_layers": 1}
+# Ours, for any domain: small enough that 100,000 updates take minutes on two cores.
+CPU = {"num_proposals": 10, "num_critics": 2, "hidden_dim": 256, "num_layers": 2, "critic_learning_rate": 3e-4}
+CPU |= {"behavior_updates": 20_000, "embedding_dim": 256, "head_dim": 64, "head_layers": 2}
 PRESETS = {
-    "locomotion": {"batch_size": 256, "num_proposals": 100},  # table 2; the defaults
+    "locomotion": {"batch_size": 256, "num_critics": 8, "hidden_dim": 750, "num_layers": 3},
     "antmaze": TABLE_3 | {"num_proposals": 100},
     "adroit": TABLE_3 | {"num_proposals": 64},
     "kitchen": TABLE_3 | {"num_proposals": 32},
-    "cpu": {  # ours: of any domain, small enough that 100,000 updates take minutes on two cores
-        "num_proposals": 10,
-        "num_critics": 2,
-        "hidden_dim": 256,
-        "num_layers": 2,
-        "critic_learning_rate": 3e-4,
-        "behavior_updates": 20_000,
-        "embedding_dim": 256,
-        "head_dim": 64,
-        "head_layers": 2,
-    },
+    "cpu": CPU,
 }
 
 
@@ -217,7 +202,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     )
 
 
-# Eq. (62); for the vae appendix H.1
+# Maximum likelihood of Eq. (62); for the vae appendix H.1
 def behavior_loss(
     params: Any, batch: Transitions, key: jax.Array, args: Args
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -253,22 +238,17 @@ def propose(
 
 
 def draw_pool(state: State, hp: Hyperparameters, offline: Transitions, key: jax.Array, args: Args) -> jax.Array:
-    """Bins of proposals `[rows, sets, N, action_dim]` for all rows' next states, drawn a block of rows at a time."""
+    """Bins of proposals `[rows, sets, N, action_dim]` for the next states of all rows."""
     behavior, _ = modules(args, offline.actions.shape[-1])
-    shape = (args.proposal_pool, args.num_proposals)
-    rows = len(offline.rewards)
-    size = min(rows, 1000)
+    count = args.proposal_pool * args.num_proposals
 
-    def fill(pool: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        observations = jax.lax.dynamic_slice_in_dim(offline.next_observations, start, size)
-        block_key = jax.random.fold_in(key, start)
-        _, bins = behavior.apply(state.behavior, observations, block_key, math.prod(shape), method="sample")
-        block = jnp.swapaxes(bins, 0, 1).reshape(size, *shape, -1).astype(jnp.uint8)
-        return jax.lax.dynamic_update_slice_in_dim(pool, block, start, axis=0), None
+    def draw(observations: jax.Array, start: jax.Array) -> jax.Array:
+        key_of_block = jax.random.fold_in(key, start)
+        _, bins = behavior.apply(state.behavior, observations, key_of_block, count, method="sample")
+        shape = (len(observations), args.proposal_pool, args.num_proposals, -1)
+        return jnp.swapaxes(bins, 0, 1).reshape(shape).astype(jnp.uint8)
 
-    pool = jnp.zeros((rows, *shape, offline.actions.shape[-1]), jnp.uint8)
-    starts = jnp.minimum(jnp.arange(0, rows, size), rows - size)  # the last block overlaps the one before
-    return jax.lax.scan(fill, pool, starts)[0]
+    return buffers.map_blocks(draw, offline.next_observations, max(1, 10_000 // count))
 
 
 def ensemble(q: jax.Array, weight: jax.Array | float) -> jax.Array:
@@ -276,26 +256,36 @@ def ensemble(q: jax.Array, weight: jax.Array | float) -> jax.Array:
     return weight * q.min(axis=0) + (1.0 - weight) * q.max(axis=0)
 
 
-# Eq. (5), and (71) with the discount
+# Eq. (11), and (71) with the discount
 def backup(
     target_critic: Any, batch: Transitions, proposals: jax.Array, hp: Hyperparameters, args: Args
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Targets `[batch]` from the proposals `[N, batch, action_dim]` for the next states."""
     _, critic = modules(args, batch.actions.shape[-1])
-    info = {}
-    if args.screens:
-        value, share = max_of_min(target_critic, critic, batch.next_observations, proposals)
-        info = {"critic/evaluated_share": share}
-    else:
-        values = ensemble(critic.apply(target_critic, batch.next_observations, proposals), hp.ensemble_weight)
+    states = batch.next_observations
+
+    def all_values() -> tuple[jax.Array, jax.Array]:
+        values = ensemble(critic.apply(target_critic, states, proposals), hp.ensemble_weight)
         if args.backup == "max":
-            value = values.max(axis=0)
-        else:
-            value = jnp.sum(jax.nn.softmax(hp.softmax_scale * values, axis=0) * values, axis=0)
+            return values.max(axis=0), jnp.ones(())
+        return jnp.sum(jax.nn.softmax(hp.softmax_scale * values, axis=0) * values, axis=0), jnp.ones(())
+
+    # Not on a GPU: there both branches are computed, and many small steps are slow.
+    if (
+        args.screening
+        and args.backup == "max"
+        and min(proposals.shape[0], args.num_critics) > 1
+        and jax.default_backend() == "cpu"
+    ):
+        screened = partial(max_of_min, target_critic, critic, states, proposals)
+        value, share = jax.lax.cond(hp.ensemble_weight == 1.0, screened, all_values)
+    else:
+        value, share = all_values()
+    info = {"critic/evaluated_share": share}
     return batch.rewards + hp.discount * (1.0 - batch.terminations) * value, info
 
 
-# Eq. (5), appendix C
+# Eq. (10)
 def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
     assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
@@ -335,13 +325,9 @@ def update_critic(
 
     grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
     critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
-    new_state = state._replace(
-        critic=critic_params,
-        target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
-        critic_opt=critic_opt,
-        step=state.step + 1,
-    )
-    return new_state, critic_info | backup_info
+    target = optax.incremental_update(critic_params, state.target_critic, hp.polyak)
+    state = state._replace(critic=critic_params, target_critic=target, critic_opt=critic_opt, step=state.step + 1)
+    return state, critic_info | backup_info
 
 
 def act(
@@ -353,12 +339,13 @@ def act(
     action_dim: int,
     sample: bool,
 ) -> jax.Array:
-    """Actions `[batch, action_dim]` in [-1, 1]: the best proposal by the minimum of the Q-functions, or to explore."""
+    """Actions `[batch, action_dim]` in [-1, 1]: the best proposal by the ensemble, or the most promising to explore."""
     _, critic = modules(args, action_dim)
     actions = propose(state.behavior, observations, key, args, action_dim, hp.temperature if sample else 1.0)
     q = critic.apply(state.critic, observations, actions)
-    # Eq. (67), or the paper's test policy
-    values = q.mean(axis=0) + hp.exploration_bonus * q.std(axis=0) if sample else q.min(axis=0)
+    # Eq. (67), or algorithm 1
+    explore = q.mean(axis=0) + hp.exploration_bonus * q.std(axis=0)
+    values = explore if sample else ensemble(q, hp.ensemble_weight)
     return jnp.take_along_axis(actions, values.argmax(axis=0)[None, :, None], axis=0)[0]
 
 
@@ -392,9 +379,12 @@ def train(
         if data.precomputed is not None:
             sets = jax.random.randint(set_key, rows.shape, 0, args.proposal_pool)
             bins = data.precomputed[data.member, rows, sets]
+        refitted = Sometimes(jnp.zeros(()), jnp.array(False))
         if data.ring is not None:
-            state, _ = update_behavior(state, batch, hp, args)
-        return update(state, batch, hp, args, bins)
+            state, behavior_info = update_behavior(state, batch, hp, args)
+            refitted = Sometimes(behavior_info["behavior/loss"], jnp.array(True))
+        state, info = update(state, batch, hp, args, bins)
+        return state, info | {"behavior/loss": refitted}
 
     return populations.repeat(step, state, num_updates)
 
@@ -406,10 +396,9 @@ def main(args: Args) -> None:
     if args.draws_ahead:
         more |= {"precompute": partial(draw_pool, args=args), "precomputed_uses": args.pool_uses}
     with Run("emaq", args, *functions, **more) as run:
-        state = run.begin()
-        if args.behavior_checkpoint is not None:
-            state = run.adopt(state, "behavior", args.behavior_checkpoint)
-        elif args.num_updates:
+        path = args.behavior_checkpoint
+        state = run.begin({} if path is None else run.borrow(path, "behavior", "behavior_opt"))
+        if path is None and args.num_updates:
             for num_updates in run.pretraining(args.behavior_updates):
                 state, metrics = run.train(state, num_updates)
                 state = run.record(state, metrics)

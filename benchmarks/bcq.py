@@ -195,7 +195,7 @@ def act(
     critic, _ = modules(args, action_dim)
     proposals = emaq.propose(state.behavior, observations, key, args, action_dim)
     actions, _ = perturbed(state.actor, observations, proposals, hp, args)
-    best = critic.apply(state.critic, observations, actions).min(axis=0).argmax(axis=0)
+    best = emaq.ensemble(critic.apply(state.critic, observations, actions), hp.ensemble_weight).argmax(axis=0)
     return jnp.take_along_axis(actions, best[None, :, None], axis=0)[0]
 
 
@@ -209,10 +209,9 @@ def main(args: Args) -> None:
     if args.draws_ahead:
         more |= {"precompute": partial(emaq.draw_pool, args=args), "precomputed_uses": args.pool_uses}
     with Run("bcq", args, *functions, **more) as run:
-        state = run.begin()
-        if args.behavior_checkpoint is not None:
-            state = run.adopt(state, "behavior", args.behavior_checkpoint)
-        else:
+        path = args.behavior_checkpoint
+        state = run.begin({} if path is None else run.borrow(path, "behavior", "behavior_opt"))
+        if path is None:
             for num_updates in run.pretraining(args.behavior_updates):
                 state, metrics = run.train(state, num_updates)
                 state = run.record(state, metrics)

@@ -61,6 +61,8 @@ def run(args: Args) -> None:
     """All measurements, a row of the CSV for each."""
     if args.num_critics < 2:
         raise UsageError("--num-critics: at least 2, one alone has nothing to leave out")
+    if list(args.stages) != sorted(set(args.stages)):
+        raise UsageError("--stages: must rise")
     use_compilation_cache()
     plain = parse(emaq.Args, emaq.PRESETS, ["--preset", "cpu"])
     script = plain.replace(
@@ -88,7 +90,7 @@ def run(args: Args) -> None:
         _, critic = emaq.modules(script, data.actions.shape[1])
         state, _ = jax.jit(partial(emaq.train_behavior, args=script))(state, hp, Replay(data), args.behavior_updates)
         draw = jax.jit(partial(emaq.draw_pool, args=script))
-        pool = draw(state, hp, data, jax.random.key(args.seed))
+        pool = draw(state, hp, data, jax.random.key(args.seed + 1))
 
         @jax.jit
         def train(state: emaq.State, count: int) -> emaq.State:
@@ -97,7 +99,8 @@ def run(args: Args) -> None:
 
         @jax.jit
         def share(state: emaq.State, key: jax.Array) -> jax.Array:
-            batch = buffers.sample(key, Replay(data), args.batch_size)  # noqa: B023
+            key, sample_key = jax.random.split(key)
+            batch = buffers.sample(sample_key, Replay(data), args.batch_size)  # noqa: B023
             states = batch.next_observations
             actions = emaq.propose(state.behavior, states, key, script, batch.actions.shape[1])
             everywhere = critic.apply(state.target_critic, states, actions).min(axis=0).max(axis=0)  # noqa: B023

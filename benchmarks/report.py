@@ -367,7 +367,10 @@ def lines_against(cells: Sequence[Cell], name: str) -> dict[str, dict[float, Cel
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UsageError(f"--against {name}: {cell.run} on {cell.dataset} has no such number")
         shared = re.sub(rf" {name}=\S+", "", cell.algorithm)
-        lines.setdefault(f"{shared}, {cell.dataset}", {})[float(value)] = cell
+        line = lines.setdefault(f"{shared}, {cell.dataset}", {})
+        if float(value) in line:
+            raise UsageError(f"--against {name}: {shared} on {cell.dataset} is there twice with {value:g}")
+        line[float(value)] = cell
     return {label: dict(sorted(line.items())) for label, line in lines.items()}
 
 

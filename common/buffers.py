@@ -1,5 +1,6 @@
 """Transitions on the device: the offline arrays shared by a population, and a ring of online transitions per member."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -142,3 +143,19 @@ def parts(replay: Replay) -> list[Part]:
         own = ring if member is None else jax.tree.map(lambda x: x[member], ring)
         found.append(Part(own.data, own.position, own.written, online=True))
     return found
+
+
+def map_blocks(function: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array, size: int) -> jax.Array:
+    """`function(block [size, ...], start)` of one block of rows after the other; its results `[len(rows), ...]`.
+
+    Where `size` does not divide the rows, the last block begins earlier and its results replace the first ones.
+    """
+    count, size = len(rows), min(size, len(rows))
+
+    def fill(results: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        block = function(jax.lax.dynamic_slice_in_dim(rows, start, size), start)
+        return jax.lax.dynamic_update_slice_in_dim(results, block, start, axis=0), None
+
+    one = jax.eval_shape(function, rows[:size], jnp.zeros((), jnp.int32))
+    starts = jnp.minimum(jnp.arange(0, count, size), count - size)
+    return jax.lax.scan(fill, jnp.zeros((count, *one.shape[1:]), one.dtype), starts)[0]

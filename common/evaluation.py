@@ -78,6 +78,8 @@ class Evaluator:
         self.num_members = num_members
         self.transform = transform
         self.environments: list[gym.Env] = []
+        self.reports_success: bool | None = None
+        """Whether the environment's first step of all did."""
 
     def run(
         self, policy: Policy, episodes: int, seeds: list[int], check_interrupt: Callable[[], None] = lambda: None
@@ -106,8 +108,11 @@ class Evaluator:
                     observations[m, j], reward, terminated, truncated, info = env.step(actions[m, j])
                     returns[m, columns[j]] += float(reward)
                     lengths[m, columns[j]] += 1
-                    if "success" in info:
-                        successes[m, columns[j]] = np.fmax(successes[m, columns[j]], float(info["success"]))
+                    if self.reports_success is None:
+                        self.reports_success = "success" in info
+                    if self.reports_success:
+                        success = float(info.get("success", 0.0))
+                        successes[m, columns[j]] = np.fmax(successes[m, columns[j]], success)
                     if not (terminated or truncated):
                         still_running.append((m, j))
                 running, step = still_running, step + 1

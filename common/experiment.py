@@ -226,9 +226,9 @@ class Run:
             return jax.vmap(buffers.insert)(ring, *members)
 
         def evaluation_actions(
-            state: Any, hp: Any, observations: jax.Array, key: jax.Array, places: jax.Array
+            state: Any, hp: Any, observations: jax.Array, key: jax.Array, seeds: jax.Array
         ) -> jax.Array:
-            keys = jax.random.split(key, len(self.members))[places]
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
             return jax.vmap(partial(act, sample=False))(state, hp, observations, keys)
 
         self._train = self.population.compile(partial(train_all, train))
@@ -249,12 +249,14 @@ class Run:
         ahead = None
         if self._precompute is not None:
             ahead = jax.eval_shape(self._precompute_one, state, hp, self.offline_data, jax.random.key(0))
-            if not self.population.has_room(ahead):
-                print(
-                    f"what is computed ahead for {len(self.own)} members would take more than half of the memory; "
-                    "each update computes its own part instead",
-                    file=sys.stderr,
-                )
+            if not self.processes.gather(np.array([self.population.has_room(ahead)])).all():
+                if self.processes.first:
+                    print(
+                        f"what is computed ahead of the updates, {populations.size(ahead)} for each of "
+                        f"{len(self.members)} members, would take more than half of the memory: each update computes "
+                        "its own part, which is slower",
+                        file=sys.stderr,
+                    )
                 ahead = self._precompute = None
         self.population.fit(
             self._train, (state, hp, None, ahead), (state, ring), (self.offline_data, jnp.asarray(1, jnp.int32))
@@ -290,8 +292,43 @@ class Run:
                 print(f"stopped; continue with the same flags, {again}", file=sys.stderr)
             sys.exit(128 + self._signal)
 
-    def begin(self) -> Any:
-        """The members' first states, or those of the checkpoint; opens the run directory."""
+    def borrow(self, path: str, *names: str) -> dict[str, Any]:
+        """Parts of the states in the checkpoint of another run on this dataset, for `begin`; by its directory.
+
+        Members take those of their seed (of the first combination, if that run had a grid), and those with other seeds
+        in turn. A resumed run has its own: nothing. UsageError for a run that is unfinished, diverged, online or on
+        other data, or has networks of other sizes.
+        """
+        if self.checkpoint_path.exists():
+            return {}
+        if not Path(path).is_dir():
+            raise UsageError(f"{path} is not the directory of a run")
+        file = Path(path) / "checkpoint" / "state.npz"
+        metadata = checkpoints.metadata(file)
+        try:
+            theirs, seeds = metadata["identity"], metadata["seeds"]
+            data = (theirs["dataset"].rpartition(" ")[2], theirs["normalize_observations"])
+            places = [seeds.index(m.seed) if m.seed in seeds else m.seed % len(seeds) for m in self.own]
+            unfinished, online = not metadata["updates_done"], bool(metadata["online_done"])
+            diverged = [seeds[place] for place in places if str(place) in metadata["diverged"]]
+        except (KeyError, TypeError, AttributeError):
+            raise UsageError(f"checkpoint {file} is damaged or was edited (its metadata)") from None
+        if data != (self._fingerprint, self.args.normalize_observations):
+            raise UsageError(f"{path} is of a run on another dataset or with another --normalize-observations")
+        if unfinished or online:
+            raise UsageError(f"{path}: its checkpoint is of the {'online' if online else 'pretraining'} phase")
+        if diverged:
+            raise UsageError(f"{path}: its member with seed {diverged[0]} diverged")
+        state = jax.eval_shape(self._init, jax.random.key(0), self.args.hp)
+        parts = {}
+        for name in names:
+            like = jax.tree.map(lambda x: np.zeros((len(seeds), *x.shape), x.dtype), getattr(state, name))
+            part = checkpoints.load(file, like, f"['state'].{name}")
+            parts[name] = jax.tree.map(lambda x: x[np.array(places)], part)
+        return parts
+
+    def begin(self, borrowed: dict[str, Any] | None = None) -> Any:
+        """The members' first states, with parts of other ones, or those of the checkpoint; opens the run directory."""
         if not self.args.run_dir and self.processes.first:
             self.directory = _unused(self.directory)
         self.metrics = Table(self.directory / "metrics.csv", write=self.processes.first)
@@ -301,7 +338,7 @@ class Run:
         initialise = jax.jit(self._init)
         states = [initialise(jax.random.key(member.seed), member.hp) for member in self.own]
         states = [populations.on_host(jax.tree.map(lambda x: x[None], state)) for state in states]
-        self._state = self.population.shard(populations.concatenate(states))
+        self._state = self.population.shard(populations.concatenate(states)._replace(**borrowed or {}))
         if self.args.online_steps:
             ring = populations.on_host(self._empty_ring())
             self.ring = self.population.shard(
@@ -343,31 +380,6 @@ class Run:
         self._progress.start()
         return self._state
 
-    def adopt(self, state: Any, name: str, path: str) -> Any:
-        """The states with their part `name` from the checkpoint of another run on this dataset, by its directory.
-
-        Members take it from the one of their seed; those with other seeds in turn. A resumed run has it already.
-        UsageError if it was trained on other data, or has networks of other sizes.
-        """
-        if self._steps_in_all:
-            return state
-        file = Path(path) / "checkpoint" / "state.npz"
-        metadata = checkpoints.metadata(file)
-        try:
-            theirs, seeds = metadata["identity"], metadata["seeds"]
-            data = (theirs["dataset"].rpartition(" ")[2], theirs["normalize_observations"])
-            places = [seeds.index(m.seed) if m.seed in seeds else m.seed % len(seeds) for m in self.own]
-        except (KeyError, TypeError, AttributeError):
-            raise UsageError(f"checkpoint {file} is damaged or was edited (its metadata)") from None
-        if data != (self._fingerprint, self.args.normalize_observations):
-            raise UsageError(f"{path} is of a run on another dataset or with another --normalize-observations")
-        part = self.population.to_host(getattr(state, name))
-        like = jax.tree.map(lambda x: x[np.zeros(len(seeds), int)], part)
-        loaded = checkpoints.load(file, like, f"['state'].{name}")
-        adopted = self.population.shard(jax.tree.map(lambda x: x[np.array(places)], loaded))
-        self._state = state._replace(**{name: adopted})  # what the evaluation before the first update sees
-        return self._state
-
     def pretraining(self, num_updates: int) -> Iterator[int]:
         """Update counts of the chunks of the phase before the offline one; there are no evaluations in it."""
         self._phase = "pretraining"
@@ -388,7 +400,7 @@ class Run:
             return
         from common.collection import Collector, Episodes
 
-        self._phase = "online"
+        self._phase, self._precomputed, self._precomputed_at = "online", None, -1
         seeds = []
         for member in self.own:
             start = np.random.SeedSequence([member.seed, self.online_done])
@@ -659,11 +671,11 @@ class Run:
 
         for rows in self.population.blocks:
             block = jax.device_put(jax.tree.map(lambda x: x[rows], (state, hp)), jax.local_devices()[0])  # noqa: B023
-            places = jnp.array([member.index for member in self.own[rows]])
+            own_seeds = jnp.array([member.seed for member in self.own[rows]])
 
             def policy(observations: np.ndarray, count: int) -> np.ndarray:
                 # A frozen member's state is finite, so its actions are; its episodes are not reported.
-                return np.asarray(self._act(*block, observations, jax.random.fold_in(key, count), places))  # noqa: B023
+                return np.asarray(self._act(*block, observations, jax.random.fold_in(key, count), own_seeds))  # noqa: B023
 
             seeds = [1_000_000 + 1000 * member.seed for member in self.own[rows]]
             try:
@@ -744,6 +756,8 @@ class Run:
         free = FREE_TO_CHANGE - (PHASE_LENGTHS if self.online_done else set())
         fixed = {name: value for name, value in self._flags().items() if name not in free}
         fixed["dataset"] += f" with sha256 {self._fingerprint}"
+        if self._precompute_one is not None:  # else random numbers are drawn elsewhere
+            fixed["precompute"] = self._precompute is not None
         return json.loads(json.dumps({"algorithm": self.name} | fixed))
 
     def _config(self, devices: int) -> dict[str, Any]:

@@ -207,8 +207,8 @@ class Population:
             each, room = _bytes(kept) + _bytes(members), host_memory() - _bytes(shared)
             if each * self.num_members > room:
                 raise UsageError(
-                    f"{self.num_members} members need at least {_size(each * self.num_members)}, the machine has "
-                    f"{_size(room)} beside the data: at most {max(0, room // each)} fit"
+                    f"{self.num_members} members need at least {_show(each * self.num_members)}, the machine has "
+                    f"{_show(room)} beside the data: at most {max(0, room // each)} fit"
                 )
 
     def _divide(self, function: "Compiled", members: Any, kept: Any, shared: Any, limit: int) -> None:
@@ -227,12 +227,12 @@ class Population:
             fitting = self.slice_size // self.mesh.size - 1
             if not fitting:
                 raise UsageError(
-                    f"one member needs {_size(needed())} of a device's {_size(limit)}; "
+                    f"one member needs {_show(needed())} of a device's {_show(limit)}; "
                     "use smaller networks, a smaller batch or a larger device"
                 )
             self._slice(-(-all_of_device // fitting))
         print(
-            f"{self.num_members} members need {_size(whole)} of a device's {_size(limit)}: they take turns in "
+            f"{self.num_members} members need {_show(whole)} of a device's {_show(limit)}: they take turns in "
             f"{self.slices} slices of {self.slice_size}",
             file=sys.stderr,
         )
@@ -318,7 +318,12 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _size(count: int) -> str:
+def size(tree: Any) -> str:
+    """How much memory arrays, or arrays of these shapes, take."""
+    return _show(_bytes(tree))
+
+
+def _show(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 

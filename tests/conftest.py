@@ -33,6 +33,7 @@ SMALLER = {  # what small runs of one algorithm need beside the flags of `small_
         "behavior_updates": 4,
         "embedding_dim": 8,
         "embedding_layers": 1,
+        "num_bins": 4,
         "head_dim": 8,
         "head_layers": 1,
     }

@@ -217,13 +217,20 @@ def test_behavior_loss_and_its_update(kind: str) -> None:
     )
 
 
-def test_when_proposals_are_screened() -> None:
-    """Where every member takes the minimum of several critics."""
-    assert ARGS.screens and not PLAIN.screens and not SOFT.screens
-    assert not ARGS.replace(num_critics=1).screens
-    assert not ARGS.replace(grid="ensemble_weight=1,0.75").screens
-    assert not ARGS.replace(hp=HP._replace(ensemble_weight=0.75)).screens
-    assert ARGS.replace(hp=HP._replace(ensemble_weight=0.75), grid="ensemble_weight=1").screens
+def test_members_are_screened_by_their_own_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lambda is traced: 1 is screened, others are not, in one program. Neither is any on another device than a CPU."""
+    state, batch = fresh(), random_batch()
+    for weight in (1.0, 0.75, 0.0):
+        hp = HP._replace(ensemble_weight=jnp.float32(weight))
+        (screened, info), (plain, _) = (update(state, batch, hp, args) for args in (ARGS, PLAIN))
+        assert_close(screened.critic, plain.critic)
+        assert (float(info["critic/evaluated_share"]) == 1.0) == (weight != 1.0)
+    for args in (PLAIN, SOFT, ARGS.replace(num_critics=1), ARGS.replace(num_proposals=1)):
+        start = initialise(jax.random.key(0), HP, args, OBS, ACT)
+        assert "while" not in str(jax.make_jaxpr(partial(emaq.update, args=args))(start, batch, HP))
+    assert "while" in str(jax.make_jaxpr(partial(emaq.update, args=ARGS))(state, batch, HP))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "while" not in str(jax.make_jaxpr(partial(emaq.update, args=ARGS))(state, batch, HP))
 
 
 # ---- targets by hand ----

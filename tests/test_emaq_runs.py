@@ -4,6 +4,7 @@ All runs have two members of the same sizes, so that few programs are compiled.
 """
 
 import csv
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -131,19 +132,20 @@ def test_the_behavior_models_of_another_run(
         assert sorted(x.tobytes() for x in arrays) == sorted(x.tobytes() for x in theirs)
     assert any((x[0] != x[1]).any() for x in theirs)
     assert not (tmp_path / "run/pretraining.csv").exists()
-    assert count_of(tmp_path / "run", "behavior_opt.count") == [0, 0]
+    assert count_of(tmp_path / "run", "behavior_opt.count") == [120, 120], "Adam's moments come along"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--behavior-checkpoint", "{nothing}"], ["no checkpoint"]),
+        (["--behavior-checkpoint", "{nothing}"], ["not the directory of a run"]),
+        (["--behavior-checkpoint", "{empty}"], ["no checkpoint"]),
         (["--dataset", "{other}"], ["another dataset"]),
         (["--normalize-observations", "True"], ["--normalize-observations"]),
         (["--embedding-dim", "7"], ["does not fit", "expected"]),
         (["--behavior", "vae"], ["does not fit"]),
     ],
-    ids=["missing", "dataset", "normalisation", "sizes", "kind"],
+    ids=["missing", "empty", "dataset", "normalisation", "sizes", "kind"],
 )
 def test_behavior_models_that_do_not_fit_are_refused(
     tmp_path: Path, emaq: Emaq, through: Path, flags: list[str], words: list[str]
@@ -151,12 +153,37 @@ def test_behavior_models_that_do_not_fit_are_refused(
     other = hopper_like()
     other["rewards"] += 1
     np.savez(tmp_path / "other.npz", **other)
-    places = {"{nothing}": str(tmp_path / "nothing"), "{other}": str(tmp_path / "other.npz")}
+    (tmp_path / "empty").mkdir()
+    names = {"{nothing}": "nothing", "{empty}": "empty", "{other}": "other.npz"}
+    places = {name: str(tmp_path / file) for name, file in names.items()}
     flags = [places.get(flag, flag) for flag in flags]
     outcome = emaq("--num-updates", "5", "--run-dir", tmp_path / "run", "--behavior-checkpoint", through, *flags)
     assert outcome.status == 2
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
     assert all(word in outcome.err for word in words), outcome.err
+    assert not (tmp_path / "run").exists(), "so that the corrected command may use it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"updates_done": 0}, "pretraining phase"),
+        ({"online_done": 3}, "online phase"),
+        ({"diverged": {"1": {"step": 3}}}, "seed 1 diverged"),
+        ({"seeds": None}, "damaged or was edited"),
+    ],
+    ids=["unfinished", "online", "diverged", "edited"],
+)
+def test_behavior_models_of_a_run_that_went_wrong_are_refused(
+    tmp_path: Path, emaq: Emaq, through: Path, changes: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "source/checkpoint/state.npz"
+    file.parent.mkdir(parents=True)
+    arrays = arrays_of(through)
+    metadata = checkpoints.metadata(through / "checkpoint/state.npz") | changes
+    np.savez(file, **arrays, metadata=np.frombuffer(json.dumps(metadata).encode(), np.uint8))
+    outcome = emaq("--num-updates", "5", "--run-dir", tmp_path / "run", "--behavior-checkpoint", tmp_path / "source")
+    assert outcome.status == 2 and words in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
@@ -172,6 +199,10 @@ def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
     assert outcome.status == 0
     assert outcome.err.count("\n") == 1 and "more than half of the memory" in outcome.err
     assert_same_arrays(tmp_path / "none", tmp_path / "short")
+    monkeypatch.undo()
+    again = [*flags, "--proposal-pool", "300", "--run-dir", tmp_path / "short", "--resume", "True"]
+    outcome = emaq(*again, "--num-updates", "40")
+    assert outcome.status == 2 and "--precompute False, this one has True" in outcome.err
 
 
 def test_online_in_rounds_of_steps_and_as_many_updates(tmp_path: Path, emaq: Emaq) -> None:
@@ -187,6 +218,7 @@ def test_online_in_rounds_of_steps_and_as_many_updates(tmp_path: Path, emaq: Ema
     assert observations.shape[1] == 12 and (np.abs(observations).sum(axis=-1) > 0).all(), "all rows are written"
     ends = arrays["['ring'].data.terminations"] + arrays["['ring'].data.truncations"]
     np.testing.assert_array_equal(observations[:, 1:][ends[:, :-1] == 0], following[:, :-1][ends[:, :-1] == 0])
+    assert all(float(row["behavior/loss"]) for row in rows_of(run / "metrics.csv"))
     for name in ("step", "critic_opt.count", "behavior_opt.count"):
         assert count_of(run, name) == [12, 12]
     assert not (run / "pretraining.csv").exists()
