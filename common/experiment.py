@@ -351,11 +351,8 @@ class Run:
         if (found != found[0]).any():
             raise UsageError(f"the processes find different checkpoints in {self.directory}; they must share it")
         if not resumes:
-            for table in (
-                self.pretraining_metrics,
-                self.metrics,
-                self.evaluations,
-            ):  # what a run killed before its first checkpoint left
+            # What a run killed before its first checkpoint left.
+            for table in (self.pretraining_metrics, self.metrics, self.evaluations):
                 table.clear()
         devices = int(self.processes.gather(np.array([self.population.mesh.size])).sum())
         if self.processes.first:
