@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,8 @@ def load(path: Path, like: Any, part: str = "") -> Any:
     """
     arrays = _read(path)
     arrays.pop("metadata", None)
-    ends = ("", "[", ".")  # of the name of a part, which may be the beginning of another one's
-    inside = [name for name in arrays if name.startswith(part) and name[len(part) :][:1] in ends]
-    arrays = {name.removeprefix(part): arrays[name] for name in inside}
+    if part:  # whose name may be the beginning of another one's
+        arrays = {n.removeprefix(part): x for n, x in arrays.items() if re.match(re.escape(part) + r"(?!\w)", n)}
     expected = _named_leaves(like)
     if arrays.keys() != expected.keys():
         odd = sorted(arrays.keys() ^ expected.keys())[0]
