@@ -30,6 +30,7 @@ OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
 SMALLER = {  # what small runs of one algorithm need beside the flags of `small_run`
     "emaq": {
         "num_proposals": 4,
+        "num_critics": 2,
         "behavior_updates": 4,
         "embedding_dim": 8,
         "embedding_layers": 1,
