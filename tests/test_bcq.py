@@ -94,6 +94,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return call
 
 
+@pytest.mark.slow
 def test_without_perturbation_a_run_is_emaqs(
     script: Callable[..., Outcome], command: Callable[..., Outcome], small_run: list[str], tmp_path: Path
 ) -> None:
