@@ -218,7 +218,9 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 @pytest.mark.parametrize(
-    ("forward", "signals"), [(True, [signal.SIGTERM]), (False, [signal.SIGINT, signal.SIGINT])], ids=str
+    ("forward", "signals"),
+    [(True, [signal.SIGTERM]), pytest.param(False, [signal.SIGINT, signal.SIGINT], marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_an_agent_that_is_signalled_waits_for_the_checkpoint(
     tmp_path: Path, tiny: Path, spawn: Callable, forward: bool, signals: list[int]

@@ -291,7 +291,7 @@ def test_actor_rate_follows_the_cosine_offline_and_is_whole_online() -> None:
         state = fresh(args)._replace(step=jnp.asarray(10))
         after, _ = update(state, batch, HP, args)
         assert trees_equal(state.actor, after.actor) and not trees_equal(state.value, after.value)
-        online, _ = iql.update(state, batch, HP, args, online=True)
+        online, _ = jax.jit(partial(iql.update, args=args, online=True))(state, batch, HP)
         whole, _ = update(state._replace(step=jnp.asarray(0)), batch, HP, args)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), online.actor, whole.actor)
 

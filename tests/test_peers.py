@@ -302,6 +302,7 @@ def test_an_error_of_ours_is_not_reported_as_a_peers(tmp_path, monkeypatch):
         peers.compare("iql", peers.Args(jax_corl=clone), tmp_path, lambda row: None)
 
 
+@pytest.mark.slow
 def test_a_comparison_from_start_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peer_sides, "ROWS", 300)
     good = write(tmp_path / "good", "algos/iql.py", JAX_CORL)

@@ -384,6 +384,7 @@ def test_memory_of_this_machine() -> None:
 # Whole runs
 
 
+@pytest.mark.slow
 def test_a_run_in_slices_writes_the_same(
     tmp_path: Path, small_run: list[str], iql: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
