@@ -46,6 +46,7 @@ from common import checkpoints, datasets, reporting, transforms
 from common.errors import UsageError, exit_status
 from common.experiment import use_compilation_cache
 from common.logging import write_json
+from common.provenance import provenance
 
 
 def expected_max(values: np.ndarray, probabilities: np.ndarray | None, n: int) -> np.ndarray:
@@ -280,7 +281,7 @@ def main(args: Args) -> None:
     about |= {"seed": args.seed, "num_proposals_of_run": run.args.num_proposals}
     output = args.output or args.run
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "complexity.json", about | {"members": results})
+    write_json(output / "complexity.json", about | {"members": results} | provenance())
     plot(output / "complexity.png", about, results)
     for result in results:
         show(about, result)
