@@ -204,8 +204,7 @@ def read(directory: Path, dataset: str | None) -> Trained:
     shapes = jax.eval_shape(partial(emaq.init, args=args, **sizes), jax.random.key(0), hp)
 
     def part(name: str) -> list[Any]:
-        like = jax.tree.map(lambda x: np.zeros((len(members), *x.shape), x.dtype), getattr(shapes, name))
-        loaded = checkpoints.load(checkpoint, like, f"['state'].{name}")
+        loaded = checkpoints.load_members(checkpoint, name, getattr(shapes, name), len(members))
         return [jax.tree.map(lambda x: x[i], loaded) for i in alive]  # noqa: B023
 
     return Trained(args, [members[i] for i in alive], part("behavior"), part("critic"), transitions)

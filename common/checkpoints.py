@@ -99,3 +99,12 @@ def load(path: Path, like: Any, part: str = "") -> Any:
         return jax.numpy.asarray(value) if isinstance(leaf, jax.Array) else value
 
     return jax.tree_util.tree_map_with_path(restore, like)
+
+
+def load_members(path: Path, name: str, one: Any, num_members: int) -> Any:
+    """The part `name` of the states of a population's members, `[num_members, ...]`; `one` has the shapes of one's.
+
+    UsageError as for `load`.
+    """
+    like = jax.tree.map(lambda x: np.zeros((num_members, *x.shape), x.dtype), one)
+    return load(path, like, f"['state'].{name}")

@@ -83,7 +83,9 @@ class Episodes:
         ended: list[Transitions | None] = []
         for i, running in enumerate(self.running):
             ends = np.flatnonzero(steps.terminations[:, i] + steps.truncations[:, i])
-            cut = len(steps.rewards) if not whole else int(ends[-1]) + 1 if len(ends) else 0
+            cut = int(ends[-1]) + 1 if len(ends) else 0
+            if not whole:
+                cut = len(steps.rewards)
             head, tail = (jax.tree.map(lambda x: x[rows, i], steps) for rows in (slice(cut), slice(cut, None)))  # noqa: B023
             ended.append(jax.tree.map(lambda *rows: np.concatenate(rows), *running, head) if cut else None)
             self.running[i] = [tail] if cut else [*running, tail]

@@ -322,8 +322,7 @@ class Run:
         state = jax.eval_shape(self._init, jax.random.key(0), self.args.hp)
         parts = {}
         for name in names:
-            like = jax.tree.map(lambda x: np.zeros((len(seeds), *x.shape), x.dtype), getattr(state, name))
-            part = checkpoints.load(file, like, f"['state'].{name}")
+            part = checkpoints.load_members(file, name, getattr(state, name), len(seeds))
             parts[name] = jax.tree.map(lambda x: x[np.array(places)], part)
         return parts
 
@@ -403,9 +402,7 @@ class Run:
             start = np.random.SeedSequence([member.seed, self.online_done])
             seeds += [int(word) for word in start.generate_state(self.num_environments)]
         self._collector, self._episodes = Collector(self.spec, self.transform, seeds), Episodes(len(seeds))
-        # A fold that no `split` of the member's own key gives.
-        keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31) for member in self.own]
-        self._collection_keys = self.population.shard(jnp.stack(keys))
+        self._collection_keys = self._keys(0)
         yield from self._chunks("online", lambda: self.online_done, self.args.online_steps, length)
 
     def train(self, state: Any, num_updates: int) -> tuple[Any, populations.Metrics]:
@@ -438,13 +435,16 @@ class Run:
         count = self.updates_done // self._precompute_every
         if count != self._precomputed_at:
             self._precomputed = None  # its memory first
-            # Folds that no `split` of the member's own key gives.
-            keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31 + 1) for member in self.own]
-            members = (state, self.hp, self.population.shard(jnp.stack(keys)))
+            members = (state, self.hp, self._keys(1))
             shared = (self.offline_data, jnp.asarray(count, jnp.int32))
             self._precomputed = jax.block_until_ready(self._precompute((), members, shared))
             self._precomputed_at = count
         return self._precomputed
+
+    def _keys(self, number: int) -> jax.Array:
+        """A key for each member, by a fold that no `split` of the member's own key gives."""
+        keys = [jax.random.fold_in(jax.random.key(member.seed), 2**31 + number) for member in self.own]
+        return self.population.shard(jnp.stack(keys))
 
     def collect(self, state: Any, num_steps: int, whole_episodes: bool = True) -> int:
         """At least `num_steps` environment steps of every member, its environments taking turns; how many they were.
