@@ -25,7 +25,7 @@ from common.errors import UsageError, exit_status
 from common.experiment import use_compilation_cache
 from common.flags import Count, parse
 from common.logging import Table
-from common.provenance import provenance
+from common.provenance import commit_of, provenance
 from common.screening import max_of_min
 
 
@@ -75,7 +75,7 @@ def run(args: Args) -> None:
     hp = script.hp
     about = provenance()
     shared = {
-        "git_commit": (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else ""),
+        "git_commit": commit_of(about),
         "cpu": about["cpu"]["model"],
         "jax": about["versions"]["jax"],
         "command": f"python benchmarks/emaq_screening.py {' '.join(sys.argv[1:])}".strip(),

@@ -45,7 +45,7 @@ from common.experiment import use_compilation_cache
 from common.flags import Count, parse
 from common.logging import Table
 from common.optimization import descend
-from common.provenance import provenance
+from common.provenance import commit_of, provenance
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def run(args: Args) -> None:
         "device": jax.devices()[0].device_kind,
         "cpu": about["cpu"]["model"],
         "cores": about["cpu"]["cores"],
-        "git_commit": (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else ""),
+        "git_commit": commit_of(about),
         "jax": about["versions"]["jax"],
         "command": f"python benchmarks/emaq_speed.py {' '.join(sys.argv[1:])}".strip(),
         "evaluated_share": share,

@@ -53,7 +53,7 @@ from benchmarks.peer_sides import OURS, Info, PeerError, Side
 from common import reporting
 from common.errors import UsageError, exit_status
 from common.logging import Table
-from common.provenance import provenance
+from common.provenance import commit_of, provenance
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
 SETTINGS = {
@@ -309,11 +309,6 @@ def commit(path: Path | None) -> str:
     return answers[0] + (" with changes" if answers[1] else "")
 
 
-def own_commit(about: dict[str, Any]) -> str:
-    """Ours, and whether the code differs from it."""
-    return (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else "")
-
-
 def versions(about: dict[str, Any]) -> dict[str, str]:
     """Versions of what takes part in an update, on any side."""
     found = {name: about["versions"][name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
@@ -352,7 +347,7 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
             f"- {args.rounds} rounds of at least {args.seconds:g} s for each side, one side at a time",
             f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores",
             f"- updates on: {', '.join(sorted(devices)) or 'nothing'}",
-            f"- date: {begun} to {now()}; commit: {own_commit(about)}",
+            f"- date: {begun} to {now()}; commit: {commit_of(about)}",
             f"- clones: {'; '.join(clones)}",
             f"- versions: {', '.join(f'{name} {version}' for name, version in versions(about).items())}",
             f"\n```sh\n{command}\n```\n",
@@ -369,7 +364,7 @@ def main(args: Args) -> int:
     """Compare, print the table, write the results; the exit status."""
     args.validate()
     about, begun = provenance(), now()
-    shared = {"cpu": about["cpu"]["model"], "cores": peer_sides.cores(), "git_commit": own_commit(about)}
+    shared = {"cpu": about["cpu"]["model"], "cores": peer_sides.cores(), "git_commit": commit_of(about)}
     shared |= versions(about)
     table = None
     if args.out is not None:

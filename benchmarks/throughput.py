@@ -38,7 +38,7 @@ import tyro
 
 from common.errors import UsageError, exit_status
 from common.logging import Table
-from common.provenance import provenance
+from common.provenance import commit_of, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
@@ -161,7 +161,7 @@ def run(args: Args) -> None:
     shared = {
         "cpu": about["cpu"]["model"],
         "cores": about["cpu"]["cores"],
-        "git_commit": (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else ""),
+        "git_commit": commit_of(about),
     } | {name: about["versions"][name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
     table = Table(path)
     with tempfile.TemporaryDirectory() as temporary:

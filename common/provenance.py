@@ -23,6 +23,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def commit_of(about: dict[str, Any]) -> str:
+    """The commit of a `provenance()`, and whether the code differs from it."""
+    return (about["git_commit"] or "unknown") + (" with uncommitted changes" if about["git_dirty"] else "")
+
+
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
