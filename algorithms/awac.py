@@ -10,15 +10,15 @@ with target networks Q', and the paper's lambda as the temperature.
 
 Published code computes the weights w(A) in two ways, and each needs a temperature of its own (`--weights`):
 * exp: min(exp(A / temperature), weight_clip), as CORL, which has the strong published offline scores;
-* softmax: batch size * softmax over the batch of A / softmax_temperature, as the authors' code. A constant added to
-  all advantages changes nothing, so V(s) matters by its differences between states only.
+* softmax: batch size * softmax over the batch of min(A, advantage_clip) / softmax_temperature, as the authors' code. A
+  constant added to all advantages that the limit spares changes nothing: V(s) matters by its differences only.
 
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
 mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip and weight decay,
 and the policy is updated with the new critic (in the authors' code with the old one). `--preset demonstrations` is the
-authors' script for human demonstrations with rewards of 0 and -1, but for its cap of advantages at 0.5. In place of its
-clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
-such rewards never exceed; with positive rewards it would erase them.
+authors' script for human demonstrations with rewards of 0 and -1. In place of its clamp of Q at 0, where the gradient
+vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of such rewards never exceed; with
+positive rewards it would erase them.
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
@@ -55,6 +55,8 @@ class Hyperparameters(NamedTuple):
     """For --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations)."""
     weight_clip: Positive = 100.0
     """Largest weight of a transition for --weights exp (CORL)."""
+    advantage_clip: Positive = 1e6
+    """Largest advantage for --weights softmax (authors' scripts: no limit for locomotion, 0.5 for demonstrations)."""
     discount: Share = 0.99
     """Discount factor (paper, table 1)."""
     polyak: Share = 0.005
@@ -102,7 +104,9 @@ class Args(RunArgs):
         super().validate()
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be within its limits")
-        unused = {"temperature", "weight_clip"} if self.weights == "softmax" else {"softmax_temperature"}
+        unused = (
+            {"temperature", "weight_clip"} if self.weights == "softmax" else {"softmax_temperature", "advantage_clip"}
+        )
         refuse_sweep(self, unused, f"with --weights {self.weights}")
 
 
@@ -113,6 +117,7 @@ PRESETS = {  # CORL's, and the authors' script for human demonstrations with rew
     "demonstrations": {
         "weights": "softmax",
         "softmax_temperature": 0.5,
+        "advantage_clip": 0.5,
         "value": "mode",
         "nonpositive_targets": True,
         "actor_weight_decay": 1e-4,
@@ -200,7 +205,7 @@ def advantage_weights(advantages: jax.Array, hp: Hyperparameters, args: Args) ->
     """Weights `[batch]` of the transitions in the policy's loss; those of the softmax have mean 1."""
     if args.weights == "exp":
         return jnp.minimum(jnp.exp(advantages / hp.temperature), hp.weight_clip)
-    return advantages.size * jax.nn.softmax(advantages / hp.softmax_temperature)
+    return advantages.size * jax.nn.softmax(jnp.minimum(advantages, hp.advantage_clip) / hp.softmax_temperature)
 
 
 # Eq. (4), and (14) without Z(s)

@@ -173,6 +173,15 @@ def test_softmax_weights_add_up_to_the_batch_and_ignore_a_constant(temperature: 
         np.testing.assert_allclose(weights_of(ADVANTAGES + constant, hp, SOFTMAX), weights, rtol=1e-3)
 
 
+@pytest.mark.parametrize("clip", [0.5, 2.0])
+def test_softmax_weights_above_the_limit_are_those_at_it(clip: float) -> None:
+    hp, advantages = HP._replace(softmax_temperature=0.7, advantage_clip=clip), ADVANTAGES.astype(np.float64)
+    above = advantages > clip
+    exact = np.exp(np.where(above, clip, advantages) / 0.7)
+    assert 1 < above.sum() < BATCH
+    np.testing.assert_allclose(weights_of(ADVANTAGES, hp, SOFTMAX), BATCH * exact / exact.sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("clip", [0.5, 5.0])
 def test_exp_weights_grow_with_a_constant_and_end_exactly_at_the_clip(clip: float) -> None:
     hp = HP._replace(temperature=1.5, weight_clip=clip)
@@ -215,9 +224,10 @@ def test_constant_advantages_are_behaviour_cloning(weights: str) -> None:
 def test_each_form_uses_its_own_temperature_only() -> None:
     state, batch = fresh(), random_batch()
     for args, own, others in (
-        (EXP, {"temperature": 1.0}, {"softmax_temperature": 0.1}),
-        (EXP, {"weight_clip": 0.9}, {"softmax_temperature": 0.1}),
+        (EXP, {"temperature": 1.0}, {"softmax_temperature": 0.1, "advantage_clip": 1e-3}),
+        (EXP, {"weight_clip": 0.9}, {"softmax_temperature": 0.1, "advantage_clip": 1e-3}),
         (SOFTMAX, {"softmax_temperature": 0.5}, {"temperature": 3.0, "weight_clip": 0.5}),
+        (SOFTMAX, {"advantage_clip": 1e-3}, {"temperature": 3.0, "weight_clip": 0.5}),
     ):
         base = update(state, batch, HP, args)
         assert trees_equal(base[1], update(state, batch, HP._replace(**others), args)[1])
@@ -233,6 +243,7 @@ def test_each_form_uses_its_own_temperature_only() -> None:
         (["--grid", "discount=0.9,0.99 temperature=1", "--weights", "softmax"], "temperature"),
         (["--grid", "temperature=1,2", "--preset", "demonstrations"], "temperature"),
         (["--grid", "weight_clip=10,100", "--weights", "softmax"], "weight_clip"),
+        (["--grid", "advantage_clip=0.5,5"], "advantage_clip"),
         (["--grid", "temperature=1,2"], None),
         (["--grid", "softmax_temperature=1,2", "--weights", "softmax"], None),
         (["--grid", "softmax_temperature=1,2 polyak=0.1", "--preset", "demonstrations"], None),
@@ -538,7 +549,7 @@ def numpy_awac(
         if args.weights == "exp":
             weights = np.minimum(np.exp(advantages / hp.temperature), hp.weight_clip)
         else:
-            weights = np.exp(advantages / hp.softmax_temperature)
+            weights = np.exp(np.minimum(advantages, hp.advantage_clip) / hp.softmax_temperature)
             weights *= len(r) / weights.sum()
         z = (a - mean) / std
         share = weights[:, None] / len(r)
@@ -574,7 +585,7 @@ def numpy_awac(
         ({}, HP._replace(temperature=0.2)),
         (
             {"weights": "softmax", "value": "mode", "squash_mean": True, "num_critics": 1, "nonpositive_targets": True},
-            HP._replace(softmax_temperature=0.1, actor_weight_decay=0.1, discount=0.9),
+            HP._replace(softmax_temperature=0.1, advantage_clip=0.05, actor_weight_decay=0.1, discount=0.9),
         ),
         (
             {"value_samples": 3, "num_critics": 5, "min_log_std": -0.7, "max_log_std": 0.1},
@@ -732,7 +743,8 @@ def test_presets_name_real_settings() -> None:
             "num_critics": 2, "batch_size": 256, "normalize_observations": True, "squash_mean": False,
             "initial_log_std": 0.0, "min_log_std": -20.0, "max_log_std": 2.0, "nonpositive_targets": False,
             "weight_clip": 100.0, "actor_weight_decay": 0.0, "polyak": 0.005, "discount": 0.99}  # fmt: skip
-    authors = {"weights": "softmax", "softmax_temperature": 0.5, "value": "mode", "num_layers": 2, "hidden_dim": 256,
+    authors = {"weights": "softmax", "softmax_temperature": 0.5, "advantage_clip": 0.5, "value": "mode",
+               "num_layers": 2, "hidden_dim": 256,
                "num_critics": 2, "batch_size": 1024, "normalize_observations": False, "squash_mean": True,
                "initial_log_std": -3.0, "min_log_std": -6.0, "max_log_std": 0.0, "actor_weight_decay": 1e-4,
                "actor_learning_rate": 3e-4, "critic_learning_rate": 3e-4, "reward_shift": 0.0,
