@@ -230,6 +230,8 @@ class Run:
 
     data: Path = DATA
     """What prepare wrote."""
+    name: str = SUITE
+    """Folder under --runs-dir and --results-dir: another one for runs that belong on another page."""
     algorithms: tuple[str, ...] = ("awac", "iql", "cql", "td3_bc", "awr", "sac_prior", "bc")
     """Scripts in algorithms/ or benchmarks/, without their .py."""
     seed: int = 0
@@ -251,7 +253,7 @@ class Run:
     runs_dir: Path = Path("runs")
     """Where run directories with checkpoints go."""
     results_dir: Path = Path("results")
-    """Where the small files go, in a folder of this experiment."""
+    """Where the small files go."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ def run(args: Run) -> int:
         extra = [shlex.join(map(str, flags)), FLAGS.get(algorithm, ""), args.extra]
         now = suite.main(
             suite.Args(
-                name=SUITE,
+                name=args.name,
                 algorithms=(algorithm,),
                 datasets=(str(args.data),),
                 seed=args.seed,
@@ -316,7 +318,7 @@ def run(args: Run) -> int:
         if now > 128:
             return now
         status = status or now
-    shutil.copyfile(args.data.with_suffix(".json"), args.results_dir / SUITE / "data.json")
+    shutil.copyfile(args.data.with_suffix(".json"), args.results_dir / args.name / "data.json")
     return status
 
 

@@ -248,8 +248,9 @@ def test_each_algorithm_runs_by_its_own_script(tmp_path: Path, monkeypatch: pyte
         return 0
 
     monkeypatch.setattr(door.suite, "main", remember)
-    (tmp_path / "results" / door.SUITE).mkdir(parents=True)
-    words = ["run", "--data", str(tmp_path / "door-binary.npz"), "--results-dir", str(tmp_path / "results")]
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    words = ["run", "--name", "mine", "--data", str(tmp_path / "door-binary.npz")]
+    words += ["--results-dir", str(tmp_path / "results")]
     assert door.main(words) == 0
     assert set(commands) == {"awac", "iql", "cql", "td3_bc", "awr", "sac_prior", "bc"}
     for algorithm, args in commands.items():
@@ -257,7 +258,7 @@ def test_each_algorithm_runs_by_its_own_script(tmp_path: Path, monkeypatch: pyte
         assert args.online_steps == (0 if algorithm == "bc" else 100_000)
     assert commands["awac"].weights == "softmax" and commands["awac"].hp.softmax_temperature == 0.5
     assert commands["iql"].hp.beta == 0.5 and commands["cql"].hp.conservative_weight == 1.0, "their Adroit settings"
-    assert (tmp_path / "results" / door.SUITE / "data.json").exists()
+    assert (tmp_path / "results" / "mine" / "data.json").exists()
 
 
 def write_run(folder: Path, algorithm: str, phases: dict[str, dict[int, list[float]]], online_steps: int) -> None:
