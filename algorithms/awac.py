@@ -16,9 +16,10 @@ Published code computes the weights w(A) in two ways, and each needs a temperatu
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
 mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip and weight decay,
 and the policy is updated with the new critic (in the authors' code with the old one). `--preset demonstrations` is the
-authors' script for human demonstrations with rewards of 0 and -1. In place of its clamp of Q at 0, where the gradient
-vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of such rewards never exceed; with
-positive rewards it would erase them.
+authors' script for human demonstrations with rewards of 0 and -1, which differs from the paper's table 1 too; in itself
+batches have 128 transitions before the online phase, and it collects and updates by turns of 1,000. In place of its
+clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
+such rewards never exceed; with positive rewards it would erase them.
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets

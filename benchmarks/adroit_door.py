@@ -9,18 +9,26 @@ Nair, Gupta, Dalal, Levine, 2020, arXiv:2006.09359, section 6.1.
 It needs the extra: `pip install -e ".[adroit]"`.
 
 The task, `door-binary` (appendix B.1.1): a hand with 28 actuators turns the latch of a door and opens it. The reward is
-1{door angle > 1.4 rad} - 1, an episode has 200 steps and no termination. The simulator is gymnasium-robotics'
-AdroitHandDoor, whose own success is an angle of at least 1.35.
+1{door angle > 1.4 rad} - 1. The simulator is gymnasium-robotics' AdroitHandDoor, with its 200 steps and without its own
+success, an angle of at least 1.35. There is no termination, and an agent does not see the time: the last step of every
+episode is a truncation that bootstraps, so that Q is of an endless task and lies in [-100, 0].
 
 `prepare` makes the data: 25 human demonstrations (Rajeswaran et al., 2018) and 500 trajectories of a policy that
-`bc.py` clones from them. Rewards of both are computed by the rule above from the observations, actions are clipped to
-[-1, 1] as the simulator does, and every episode ends by a truncation, so that it bootstraps. Demonstrations keep their
-length of up to 300 steps. What was found in them, and how often the clone succeeds, is written beside the data.
+`bc.py` clones from them and that acts by its mean. Rewards of both are computed by the rule above from the
+observations, actions are clipped to [-1, 1] as the simulator does. Demonstrations keep their length of up to 300 steps.
+Of those 25 published by their authors only 6 ever pass 1.4 rad, 5 in their first 200 steps, though all pass 1.0: the
+data have few successes. What was found is written beside the data. All seeds of `run` learn from the same clone, and
+one made with another number of threads may succeed two or three times as often.
 
 `run` trains each algorithm by its own script on these data: offline, then online with one update for each step.
+Exceptions are bc.py, which has no online phase and learns from the clone's trajectories too, and AWR, which collects
+2,048 steps and then updates, 1,000 times its policy. AWAC has its authors' settings for this task, the others those for
+Adroit where they have them; `sac_prior.py` starts from random networks, in the paper (B.4) from a clone.
 `--algorithms`, `--label` and `--extra` add runs with other settings; what has finished is skipped, what was interrupted
-goes on. `report` writes a page with the success rate against environment steps, where an episode is a success if the
-door is open in one of its steps.
+goes on. Other seeds or lengths of the same settings need another `--name`.
+
+`report` writes a page with the success rate against environment steps, where an episode is a success if the door is
+open in one of its steps. Its return is -200 plus the number of steps with the door open.
 
 The data name their environment, which is `benchmarks.adroit_door:door-binary-v0` for --env, so that any script takes
 them by itself:
@@ -35,7 +43,6 @@ import json
 import shlex
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,14 +71,20 @@ DOOR_ANGLE = 28
 OPEN_ANGLE = 1.4
 EPISODE_STEPS = 200
 NUM_ENVIRONMENTS = 25
-"""That collect side by side."""
+"""That the clone acts in side by side."""
 SUITE = "adroit-door"
 DATA = Path("runs", SUITE, "door-binary.npz")
 
-# What an algorithm's run has besides the flags that all have. IQL, CQL, TD3+BC and AWR take their settings for Adroit
-# from the name of the file.
-FLAGS = {"awac": "--preset demonstrations"}
+# What a run has besides the flags that all have, whatever the name of its data. AWR keeps all that it collects.
+FLAGS = {
+    "awac": "--preset demonstrations",
+    "iql": "--preset adroit",
+    "cql": "--preset adroit",
+    "td3_bc": "--preset adroit",
+    "awr": "--preset adroit --buffer-size {online_steps}",
+}
 OFFLINE_ONLY = ("bc",)
+EPISODES = ("eval_episodes", "final_eval_episodes")
 
 
 # The environment
@@ -120,25 +133,29 @@ def read_demonstrations(source: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
     UsageError, in one line, for a `source` (see `Prepare.demonstrations`) that is neither a Minari id nor such a file.
     """
-    try:
-        if source.endswith(".npz"):
-            with np.load(source, allow_pickle=False) as file:
-                lengths = file["lengths"].astype(int)
-                ends = np.cumsum(lengths)
-                observations = np.split(file["replay_observations"], (ends + np.arange(1, len(ends) + 1))[:-1])
-                episodes = list(zip(observations, np.split(file["actions"], ends[:-1]), strict=True))
-        else:
-            directory = datasets.ensure(source)
-            import minari
+    if source.endswith(".npz"):
+        arrays = datasets.read_npz(source, ("lengths", "replay_observations", "actions"))
+        lengths, observations, actions = (np.atleast_1d(array) for array in arrays.values())
+        if (len(observations), len(actions)) != (lengths.sum() + len(lengths), lengths.sum()):
+            raise UsageError(f"{source}: its lengths are not those of its actions and observations")
+        ends = np.cumsum(lengths.astype(int))
+        parts = np.split(observations, (ends + np.arange(1, len(ends) + 1))[:-1])
+        episodes = list(zip(parts, np.split(actions, ends[:-1]), strict=True))
+    else:
+        directory = datasets.ensure(source)
+        import minari
 
+        try:
             found = minari.MinariDataset(directory / "data").iterate_episodes()
             episodes = [(episode.observations, episode.actions) for episode in found]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{source}: cannot be read as demonstrations ({' '.join(str(error).split())})") from None
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{source}: cannot be read ({' '.join(str(error).split())})") from None
     for number, (observations, actions) in enumerate(episodes):
-        shapes = np.shape(observations), np.shape(actions)
-        if shapes != ((len(actions) + 1, OBS_DIM), (len(actions), ACTION_DIM)) or not len(actions):
+        shapes, steps = (np.shape(observations), np.shape(actions)), len(observations) - 1
+        if shapes != ((steps + 1, OBS_DIM), (steps, ACTION_DIM)) or not steps:
             raise UsageError(f"{source}: demonstration {number} has shapes {shapes}, not those of the Adroit door")
+        if not (np.isfinite(observations).all() and np.isfinite(actions).all()):
+            raise UsageError(f"{source}: demonstration {number} has NaN or infinite numbers")
     if not episodes:
         raise UsageError(f"{source}: has no demonstrations")
     return episodes
@@ -215,7 +232,7 @@ class Prepare:
     """Minari id, or path of an .npz with actions [all steps, 28], lengths [episodes] and replay_observations [all steps
     + episodes, 39]: the first of each episode, and those that the simulator gave for the clipped actions."""
     out: Path = DATA
-    """The .npz to write; what was found goes into the .json of the same name."""
+    """The .npz to write, which must not exist; what was found goes into the .json of the same name."""
     clone_updates: int = 25_000
     """Updates of behaviour cloning, at bc.py's defaults (ours)."""
     trajectories: int = 500
@@ -239,7 +256,7 @@ class Run:
     num_seeds: int = 3
     """Seeds of each algorithm, trained in one process."""
     num_updates: int = 25_000
-    """Offline updates (paper, section 5)."""
+    """Offline updates (paper, table 1)."""
     online_steps: int = 100_000
     """Environment steps after that."""
     eval_every: int = 5_000
@@ -247,7 +264,7 @@ class Run:
     eval_episodes: int = 20
     """Episodes for each seed in an evaluation."""
     extra: str = ""
-    """More flags for every script: --extra="--preset adroit"."""
+    """More flags for every script of this call: --extra="--batch-size 256"."""
     label: str = ""
     """Follows the names of this call's runs, so that algorithms can be there again with other flags."""
     runs_dir: Path = Path("runs")
@@ -266,42 +283,46 @@ class Report:
 
 def prepare(args: Prepare) -> int:
     """Read, clip, clone, collect, write; the exit status."""
+    make_environment(ENV).close()  # this and the rest rather now than after the cloning
     if args.trajectories < 1 or args.clone_updates < 1:
         raise UsageError("--trajectories and --clone-updates must be at least 1")
-    make_environment(ENV).close()  # rather now than after the cloning
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: must be at least 0")
+    if args.out.suffix != ".npz":
+        raise UsageError(f"--out {args.out}: must end in .npz")
+    if args.out.exists():
+        raise UsageError(f"{args.out} exists, and results may be of it: delete it or give another --out")
     episodes = read_demonstrations(args.demonstrations)
     experiment.use_compilation_cache()
     human = to_transitions(episodes)
     size = np.abs(np.concatenate([actions for _, actions in episodes]))
-    found: dict[str, Any] = {"demonstrations": {"source": Path(args.demonstrations).name} | about(human)}
+    source = Path(args.demonstrations).name if args.demonstrations.endswith(".npz") else args.demonstrations
+    found: dict[str, Any] = {"demonstrations": {"source": source} | about(human)}
     found["demonstrations"] |= {
         "actions_beyond_bounds": float((size > 1.0).mean()),
         "largest_action": float(size.max()),
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"demonstrations: {json.dumps(found['demonstrations'])}", flush=True)
     policy = clone(human, args.clone_updates, args.seed)
     own = collect(policy, args.trajectories, args.seed)
     found["clone"] = {"updates": args.clone_updates, "seed": args.seed} | about(own)
     print(f"clone: {json.dumps(found['clone'])}", flush=True)
     both = jax.tree.map(lambda *parts: np.concatenate(parts), human, own)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out.with_suffix(".json"), found | provenance())
+    write_json(args.out.with_suffix(".json"), found | {"digest": datasets.digest(both)} | provenance())
     checkpoints.write_atomically(args.out, lambda file: np.savez_compressed(file, env=ENV, **both._asdict()))
     print(f"wrote {args.out}: {len(both.rewards)} transitions")
     return 0
 
 
-def run(args: Run) -> int:
-    """One call of `benchmarks/suite.py` for each algorithm; the exit status is the first that is not 0."""
-    make_environment(ENV).close()
-    if not args.data.exists():
-        raise UsageError(f"there is no {args.data}: run `python benchmarks/adroit_door.py prepare` first")
-    status = 0
+def suites(args: Run) -> list[suite.Args]:
+    """What `benchmarks/suite.py` is called with for each algorithm."""
+    found = []
     for algorithm in args.algorithms:
         flags = ["--eval-every", args.eval_every, "--eval-episodes", args.eval_episodes]
         flags += [] if algorithm in OFFLINE_ONLY else ["--online-steps", args.online_steps]
-        extra = [shlex.join(map(str, flags)), FLAGS.get(algorithm, ""), args.extra]
-        now = suite.main(
+        own = FLAGS.get(algorithm, "").format(online_steps=args.online_steps)
+        found.append(
             suite.Args(
                 name=args.name,
                 algorithms=(algorithm,),
@@ -309,16 +330,35 @@ def run(args: Run) -> int:
                 seed=args.seed,
                 num_seeds=args.num_seeds,
                 num_updates=args.num_updates,
-                extra=" ".join(filter(None, extra)),
+                extra=" ".join(filter(None, [shlex.join(map(str, flags)), own, args.extra])),
                 label=args.label,
                 runs_dir=args.runs_dir,
                 results_dir=args.results_dir,
             )
         )
+    return found
+
+
+def run(args: Run) -> int:
+    """One call of `benchmarks/suite.py` for each algorithm; the exit status is the first that is not 0."""
+    make_environment(ENV).close()
+    found, kept = args.data.with_suffix(".json"), args.results_dir / args.name / "data.json"
+    for path in (args.data, found):
+        if not path.exists():
+            raise UsageError(f"there is no {path}: run `python benchmarks/adroit_door.py prepare` first")
+    if kept.exists() and read_json(kept)["digest"] != read_json(found)["digest"]:
+        raise UsageError(f"{kept.parent} has results on other data than {args.data}: give another --name")
+    calls = suites(args)
+    for call in calls:
+        suite.plan(call)  # so that a wrong name ends it before hours of training
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(found, kept)
+    status = 0
+    for call in calls:
+        now = suite.main(call)
         if now > 128:
             return now
         status = status or now
-    shutil.copyfile(args.data.with_suffix(".json"), args.results_dir / args.name / "data.json")
     return status
 
 
@@ -334,22 +374,25 @@ def success_rates(cell: report.Cell, phase: str) -> dict[int, list[float]]:
 def plot(path: Path, cells: Sequence[report.Cell]) -> None:
     """Success rate against environment steps: interquartile mean over the seeds, and its interval as a band.
 
-    What has no online phase is a dashed line at its last policy's rate.
+    What has no online phase is a dashed line at its last policy's rate. Where a seed diverges the line ends in a cross.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 4.0 + 0.2 * len(cells)), layout="constrained")
     axes = figure.add_subplot()
     for number, cell in enumerate(cells):
+        color = f"C{number}"
         rates = success_rates(cell, "online")
         if not rates:
             last = report.summary([list(success_rates(cell, "offline").values())[-1]])
-            axes.axhline(last["iqm"], color=f"C{number}", linestyle="--", linewidth=1.0, label=cell.algorithm)
+            axes.axhline(last["iqm"], color=color, linestyle="--", linewidth=1.0, label=cell.algorithm)
             continue
-        found = [report.summary([values]) for values in rates.values()]
-        axes.plot(list(rates), [value["iqm"] for value in found], color=f"C{number}", label=cell.algorithm)
-        low, high = ([value[name] for value in found] for name in ("low", "high"))
-        axes.fill_between(list(rates), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+        found = {step: report.summary([values]) for step, values in rates.items() if len(values) == len(cell.members)}
+        axes.plot(list(found), [value["iqm"] for value in found.values()], color=color, label=cell.algorithm)
+        low, high = ([value[name] for value in found.values()] for name in ("low", "high"))
+        axes.fill_between(list(found), low, high, color=color, alpha=0.2, linewidth=0)
+        if found and len(found) < len(rates):
+            axes.plot(*[[list(x)[-1]] for x in (found, [value["iqm"] for value in found.values()])], "x", color=color)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("success rate, %")
     axes.set_ylim(-3.0, 103.0)
@@ -364,28 +407,46 @@ def describe(found: dict[str, Any]) -> str:
     columns = ["", "episodes", "steps", "open at some step", f"within {EPISODE_STEPS} steps", "at the end"]
     names = ["episodes", "steps", "episodes_open", f"episodes_open_within_{EPISODE_STEPS}", "episodes_open_at_end"]
     rows = [[name, *(f"{found[name][column]:,}" for column in names)] for name in ("demonstrations", "clone")]
-    human = found["demonstrations"]
+    human, own = found["demonstrations"], found["clone"]
     return (
-        f"{report.markdown(columns, rows)}\nOf the demonstrations' numbers in actions, "
-        f"{100 * human['actions_beyond_bounds']:.1f} % were beyond [-1, 1] (up to {human['largest_action']:.2f}) and "
-        f"are clipped, as the simulator does. The clone is made by {found['clone']['updates']:,} updates of "
-        "`benchmarks/bc.py` on the demonstrations.\n"
+        f"{report.markdown(columns, rows)}\nThe demonstrations are those of {human['source']}. Of the numbers in their "
+        f"actions {100 * human['actions_beyond_bounds']:.1f} % were beyond [-1, 1], up to "
+        f"{human['largest_action']:.2f}, and are clipped, as the simulator does. The clone is made by "
+        f"{own['updates']:,} updates of `benchmarks/bc.py` on the demonstrations, seed {own['seed']}. All seeds of all "
+        "algorithms have the same data, so that intervals leave out how much the clone itself varies.\n"
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The record in a data.json; UsageError for a file that is none."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "digest" not in record:
+        raise UsageError(f"{path} is damaged, or not made by `prepare`")
+    return record
 
 
 def write_page(args: Report) -> int:
     """Write README.md, success.csv (a row for each seed and evaluation) and success.png; the exit status."""
+    if not any(args.results.glob("*/config.json")):
+        raise UsageError(f"{args.results} has no results: run `python benchmarks/adroit_door.py run` first")
     cells = report.read(args.results)
     if missing := [cell.run for cell in cells if any(not row.get("success_mean") for row in cell.evaluations)]:
         raise UsageError(f"{args.results}: {missing[0]} has no success rates; it is no run of this experiment")
+    if len(names := report.unique([cell.dataset for cell in cells])) > 1:
+        raise UsageError(f"{args.results} has results on {' and '.join(names)}; a page is of one dataset")
     table, rows = [], []
     for cell in cells:
-        before = next(iter(success_rates(cell, "online").values()), [])
+        before = success_rates(cell, "online").get(0, []) if cell.final["online_steps"] else []
         rates = success_rates(cell, "online") or success_rates(cell, "offline")
         lost = sum(member["diverged"] is not None for member in cell.members)
         after = list(rates.values())[-1] if lost < len(cell.members) else []
         ends = [report.show(report.summary([values])) for values in (before, after)]
-        table.append([cell.algorithm, f"{cell.final['updates']:,}", f"{cell.final['online_steps']:,}", *ends])
+        flags = cell.config["flags"]
+        table.append([cell.algorithm, flags["preset"], str(flags["batch_size"])])
+        table[-1] += [f"{cell.final['updates']:,}", f"{cell.final['online_steps']:,}", *ends]
         table[-1].append(f"{len(cell.members)}" + (f", {lost} diverged" if lost else ""))
         names = ("phase", "step", "seed", "success_mean", "return_mean", "episodes")
         rows += [{"algorithm": cell.algorithm} | {name: row[name] for name in names} for row in cell.evaluations]
@@ -393,20 +454,22 @@ def write_page(args: Report) -> int:
     path.unlink(missing_ok=True)
     Table(path).append(rows)
     plot(args.results / "success.png", cells)
-    columns = ["algorithm", "offline updates", "environment steps", "before these", "last policy", "seeds"]
+    columns = ["algorithm", "preset", "batch", "offline updates", "environment steps", "before these", "last policy"]
     data, notes = args.results / "data.json", args.results / "notes.md"
+    often, last = (report.unique([cell.config["flags"][name] for cell in cells]) for name in EPISODES)
     parts = [
         "# AWAC's experiment on the Adroit door\n",
         "Made from the files beside it by `python benchmarks/adroit_door.py report`. The task and the data are "
         "described at the head of that file.\n",
-        "Success rate in per cent: the share of episodes in which the door is open at some step. Interquartile mean "
-        "over the seeds [95 % bootstrap interval] of the last policy, not of the best one; with fewer than four seeds "
-        "it is the mean, with fewer than about ten the interval is narrower than its name says. Each evaluation by "
-        "itself: [success.csv](success.csv).\n",
-        report.markdown(columns, table),
+        "Success rate in per cent: the share of episodes in which the door is open at some step, "
+        f"{' or '.join(map(str, last))} for each seed at the last policy and {' or '.join(map(str, often))} elsewhere. "
+        "Interquartile mean over the seeds [95 % bootstrap interval] of the last policy, not of the best one; with "
+        "fewer than four seeds it is the mean, with fewer than about ten the interval is narrower than its name says. "
+        "Each evaluation by itself: [success.csv](success.csv).\n",
+        report.markdown([*columns, "seeds"], table),
         *([notes.read_text()] if notes.exists() else []),
         "![Success rate against environment steps](success.png)\n",
-        *(["## The data\n", describe(json.loads(data.read_text()))] if data.exists() else []),
+        *(["## The data\n", describe(read_json(data))] if data.exists() else []),
         "## Speed\n",
         report.speed(cells),
         report.origin(cells),

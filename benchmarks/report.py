@@ -260,10 +260,11 @@ def speed(cells: Sequence[Cell]) -> str:
         rate, seconds = cell.final["updates_per_second"], cell.final["wall_clock_seconds"]
         members = len(cell.final["members"])
         name = f"{cell.run}, {cell.dataset}"
-        rows.append(
-            [name, f"{cell.final['updates']}", f"{members}", "-" if rate is None else f"{rate:.0f}", f"{seconds:.0f} s"]
-        )
-    return markdown(["run", "updates", "members", "updates/s, all members", "time of the last start"], rows)
+        rates = [rate, cell.final.get("online_steps_per_second")]
+        row = [name, f"{cell.final['updates']}", f"{members}", *("-" if x is None else f"{x:.0f}" for x in rates)]
+        rows.append([*row, f"{seconds:.0f} s"])
+    rates = ["updates/s offline, all members", "online steps/s, all members"]
+    return markdown(["run", "updates", "members", *rates, "time since the last start or resumption"], rows)
 
 
 def write_scores(path: Path, cells: Sequence[Cell]) -> None:

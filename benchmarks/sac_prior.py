@@ -2,7 +2,8 @@
 
 Offline and online are the same updates, one for each environment step in the latter, on the union of the dataset and
 the policy's own samples (Vecerik et al., 2017, arXiv:1707.08817, with SAC in place of DDPG; Nair et al., 2020,
-section 6). Equations and networks: `benchmarks/sac.py`. Evaluated by the squashed mean, collecting by samples.
+section 6). Equations and networks: `benchmarks/sac.py`. Evaluated by the squashed mean, collecting by samples. Where
+Nair et al. start it from a cloned policy (appendix B.4), its networks start at random here.
 
     python benchmarks/sac_prior.py --dataset offax/hopper/medium-v0 --num-updates 25000 --online-steps 100000
 """

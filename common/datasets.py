@@ -249,7 +249,8 @@ def _with_env(dataset: Dataset, env: str) -> Dataset:
 # Files of one's own
 
 
-def _load_npz(path: str, env: str | None) -> Dataset:
+def read_npz(path: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an .npz by name, those of `optional` where they exist; UsageError in one line where that fails."""
     if not Path(path).is_file():
         raise UsageError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
@@ -257,8 +258,7 @@ def _load_npz(path: str, env: str | None) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
-            arrays = {name: file[name] for name in Transitions._fields if name in names}
-            env = env or (str(file["env"]) if "env" in names else None)
+            arrays = {name: file[name] for name in (*required, *optional) if name in names}
     except ValueError as error:
         if "pickle" in str(error).lower():
             raise UsageError(
@@ -267,9 +267,15 @@ def _load_npz(path: str, env: str | None) -> Dataset:
         raise UsageError(f"{path} is damaged ({_reason(error)})") from None
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UsageError(f"{path} is damaged ({_reason(error)})") from None
-    missing = [name for name in Transitions._fields if name not in arrays and name != "truncations"]
-    if missing:
+    if missing := [name for name in required if name not in arrays]:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(names) or 'none'}")
+    return arrays
+
+
+def _load_npz(path: str, env: str | None) -> Dataset:
+    required = [name for name in Transitions._fields if name != "truncations"]
+    arrays = read_npz(path, required, ("truncations", "env"))
+    env = env or (str(arrays["env"]) if "env" in arrays else None)
     arrays.setdefault("truncations", np.zeros(arrays["rewards"].shape, np.float32))
     low, high = _bounds(env, arrays["actions"])
     return Dataset(path, _checked(path, arrays, low, high), env, env, _domain_of_env(env), low, high)

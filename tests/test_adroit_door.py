@@ -156,12 +156,37 @@ def test_bad_demonstrations_are_one_line(tmp_path: Path) -> None:
         "thin.npz": [(np.zeros((4, 39)), np.zeros((3, 27)))],
     }
     for name, episodes in cases.items():
-        with pytest.raises(UsageError, match=f"{name}: demonstration"):
+        with pytest.raises(UsageError, match=f"{name}: (demonstration|its lengths)"):
             door.read_demonstrations(str(as_npz(tmp_path / name, episodes)))
     np.savez(tmp_path / "other.npz", actions=np.zeros((3, 28)))
-    for source in ("other.npz", "absent.npz"):
-        with pytest.raises(UsageError, match=f"{source}: cannot be read"):
+    np.savez(tmp_path / "lengths.npz", replay_observations=good[0], actions=good[1], lengths=[2])
+    np.savez(tmp_path / "scalar.npz", replay_observations=good[0], actions=1.0, lengths=[3])
+    (tmp_path / "text.npz").write_text("no zip")
+    as_npz(tmp_path / "nan.npz", [(good[0], np.full((3, 28), np.nan))])
+    for source, message in {
+        "other.npz": "has no array lengths",
+        "absent.npz": "no file",
+        "lengths.npz": "its lengths",
+        "scalar.npz": "its lengths",
+        "text.npz": "damaged",
+        "nan.npz": "demonstration 0 has NaN",
+    }.items():
+        with pytest.raises(UsageError, match=message):
             door.read_demonstrations(str(tmp_path / source))
+
+
+def test_prepare_refuses_before_it_clones(tmp_path: Path, recorded: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "clone", lambda *_: pytest.fail("it cloned"))
+    source, there = as_npz(tmp_path / "human.npz", recorded[0]), tmp_path / "there.npz"
+    there.touch()
+    for flags, message in {
+        f"--out {there}": "exists",
+        f"--out {tmp_path / 'new.txt'}": "must end in .npz",
+        f"--out {tmp_path / 'new.npz'} --seed -1": "--seed -1",
+        f"--out {tmp_path / 'new.npz'} --trajectories 0": "--trajectories",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            door.main(["prepare", "--demonstrations", str(source), *flags.split()])
 
 
 def test_about_counts_by_hand() -> None:
@@ -236,10 +261,18 @@ def test_a_script_takes_the_prepared_data_as_they_are(
 # The runs and the page
 
 
-def test_each_algorithm_runs_by_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def prepared(tmp_path: Path) -> list[str]:
+    """Words of `run` for data that exist, and are not read."""
     pytest.importorskip("gymnasium_robotics")
-    (tmp_path / "door-binary.npz").touch()
-    (tmp_path / "door-binary.json").write_text("{}")
+    (tmp_path / "mine.npz").touch()
+    (tmp_path / "mine.json").write_text('{"digest": "1"}')
+    return ["run", "--name", "here", "--data", str(tmp_path / "mine.npz"), "--results-dir", str(tmp_path / "results")]
+
+
+def test_each_algorithm_runs_by_its_own_script(
+    prepared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = {}
 
     def remember(args: door.suite.Args) -> int:
@@ -248,21 +281,72 @@ def test_each_algorithm_runs_by_its_own_script(tmp_path: Path, monkeypatch: pyte
         return 0
 
     monkeypatch.setattr(door.suite, "main", remember)
-    (tmp_path / "results" / "mine").mkdir(parents=True)
-    words = ["run", "--name", "mine", "--data", str(tmp_path / "door-binary.npz")]
-    words += ["--results-dir", str(tmp_path / "results")]
-    assert door.main(words) == 0
+    assert door.main(prepared) == 0
     assert set(commands) == {"awac", "iql", "cql", "td3_bc", "awr", "sac_prior", "bc"}
     for algorithm, args in commands.items():
         assert (args.num_updates, args.num_seeds) == (25_000, 3)
         assert args.online_steps == (0 if algorithm == "bc" else 100_000)
     assert commands["awac"].weights == "softmax" and commands["awac"].hp.softmax_temperature == 0.5
     assert commands["iql"].hp.beta == 0.5 and commands["cql"].hp.conservative_weight == 1.0, "their Adroit settings"
-    assert (tmp_path / "results" / "mine" / "data.json").exists()
+    assert commands["awr"].buffer_size == 100_000
+    assert json.loads((tmp_path / "results" / "here" / "data.json").read_text()) == {"digest": "1"}
 
 
-def write_run(folder: Path, algorithm: str, phases: dict[str, dict[int, list[float]]], online_steps: int) -> None:
-    """What a suite keeps of a run; success rates of each seed by phase and step."""
+def test_runs_are_refused_before_any_starts(
+    prepared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door.suite, "main", lambda _: pytest.fail("it started"))
+    with pytest.raises(UsageError, match="nosuch"):
+        door.main([*prepared, "--algorithms", "awac", "nosuch"])
+    (tmp_path / "results" / "here").mkdir(parents=True)
+    (tmp_path / "results" / "here" / "data.json").write_text('{"digest": "2"}')
+    with pytest.raises(UsageError, match="results on other data than"):
+        door.main(prepared)
+    (tmp_path / "mine.json").unlink()
+    with pytest.raises(UsageError, match=r"there is no .*mine.json: run"):
+        door.main(prepared)
+
+
+@pytest.mark.parametrize(("statuses", "status", "called"), [((0, 1, 0), 1, 3), ((0, 143, 0), 143, 2)])
+def test_a_failure_is_passed_on_and_a_signal_ends_the_rest(
+    prepared: list[str], monkeypatch: pytest.MonkeyPatch, statuses: tuple[int, ...], status: int, called: int
+) -> None:
+    calls: list[str] = []
+
+    def fail(args: door.suite.Args) -> int:
+        calls.append(args.algorithms[0])
+        return statuses[len(calls) - 1]
+
+    monkeypatch.setattr(door.suite, "main", fail)
+    assert door.main([*prepared, "--algorithms", "awac", "iql", "bc"]) == status
+    assert len(calls) == called
+
+
+def test_a_door_that_counts_as_open_is_success_from_the_first_step(
+    simulator: gym.Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards, returns and success rates where every angle is enough: through the collector and the evaluator."""
+    monkeypatch.setattr(door, "NUM_ENVIRONMENTS", 1)
+    monkeypatch.setattr(sys.modules["benchmarks.adroit_door"], "OPEN_ANGLE", -10.0)
+    own = door.collect(lambda x: np.zeros((len(x), 28), np.float32), 1, seed=0)
+    assert (own.rewards == 0.0).all() and own.truncations.sum() == 1.0
+    np.savez(tmp_path / "open.npz", env=door.ENV, **own._asdict())
+    command = f"python benchmarks/sac_prior.py --dataset {tmp_path / 'open.npz'} --num-updates 1 --hidden-dim 8"
+    command += f" --eval-episodes 1 --final-eval-episodes 1 --batch-size 8 --run-dir {tmp_path / 'run'}"
+    sac_prior.main(parsed(command.split()))
+    with open(tmp_path / "run" / "evaluations.csv") as file:
+        assert {(float(row["return_mean"]), float(row["success_mean"])) for row in csv.DictReader(file)} == {(0.0, 1.0)}
+
+
+def write_run(
+    folder: Path,
+    algorithm: str,
+    phases: dict[str, dict[int, list[float]]],
+    online_steps: int,
+    diverged: int = 0,
+    dataset: str = "door",
+) -> None:
+    """What a suite keeps of a run; success rates of each seed by phase and step; the last seeds may have diverged."""
     run = folder / f"{algorithm}_door"
     run.mkdir(parents=True)
     rows = [
@@ -274,9 +358,14 @@ def write_run(folder: Path, algorithm: str, phases: dict[str, dict[int, list[flo
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    members = [{"member": i, "seed": i, "swept": {}, "diverged": None, "episodes": 10} for i in range(4)]
+    members = [
+        {"member": i, "seed": i, "swept": {}, "diverged": {"step": 9} if i >= 4 - diverged else None, "episodes": 10}
+        for i in range(4)
+    ]
     contents = {
-        "config": {"algorithm": algorithm, "flags": {"dataset": "door", "num_updates": 100}, "environment": "door",
+        "config": {"algorithm": algorithm, "environment": dataset,
+                   "flags": {"dataset": dataset, "num_updates": 100, "preset": "mine", "batch_size": 32,
+                             "eval_episodes": 10, "final_eval_episodes": 40},
                    "git_commit": "abc123", "cpu": None, "versions": {"jax": "9.9"},
                    "device": {"count": 1, "kind": "cpu"}},
         "final": {"members": members, "updates": 100, "online_steps": online_steps, "wall_clock_seconds": 1.0,
@@ -287,25 +376,64 @@ def write_run(folder: Path, algorithm: str, phases: dict[str, dict[int, list[flo
         (run / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_the_page_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def rows_of(page: str) -> dict[str, list[str]]:
+    """The cells of every row of the page's tables, by the first of them."""
+    rows = ([word.strip() for word in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| "))
+    return {first: rest for first, *rest in rows}
+
+
+def test_the_page_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     online = {0: [0.0, 0.0, 0.1, 0.2], 50: [0.0, 0.2, 0.4, 1.0]}  # the middle halves: 0 and 10 %, 20 and 40 %
     write_run(tmp_path, "awac", {"offline": {0: [0.9] * 4}, "online": online}, 50)
     write_run(tmp_path, "bc", {"offline": {0: [0.0] * 4, 100: [0.3] * 4}}, 0)
+    # A seed of IQL diverges after 50 steps: the line ends there. All of TD3+BC do.
+    write_run(tmp_path, "iql", {"online": {0: [0.0] * 4, 50: [0.1] * 4, 100: [0.6] * 3}}, 100, diverged=1)
+    write_run(tmp_path, "td3_bc", {"online": {0: [0.0] * 4}}, 100, diverged=4)
+    human = door.about(door.to_transitions([(np.zeros((4, 39)), np.zeros((3, 28)))]))
+    human |= {"source": "some.npz", "actions_beyond_bounds": 0.125, "largest_action": 1.5}
+    own = {"updates": 7, "seed": 3} | human | {"episodes_open": 11}
+    (tmp_path / "data.json").write_text(json.dumps({"demonstrations": human, "clone": own, "digest": "1"}))
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot",
+        lambda axes, x, y, *mark, color, label="": lines.update({label or f"{color}{mark[0]}": (x, y)}),
+    )
     assert door.main(["report", "--results", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
-    cells = {
-        words[1].strip(): [word.strip() for word in words[2:-1]]
-        for words in (line.split("|") for line in page.splitlines() if line.startswith("| "))
-    }
-    assert cells["awac"][:2] == ["100", "50"] and cells["bc"][1:4] == ["0", "-", "30.0 [30.0, 30.0]"]
-    assert cells["awac"][2].startswith("5.0 [") and cells["awac"][3].startswith("30.0 [")
-    low, high = (float(word.strip("[],")) for word in cells["awac"][3].split()[1:])
+    cells = rows_of(page)
+    assert cells["awac"][:4] == ["mine", "32", "100", "50"]
+    assert cells["bc"][3:] == ["0", "-", "30.0 [30.0, 30.0]", "4"]
+    assert cells["awac"][4].startswith("5.0 [") and cells["awac"][5].startswith("30.0 [")
+    assert cells["iql"][4:] == ["0.0 [0.0, 0.0]", "60.0 [60.0, 60.0]", "4, 1 diverged"]
+    assert cells["td3_bc"][4:] == ["0.0 [0.0, 0.0]", "-", "4, 4 diverged"]
+    low, high = (float(word.strip("[],")) for word in cells["awac"][5].split()[1:])
     assert 0.0 <= low < 30.0 < high <= 100.0
-    assert (tmp_path / "success.png").read_bytes()[:4] == b"\x89PNG"
+    assert "40 for each seed at the last policy and 10 elsewhere" in page
+    assert cells["demonstrations"] == ["1", "3", "0", "0", "0"] and cells["clone"] == ["1", "3", "11", "0", "0"]
+    assert "those of some.npz" in page and "12.5 % were beyond" in page and "seed 3" in page
+    assert lines["awac"] == ([0, 50], [pytest.approx(5.0), pytest.approx(30.0)])
+    assert lines["iql"] == ([0, 50], [0.0, 10.0]) and lines["C2x"] == ([50], [10.0])
+    assert set(lines) == {"awac", "iql", "td3_bc", "C2x"}
     with open(tmp_path / "success.csv") as file:
-        assert len(list(csv.DictReader(file))) == 4 + 8 + 8
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (4 + 8) + 8 + (8 + 3) + 4
+    wanted = {"algorithm": "awac", "phase": "online", "step": "50", "seed": "2", "success_mean": "0.4"}
+    assert [row for row in rows if wanted.items() <= row.items()] == [
+        wanted | {"return_mean": "-150.0", "episodes": "10"}
+    ]
 
-    shutil.rmtree(tmp_path / "bc_door")
+
+def test_pages_that_would_mislead_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"adroit_door.py run"):
+        door.main(["report", "--results", str(tmp_path)])
+    write_run(tmp_path, "awac", {"offline": {0: [0.9] * 4}}, 0)
+    (tmp_path / "data.json").write_text("{")
+    with pytest.raises(UsageError, match=r"data.json is damaged"):
+        door.main(["report", "--results", str(tmp_path)])
+    write_run(tmp_path, "iql", {"offline": {0: [0.9] * 4}}, 0, dataset="window")
+    with pytest.raises(UsageError, match="door and window"):
+        door.main(["report", "--results", str(tmp_path)])
+    shutil.rmtree(tmp_path / "iql_door")
     write_run(tmp_path, "bc", {"offline": {0: [""] * 4}}, 0)  # of an environment that reports no success
     with pytest.raises(UsageError, match="bc has no success rates"):
         door.main(["report", "--results", str(tmp_path)])
