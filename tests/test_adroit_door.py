@@ -196,9 +196,11 @@ def test_about_counts_by_hand() -> None:
         observations = np.zeros((length + 1, 39))
         observations[[step + 1 for step in steps_open], door.DOOR_ANGLE] = 1.5
         episodes.append((observations, np.zeros((length, 28))))
+    episodes[3][0][5:, door.DOOR_ANGLE] = 1.1  # ajar in the last three steps
     assert door.about(door.to_transitions(episodes)) == {
-        "episodes": 4, "steps": 428, "shortest": 6, "longest": 210, "steps_open": 11 + 5 + 2,
-        "episodes_open": 3, "episodes_open_within_200": 2, "episodes_open_at_end": 2,
+        "episodes": 4, "steps": 428, "shortest": 6, "longest": 210,
+        "steps_open": 11 + 5 + 2, "episodes_open": 3, "episodes_open_within_200": 2, "episodes_open_at_end": 2,
+        "steps_ajar": 11 + 5 + 2 + 3, "episodes_ajar": 4, "episodes_ajar_within_200": 3, "episodes_ajar_at_end": 3,
     }  # fmt: skip
 
 
@@ -409,7 +411,8 @@ def test_the_page_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     low, high = (float(word.strip("[],")) for word in cells["awac"][5].split()[1:])
     assert 0.0 <= low < 30.0 < high <= 100.0
     assert "40 for each seed at the last policy and 10 elsewhere" in page
-    assert cells["demonstrations"] == ["1", "3", "0", "0", "0"] and cells["clone"] == ["1", "3", "11", "0", "0"]
+    assert cells["demonstrations"] == ["1", "3", "0", "0", "0", "0"]
+    assert cells["clone"] == ["1", "3", "0", "0", "11", "0"]
     assert "those of some.npz" in page and "12.5 % were beyond" in page and "seed 3" in page
     assert lines["awac"] == ([0, 50], [pytest.approx(5.0), pytest.approx(30.0)])
     assert lines["iql"] == ([0, 50], [0.0, 10.0]) and lines["C2x"] == ([50], [10.0])
