@@ -143,7 +143,9 @@ def test_a_suite_is_a_grid_of_whole_sets_and_separate_seeds(name: str, monkeypat
     assert len(trained) == len(set(trained)) == 10 * len({dataset for dataset, _ in combinations})
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "emaq" else name for name in ALGORITHMS]
+)
 def test_every_swept_value_changes_the_training(
     name: str, tmp_path: Path, small_run: list[str], script: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
