@@ -320,8 +320,15 @@ def versions(about: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devices: set[str], begun: str) -> str:
-    """The Markdown page of a run."""
+def page(
+    args: Args,
+    about: dict[str, Any],
+    results: Sequence[Comparison],
+    devices: set[str],
+    begun: str,
+    loads: Sequence[float],
+) -> str:
+    """The Markdown page of a run; `loads` are the load averages at the start of each measurement."""
     columns = [*headings(args.members), "layers", "critics", "actions", "parameters, theirs and ours", "remark"]
     lines = [f"| {' | '.join(columns)} |", f"| :-- |{' --: |' * (len(columns) - 2)} :-- |"]
     for found in results:
@@ -333,6 +340,7 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
     clones = [f"{name} {commit(path)}" for name, path in args.clones().items()]
     places = {str(path): f"path/to/{name}" for name, path in args.clones().items() if path is not None}
     command = shlex.join(["python", *(places.get(word, word) for word in sys.argv)])
+    load = f"; load average at each start {min(loads):.1f} to {max(loads):.1f}" if loads else ""
     rows, width, batch = peer_sides.ROWS, peer_sides.HIDDEN_DIM, peer_sides.BATCH_SIZE
     return "\n".join(
         [
@@ -345,7 +353,7 @@ def page(args: Args, about: dict[str, Any], results: Sequence[Comparison], devic
             f"- data: {rows} random transitions, {peer_sides.OBS_DIM} observations, {peer_sides.ACTION_DIM} actions; "
             f"batch {batch}, layers of {width}",
             f"- {args.rounds} rounds of at least {args.seconds:g} s for each side, one side at a time",
-            f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores",
+            f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores{load}",
             f"- updates on: {', '.join(sorted(devices)) or 'nothing'}",
             f"- date: {begun} to {now()}; commit: {commit_of(about)}",
             f"- clones: {'; '.join(clones)}",
@@ -372,7 +380,11 @@ def main(args: Args) -> int:
         table = Table(args.out.with_name(args.out.name + ".csv"))
         table.clear()
 
+    loads: list[float] = []
+
     def write(row: dict[str, Any]) -> None:
+        if row["load_average"] is not None:
+            loads.append(row["load_average"])
         if table is not None:
             table.append([row | shared])
 
@@ -386,7 +398,7 @@ def main(args: Args) -> int:
             results += found
             devices |= used
             if args.out is not None:
-                args.out.with_name(args.out.name + ".md").write_text(page(args, about, results, devices, begun))
+                args.out.with_name(args.out.name + ".md").write_text(page(args, about, results, devices, begun, loads))
     reporting.print_table("Updates/s", headings(args.members), [cells(found) for found in results])
     remarks = [[f"{label(found.side)}: {found.remark}"] for found in results if found.remark]
     reporting.print_table("", ["remarks"], remarks)

@@ -214,7 +214,8 @@ def report(path: Path) -> str:
     return "\n".join(
         [
             "# Throughput of IQL\n",
-            "Made by `python benchmarks/throughput.py`, whose head says what each figure is.\n",
+            f"Made by `python benchmarks/throughput.py --repeats {max(map(len, groups.values()))}`, whose head says "
+            "what each figure is.\n",
             *lines,
             "",
             f"- data: {distinct('transitions')} transitions, {OBS_DIM} observations, {ACTION_DIM} actions",
