@@ -395,11 +395,11 @@ def plot(path: Path, cells: Sequence[report.Cell]) -> None:
             axes.axhline(last["iqm"], color=color, linestyle="--", linewidth=1.0, label=cell.algorithm)
             continue
         found = {step: report.summary([values]) for step, values in rates.items() if len(values) == len(cell.members)}
-        axes.plot(list(found), [value["iqm"] for value in found.values()], color=color, label=cell.algorithm)
-        low, high = ([value[name] for value in found.values()] for name in ("low", "high"))
+        iqm, low, high = ([value[name] for value in found.values()] for name in ("iqm", "low", "high"))
+        axes.plot(list(found), iqm, color=color, label=cell.algorithm)
         axes.fill_between(list(found), low, high, color=color, alpha=0.2, linewidth=0)
         if found and len(found) < len(rates):
-            axes.plot(*[[list(x)[-1]] for x in (found, [value["iqm"] for value in found.values()])], "x", color=color)
+            axes.plot([list(found)[-1]], [iqm[-1]], "x", color=color)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("success rate, %")
     axes.set_ylim(-3.0, 103.0)
