@@ -449,8 +449,8 @@ def write_page(args: Report) -> int:
     cells = report.read(args.results)
     if missing := [cell.run for cell in cells if any(not row.get("success_mean") for row in cell.evaluations)]:
         raise UsageError(f"{args.results}: {missing[0]} has no success rates; it is no run of this experiment")
-    if len(names := report.unique([cell.dataset for cell in cells])) > 1:
-        raise UsageError(f"{args.results} has results on {' and '.join(names)}; a page is of one dataset")
+    if len(found := report.unique([cell.dataset for cell in cells])) > 1:
+        raise UsageError(f"{args.results} has results on {' and '.join(found)}; a page is of one dataset")
     table, rows = [], []
     for cell in cells:
         before = success_rates(cell, "online").get(0, []) if cell.final["online_steps"] else []
