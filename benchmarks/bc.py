@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from common import buffers, networks, populations
-from common.buffers import Replay, Transitions
-from common.errors import UsageError
-from common.experiment import Run
-from common.flags import Count, NonNegative, RunArgs, launch
-from common.optimization import descend
+from common import networks, replay
+from common.cli import Count, NonNegative, RunArgs, UsageError, launch
+from common.data import load
+from common.environments import Evaluator, Returns, make_environment
+from common.members import Metrics, evaluation_keys, keep_finite, make_members, repeat
+from common.networks import descend
+from common.replay import Replay, Transitions, fit_transform
+from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
@@ -128,26 +131,56 @@ def act(
 
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
-) -> tuple[State, populations.Metrics]:
+) -> tuple[State, Metrics]:
     """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
-        batch = buffers.sample(sample_key, data, args.batch_size)
+        batch = replay.sample(sample_key, data, args.batch_size)
         return update(state._replace(key=key), batch, hp, args)
 
-    return populations.repeat(step, state, num_updates)
+    return repeat(step, state, num_updates)
 
 
 def main(args: Args) -> None:
-    """Load, initialise, train in chunks, evaluate, checkpoint, report."""
-    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
-    with Run("bc", args, *functions) as run:
-        state = run.begin()
-        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
-            state, metrics = run.train(state, num_updates)
-            state = run.record(state, metrics)
-        run.finish(state)
+    """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
+    members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
+    run = Run("bc", args, members)
+    dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    transform = fit_transform(dataset.transitions, args)
+    offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
+    obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
+
+    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
+        return act(state, hp, observations, key, args, action_dim, sample=False)
+
+    train_all = members.map(partial(train, args=args))
+    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
+    make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
+    evaluator = Evaluator(make_env, members, transform)
+    state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+
+    with run:
+        state = run.restore({"state": state}, dataset, transform)["state"]
+
+        def evaluate(episodes: int) -> Returns | None:
+            def policy(observations: np.ndarray, count: int) -> jax.Array:
+                keys = evaluation_keys(members.seeds, run.steps(), count)
+                return act_all(state, members.hp, observations, keys)
+
+            return evaluator.run(policy, episodes, run.stopping)
+
+        for start, stop in run.chunks("offline", args.num_updates):
+            if run.evaluation_due():
+                run.save({"state": state})
+                run.record_evaluation(evaluate(args.eval_episodes))
+            new, metrics = train_all(state, members.hp, Replay(offline), (stop - start) * run.alive)
+            state, finite = keep_finite_all(new, state, metrics)
+            run.record(stop, metrics, finite)
+            if run.checkpoint_due():
+                run.save({"state": state})
+
+        run.finish(evaluate(args.final_eval_episodes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Network parts shared by the algorithms: MLP, vmapped ensemble, Gaussian policy heads, behaviour models.
+"""Network parts shared by the algorithms: MLP, vmapped ensemble, Gaussian heads, gradient steps.
 
 Shapes are written `[batch, dim]`. Every module takes unbatched leading axes as they come, so the same parameters
 act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 Initializer = Callable[..., jax.Array]
 
@@ -137,133 +138,20 @@ def squashed_sample(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tupl
     return jnp.tanh(u), gaussian_log_prob(u, mean, log_std) - log_det
 
 
-class SplitDense(nn.Module):
-    """A dense layer on features of states and of n actions for each, side by side; the state's part is computed once.
-
-    `(states [batch, s], actions [n, batch, a]) -> [n, batch, features]`.
-    """
-
-    features: int
-    kernel_init: Initializer
-
-    @nn.compact
-    def __call__(self, states: jax.Array, actions: jax.Array) -> jax.Array:
-        split = states.shape[-1]
-        kernel = self.param("kernel", self.kernel_init, (split + actions.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return (states @ kernel[:split] + bias) + actions @ kernel[split:]
+def descend(
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    grads: Any,
+    opt_state: optax.OptState,
+    learning_rate: jax.Array | float,
+) -> tuple[Any, optax.OptState]:
+    """One step of `optimizer` (without a rate of its own, e.g. `optax.scale_by_adam()`), at `learning_rate`."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state
 
 
-class BinHead(nn.Module):
-    """Logits `[n, batch, num_bins]` of one action dimension, from states' embeddings and the dimensions before it.
-
-    `(embedding [batch, dim], prefix [n, batch, i])`; with `prefix_dim` the prefix goes through a linear map first.
-    """
-
-    num_bins: int
-    hidden_dim: int
-    num_layers: int
-    prefix_dim: int
-
-    @nn.compact
-    def __call__(self, embedding: jax.Array, prefix: jax.Array) -> jax.Array:
-        if self.prefix_dim and prefix.shape[-1]:
-            prefix = nn.Dense(self.prefix_dim, kernel_init=glorot)(prefix)
-        x = nn.relu(SplitDense(self.hidden_dim, glorot)(embedding, prefix))
-        for _ in range(self.num_layers - 1):
-            x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=glorot)(x))
-        return nn.Dense(self.num_bins, kernel_init=glorot)(x)
-
-
-class AutoregressivePolicy(nn.Module):
-    """Density of actions in [-1, 1], one dimension after the other, each uniform within one of `num_bins` equal bins.
-
-    p(a|s) = prod_i p(bin of a_i | s, a_0, ..., a_i-1) / width of a bin, each factor the softmax of an MLP of its own on
-    the state's embedding and the continuous values before it (Ghasemipour et al., 2021, appendix B). It can represent
-    several modes and dependence between dimensions.
-    """
-
-    action_dim: int
-    num_bins: int
-    hidden_dim: int
-    """Width of the state's embedding and of its `num_layers` hidden layers."""
-    num_layers: int
-    head_dim: int
-    head_layers: int
-    prefix_dim: int = 0
-
-    def setup(self) -> None:
-        """The embedding, and a head for each dimension."""
-        self.embed = MLP(self.hidden_dim, self.num_layers, self.hidden_dim, glorot)
-        sizes = (self.num_bins, self.head_dim, self.head_layers, self.prefix_dim)
-        self.heads = [BinHead(*sizes) for _ in range(self.action_dim)]
-
-    def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
-        """Log-density `[batch]` of `actions [batch, action_dim]`, those beyond [-1, 1] taken as on its edge."""
-        embedding, prefixes = self.embed(observations), actions[None]
-        bins = self.bins_of(actions)
-        total = jnp.zeros(len(actions))
-        for i, head in enumerate(self.heads):
-            log_probs = jax.nn.log_softmax(head(embedding, prefixes[..., :i])[0])
-            total += jnp.take_along_axis(log_probs, bins[:, i : i + 1], axis=-1)[:, 0]
-        return total + self.action_dim * jnp.log(self.num_bins / 2.0)
-
-    def sample(
-        self, observations: jax.Array, key: jax.Array, num_samples: int, temperature: jax.Array | float = 1.0
-    ) -> tuple[jax.Array, jax.Array]:
-        """Actions and their bins, `[num_samples, batch, action_dim]` each; logits are divided by the temperature."""
-        embedding = self.embed(observations)
-        actions = jnp.zeros((num_samples, len(observations), 0))
-        bins = []
-        for i, head in enumerate(self.heads):
-            bin_key, place_key = jax.random.split(jax.random.fold_in(key, i))
-            probs = jax.nn.softmax(head(embedding, actions) / temperature)  # of the first [1, ...]: it has no prefix
-            # By the distribution function: a random number for each sample, where jax.random.categorical takes one for
-            # each bin. XLA is slow at cumsum on a CPU.
-            below = jax.lax.associative_scan(jnp.add, probs, axis=-1)
-            place = jax.random.uniform(bin_key, (num_samples, len(observations), 1)) * below[..., -1:]
-            bins.append(jnp.sum(below[..., :-1] <= place, axis=-1))
-            actions = jnp.concatenate([actions, self.within(bins[-1], place_key)[..., None]], axis=-1)
-        return actions, jnp.stack(bins, axis=-1)
-
-    def bins_of(self, actions: jax.Array) -> jax.Array:
-        """The bin, from 0 on, of each number."""
-        return jnp.clip(jnp.floor((actions + 1.0) / 2.0 * self.num_bins), 0, self.num_bins - 1).astype(jnp.int32)
-
-    def within(self, bins: jax.Array, key: jax.Array) -> jax.Array:
-        """A number for each bin, uniform within it."""
-        return (bins + jax.random.uniform(key, bins.shape)) * (2.0 / self.num_bins) - 1.0
-
-
-class VAEPolicy(nn.Module):
-    """Variational autoencoder of actions given states, as Wu et al. (2019) have it (BRAC's code).
-
-    A Gaussian latent of twice the actions' dimensions; the decoder's Gaussian has mean tanh(v) and unit variance.
-    """
-
-    action_dim: int
-    hidden_dim: int
-    num_layers: int
-
-    def setup(self) -> None:
-        """Encoder to mean and log standard deviation of the latent, and decoder."""
-        self.encoder = MLP(self.hidden_dim, self.num_layers, 4 * self.action_dim, glorot)
-        self.decoder = MLP(self.hidden_dim, self.num_layers, self.action_dim, glorot)
-
-    def __call__(self, observations: jax.Array, actions: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Squared error of the reconstruction and KL divergence of the latent from the prior, `[batch]` each."""
-        mean, log_std = jnp.split(self.encoder(jnp.concatenate([observations, actions], axis=-1)), 2, axis=-1)
-        log_std = jnp.clip(log_std, -5.0, 5.0)
-        latent = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-        error = jnp.sum((self.decode(observations, latent) - actions) ** 2, axis=-1)
-        return error, 0.5 * jnp.sum(mean**2 + jnp.exp(2.0 * log_std) - 1.0 - 2.0 * log_std, axis=-1)
-
-    def decode(self, observations: jax.Array, latent: jax.Array) -> jax.Array:
-        """The decoder's mean action."""
-        return jnp.tanh(self.decoder(jnp.concatenate([observations, latent], axis=-1)))
-
-    def sample(self, observations: jax.Array, key: jax.Array, num_samples: int) -> jax.Array:
-        """Actions `[num_samples, batch, action_dim]`: mean actions of latents clipped to [-0.5, 0.5]."""
-        latent = jax.random.normal(key, (num_samples, len(observations), 2 * self.action_dim))
-        states = jnp.broadcast_to(observations, (num_samples, *observations.shape))
-        return self.decode(states, jnp.clip(latent, -0.5, 0.5))
+def cosine_decay(step: jax.Array, horizon: int) -> jax.Array:
+    """Factor from 1 at step 0 to 0 at `horizon`, and 0 after it; constantly 1 for a horizon of 0."""
+    if horizon == 0:
+        return jnp.ones(())
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / horizon, 1.0)))

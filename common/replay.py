@@ -1,10 +1,13 @@
-"""Transitions on the device: the offline arrays shared by a population, and a ring of online transitions per member."""
+"""Transitions: their transforms, the offline arrays that a population shares, and a ring of online ones per member."""
 
-from collections.abc import Callable
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from common.cli import RunArgs, UsageError
 
 
 class Transitions(NamedTuple):
@@ -20,6 +23,66 @@ class Transitions(NamedTuple):
     next_observations: jax.Array
     terminations: jax.Array
     truncations: jax.Array
+
+
+def episode_returns(transitions: Transitions) -> np.ndarray:
+    """Undiscounted return of each episode, float64 `[episodes]`; one ends at either flag, or where the data ends."""
+    ends = (np.asarray(transitions.terminations) > 0) | (np.asarray(transitions.truncations) > 0)
+    starts = np.flatnonzero(np.append(True, ends[:-1])) if len(ends) else np.zeros(0, int)
+    return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts) if len(ends) else np.zeros(0)
+
+
+class Transform(NamedTuple):
+    """observations -> (observations - mean) / std, `[obs_dim]` each; rewards -> scale * rewards + shift."""
+
+    observation_mean: np.ndarray
+    observation_std: np.ndarray
+    reward_scale: float
+    reward_shift: float
+
+    def observations(self, observations: np.ndarray) -> np.ndarray:
+        """Transformed observations `[..., obs_dim]`, float32."""
+        return ((observations - self.observation_mean) / self.observation_std).astype(np.float32)
+
+    def rewards(self, rewards: np.ndarray) -> np.ndarray:
+        """Transformed rewards `[...]`, float32."""
+        return (self.reward_scale * np.asarray(rewards) + self.reward_shift).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """The constants as JSON can hold them, exactly."""
+        return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
+
+    def transitions(self, transitions: Transitions) -> Transitions:
+        """Transitions with states and rewards transformed; actions and flags as they are."""
+        return transitions._replace(
+            observations=self.observations(transitions.observations),
+            rewards=self.rewards(transitions.rewards),
+            next_observations=self.observations(transitions.next_observations),
+        )
+
+
+def fit_transform(transitions: Transitions, args: RunArgs) -> Transform:
+    """Constants from the dataset, for evaluation and the online phase too; without rows, nothing is normalised.
+
+    `normalize_observations`: mean and standard deviation of the dataset's observations, 1e-3 added to the latter
+    (TD3+BC, section 5). `normalize_returns`: the reward's scale is further multiplied by 1000 / (largest - smallest
+    episode return) (IQL, section 5.2). UsageError where all episodes have the same return.
+    """
+    obs_dim, scale = transitions.observations.shape[-1], args.reward_scale
+    mean, std = np.zeros(obs_dim, np.float32), np.ones(obs_dim, np.float32)
+    if args.normalize_observations and len(transitions.rewards):
+        mean = transitions.observations.mean(axis=0, dtype=np.float64).astype(np.float32)
+        std = transitions.observations.std(axis=0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
+    if args.normalize_returns and len(transitions.rewards):
+        spread = float(np.ptp(episode_returns(transitions)))
+        if spread <= 0.0:
+            raise UsageError("every episode of the dataset has the same return; pass --normalize-returns False")
+        scale *= 1000.0 / spread
+        if spread < 1000.0:
+            print(
+                f"--normalize-returns enlarges rewards by {1000 / spread:.3g}: it is meant to shrink", file=sys.stderr
+            )
+    return Transform(mean, std, scale, args.reward_shift)
 
 
 class Ring(NamedTuple):
@@ -47,8 +110,8 @@ class Ring(NamedTuple):
 def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
     """A ring of `capacity` zero rows, none written."""
     widths = {"observations": (obs_dim,), "actions": (action_dim,), "next_observations": (obs_dim,)}
-    data = Transitions(*(jnp.zeros((capacity, *widths.get(name, ()))) for name in Transitions._fields))
-    return Ring(data, jnp.zeros((), jnp.int32))
+    shapes = [(capacity, *widths.get(name, ())) for name in Transitions._fields]
+    return Ring(Transitions(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), jnp.zeros((), jnp.int32))
 
 
 def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None = None) -> Ring:
@@ -66,26 +129,25 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
     return Ring(data, ring.written + (rows if count is None else count))
 
 
-def end_episodes(rings: Ring) -> Ring:
-    """Rings `[members, capacity, ...]` whose newest row is the last of its episode: what follows starts another one."""
-    members, newest = jnp.arange(len(rings.written)), (rings.position - 1) % rings.capacity
-    cut = jnp.where(rings.written > 0, 1.0 - rings.data.terminations[members, newest], 0.0)
-    truncations = jnp.asarray(rings.data.truncations).at[members, newest].set(cut)
-    return rings._replace(data=rings.data._replace(truncations=truncations))
+def end_episode(ring: Ring) -> Ring:
+    """The ring with its newest row the last of its episode: what follows starts another one."""
+    newest = (ring.position - 1) % ring.capacity
+    cut = jnp.where(ring.written > 0, 1.0 - ring.data.terminations[newest], 0.0)
+    return ring._replace(data=ring.data._replace(truncations=ring.data.truncations.at[newest].set(cut)))
 
 
 class Replay(NamedTuple):
     """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union.
 
     With a `member` the ring is that of a population, `[members, capacity, ...]`, and that member's part is meant:
-    rows are then picked from the whole, because slicing the part out would copy it. What was `precomputed` for the
-    offline rows, `[members, rows, ...]`, is to be read in the same way.
+    rows are then picked from the whole, because slicing the part out would copy it. `extra` is likewise what an
+    algorithm keeps beside the offline rows, `[members, rows, ...]`.
     """
 
     offline: Transitions | None
     ring: Ring | None = None
     member: jax.Array | None = None
-    precomputed: Any = None
+    extra: Any = None
 
 
 def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
@@ -120,42 +182,3 @@ def take(replay: Replay, rows: jax.Array) -> Transitions:
 def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
     """A minibatch `[batch_size, ...]`, uniform with replacement over all rows of the offline data and the ring."""
     return take(replay, sample_rows(key, replay, batch_size))
-
-
-class Part(NamedTuple):
-    """The offline data or a member's ring as a whole, `[rows, ...]`.
-
-    From row `start` on, round the end, the rows are time-ordered: those not yet written first, the newest one last.
-    """
-
-    data: Transitions
-    start: jax.Array | int
-    written: jax.Array | int
-    """How many rows there ever were, those that are overwritten too."""
-    online: bool
-
-
-def parts(replay: Replay) -> list[Part]:
-    """Offline data and ring, whichever are there, in the order of the row numbers."""
-    offline, ring, member, _ = replay
-    found = [] if offline is None else [Part(offline, 0, len(offline.rewards), online=False)]
-    if ring is not None:
-        own = ring if member is None else jax.tree.map(lambda x: x[member], ring)
-        found.append(Part(own.data, own.position, own.written, online=True))
-    return found
-
-
-def map_blocks(function: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array, size: int) -> jax.Array:
-    """`function(block [size, ...], start)` of one block of rows after the other; its results `[len(rows), ...]`.
-
-    Where `size` does not divide the rows, the last block begins earlier and its results replace the first ones.
-    """
-    count, size = len(rows), min(size, len(rows))
-
-    def fill(results: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        block = function(jax.lax.dynamic_slice_in_dim(rows, start, size), start)
-        return jax.lax.dynamic_update_slice_in_dim(results, block, start, axis=0), None
-
-    one = jax.eval_shape(function, rows[:size], jnp.zeros((), jnp.int32))
-    starts = jnp.minimum(jnp.arange(0, count, size), count - size)
-    return jax.lax.scan(fill, jnp.zeros((count, *one.shape[1:]), one.dtype), starts)[0]

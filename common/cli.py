@@ -1,0 +1,274 @@
+"""The command line: the flags that every script has, presets by domain, parsing, errors and exit status."""
+
+import argparse
+import dataclasses
+import errno
+import io
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
+
+import numpy as np
+import tyro
+
+A = TypeVar("A", bound="RunArgs")
+FILES = (".npz", ".hdf5", ".h5")
+"""Endings by which --dataset is a path."""
+
+
+class UsageError(Exception):
+    """Bad flag, data, checkpoint or directory. The message says in one line what is wrong and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of the error's message, or its name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def exit_status() -> Iterator[None]:
+    """End the process as a script should: 2 and one line for what a user can mend, 130 after Ctrl-C."""
+    try:
+        yield
+    except UsageError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a directory without permission
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {error.filename or 'writing results'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a flag may take, written into its type; `above`: `low` itself is excluded."""
+
+    low: float
+    high: float = np.inf
+    above: bool = False
+
+    def check(self, flag: str, value: float) -> None:
+        """UsageError for a number out of range or not finite."""
+        if not np.isfinite(value):
+            raise UsageError(f"{flag} {value}: must be finite")
+        if value < self.low or value > self.high or (self.above and value == self.low):
+            limit = f"at most {self.high:g}" if value > self.high else f"at least {self.low:g}"
+            raise UsageError(f"{flag} {value}: must be {f'above {self.low:g}' if self.above else limit}")
+
+
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
+
+    dataset: str = "offax/hopper/medium-expert-v0"
+    """Minari id, or path of an .npz or a D4RL .hdf5 file."""
+    env: str | None = None
+    """Gymnasium id to evaluate in, `module:Name-v0` where a module registers it. Default: the dataset's own."""
+    preset: str = "auto"
+    """Named settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's
+    name; none: the class's defaults."""
+    seed: int = 0
+    """First seed; it decides networks, minibatches and evaluation."""
+    num_seeds: Count = 1
+    """Members with seeds seed, seed + 1, ..., trained in one process."""
+    grid: str = ""
+    """Hyperparameter values, listed below, to combine with each other and every seed: "discount=0.98,0.99"."""
+    shard: str = ""
+    """I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md."""
+    num_updates: int = 1_000_000
+    """Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms."""
+    online_steps: int = 0
+    """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
+    random_steps: int = 5_000
+    """Without offline updates: first environment steps, with uniform actions and no update (CleanRL's SAC)."""
+    batch_size: Count = 256
+    """Transitions in a minibatch (the papers of IQL, TD3+BC and SAC)."""
+    eval_every: int = 10_000
+    """Updates (online: environment steps) between evaluations; 0: only at the end (ours)."""
+    eval_episodes: Count = 10
+    """Episodes for each member in an evaluation (IQL's and TD3+BC's papers)."""
+    final_eval_episodes: Count = 100
+    """Episodes for each member in the last evaluation (ours)."""
+    max_episode_steps: int = 0
+    """Steps after which an episode is cut; 0: the environment's own limit, or 10,000 where it has none."""
+    checkpoint_every: int = 50_000
+    """Updates (online: environment steps) between checkpoints, beside the one before each evaluation; 0: none (ours)."""
+    run_dir: str | None = None
+    """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
+    resume: bool = False
+    """Continue from the last checkpoint in --run-dir, or start there if there is none."""
+    normalize_observations: bool = False
+    """Centre and scale states by the dataset's mean and standard deviation."""
+    normalize_returns: bool = False
+    """Scale rewards by 1000 / (largest - smallest episode return of the dataset)."""
+    reward_scale: float = 1.0
+    """Multiplies every reward, offline and online."""
+    reward_shift: float = 0.0
+    """Added to every reward after scaling, offline and online."""
+    track: bool = False
+    """Log to Weights & Biases too; always on under a sweep agent."""
+    wandb_project: str = "offax"
+    """Project of the Weights & Biases runs."""
+    wandb_group: str | None = None
+    """Group of the members' runs. Default: algorithm, dataset and time."""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team. Default: yours."""
+    quiet: bool = False
+    """No progress on stderr."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def validate(self) -> None:
+        """UsageError for a number out of range: the type's own, or else at least 0 for whole numbers and any float."""
+        for name, value in dataclasses.asdict(self).items():
+            if name != "hp":
+                _check(type(self), name, value)
+        for combination in parse_grid(self.grid, self.hp._fields):
+            for name, value in (self.hp._asdict() | combination).items():
+                _check(type(self.hp), name, value)
+        if self.seed + self.num_seeds > 2**31:
+            raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
+        if self.num_updates + self.online_steps == 0:
+            raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
+        if (self.resume or self.shard) and not self.run_dir:
+            raise UsageError(f"{'--resume True' if self.resume else '--shard'} needs --run-dir, the run's directory")
+
+
+def parse_grid(grid: str, names: tuple[str, ...]) -> list[dict[str, float]]:
+    """Combinations of `"beta=1,3,10 expectile=0.7,0.9"`, the last name varying fastest; `[{}]` for an empty grid.
+
+    UsageError for a name that is not among `names`, a value that is no finite number, or anything given twice.
+    """
+    values: dict[str, list[float]] = {}
+    for part in grid.split():
+        name, equals, numbers = part.partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            raise UsageError(f'--grid: "{part}" is not of the form name=value,value')
+        if name not in names or name in values:
+            what = f"{name} is given twice" if name in values else f"no hyperparameter {name}"
+            raise UsageError(f"--grid: {what}; choose from {', '.join(names)}")
+        try:
+            values[name] = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            raise UsageError(f'--grid: "{numbers}" is not a list of numbers like 0.7,0.9') from None
+        if not np.isfinite(values[name]).all() or len(set(values[name])) < len(values[name]):
+            raise UsageError(f'--grid: the values of {name}, "{numbers}", must be finite and differ')
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
+    """UsageError if --grid sweeps one of the hyperparameters that are `unused` `where` ("with --flag value")."""
+    for name in sorted(unused.intersection(parse_grid(args.grid, args.hp._fields)[0])):
+        raise UsageError(f"--grid: {name} has no effect {where}")
+
+
+def _check(owner: type, name: str, value: Any) -> None:
+    """UsageError if the number `value` is out of the range in the type of the field `name` of `owner`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    metadata = getattr(get_type_hints(owner, include_extras=True)[name], "__metadata__", ())
+    ranges = [item for item in metadata if isinstance(item, Range)]
+    default = Range(0) if isinstance(value, int) else Range(-np.inf)
+    (ranges[0] if ranges else default).check(f"--{name.replace('_', '-')}", value)
+
+
+# Families of environments that share settings, by how their name or a part of the dataset's begins.
+FAMILIES = {
+    "antmaze": r"ant_?maze",
+    "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
+    "kitchen": r"(franka)?kitchen(?![a-z])",
+    "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
+}
+
+
+def env_name(env_id: str) -> str:
+    """`hopper` for `gymnasium.envs.mujoco:Hopper-v5`: without module, namespace and version, by gymnasium's rules."""
+    import gymnasium.envs.registration as registration
+
+    try:
+        return registration.parse_env_id(env_id.rpartition(":")[2])[1].lower()
+    except registration.error.Error as error:
+        raise UsageError(f"--env {env_id}: {error}") from None
+
+
+def preset_name(dataset: str, env: str | None) -> str:
+    """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
+    names = [env_name(env)] if env else []
+    if Path(dataset).suffix.lower() in FILES:
+        names.append(Path(dataset).name)
+    else:
+        names += dataset.split("/")
+    for name, (family, pattern) in itertools.product(names, FAMILIES.items()):
+        if re.match(pattern, name.lower()):
+            return family
+    return "none"
+
+
+def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
+    """Flags into `args_type`; those not given come from the preset, then from the class; `preset` says which it was.
+
+    UsageError, in one line, for a bad flag; SystemExit(0) after --help.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    plain, fields = args_type(), args_type.__dataclass_fields__
+    # --help shows them in this order: the algorithm's own first.
+    args_type.__dataclass_fields__ = dict(
+        sorted(fields.items(), key=lambda item: item[0] in RunArgs.__dataclass_fields__)
+    )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("dataset", "env", "preset"):
+        first.add_argument(f"--{name}", nargs="?", default=getattr(plain, name))
+    chosen = first.parse_known_args(argv)[0]
+    if chosen.preset not in ("auto", "none", *presets):
+        raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
+    preset = chosen.preset if chosen.preset != "auto" else preset_name(chosen.dataset or "", chosen.env)
+    preset = preset if preset in presets else "none"
+    settings = presets.get(preset, {})
+    hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
+    others = {name: value for name, value in settings.items() if name not in hp}
+    default = plain.replace(hp=plain.hp._replace(**hp), **others)
+
+    out, err = io.StringIO(), io.StringIO()
+    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            return tyro.cli(args_type, args=argv, default=default, config=config).replace(preset=preset)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
+            print(out.getvalue().rstrip(), f"\npresets (--preset); the defaults above are those of: {preset}")
+            print("\n".join(listed), f"\n\n--grid sweeps any of: {', '.join(plain.hp._fields)}", sep="")
+            raise
+        # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
+        text = (err.getvalue() + out.getvalue()).replace("│", " ")
+        parts = [" ".join(part.split()) for part in re.split(r"[╭╮╰╯─]{2,}|-{5,}", text)]
+        parts = [part for part in parts if part and not part.startswith("For full helptext")]
+        raise UsageError(f"{'; '.join(parts[1:] or parts)} (see --help)") from None
+
+
+def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dict[str, Any]]) -> None:
+    """Parse the command line, run `main`, and end with the exit status of a script.
+
+    0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
+    """
+    with exit_status():
+        args = parse(args_type, presets)
+        args.validate()
+        main(args)

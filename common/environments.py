@@ -1,0 +1,227 @@
+"""Environments with flat observations and actions in [-1, 1]: which fit, evaluating in them, collecting from them."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import jax
+import numpy as np
+
+from common.cli import UsageError, env_name, one_line
+from common.members import Members
+from common.replay import Transform, Transitions
+
+MAX_ENVIRONMENTS = 64
+LONGEST_EPISODE = 10_000
+"""Steps after which an episode is cut where neither the environment nor --max-episode-steps limits it."""
+LARGEST_BOUND = 1e6
+"""A larger bound of an action is no range to scale by: it stands for "unbounded", and float32 cannot resolve it."""
+
+
+def action_bounds(name: str, observations: gym.Space, actions: gym.Space) -> tuple[int, np.ndarray, np.ndarray]:
+    """Numbers in the flattened observation, and lowest and highest action `[action_dim]` float32.
+
+    The one place that says which spaces fit: observations are vectors of numbers, or dictionaries and tuples of such;
+    actions a vector of floats, each bounded by a range. UsageError, naming the dimension, for others.
+    """
+    stack = [observations]
+    while stack:
+        space = stack.pop()
+        if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+            stack += space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces
+        elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind not in "fi":
+            raise UsageError(f"{name} has observations in {space}; Offax handles vectors of numbers only")
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
+        raise UsageError(f"{name} has actions in {actions}; Offax handles continuous vectors of floats only")
+    low, high = actions.low.astype(np.float64), actions.high.astype(np.float64)
+    for i, (least, most) in enumerate(zip(low, high, strict=True)):
+        if not -LARGEST_BOUND <= least < most <= LARGEST_BOUND:
+            raise UsageError(
+                f"{name}: dimension {i} of the actions is bounded by {least:g} and {most:g}, which is no range to scale "
+                "by; give the environment's action space the range that its actions really have"
+            )
+    return gym.spaces.flatdim(observations), low.astype(np.float32), high.astype(np.float32)
+
+
+@contextmanager
+def quiet_mujoco() -> Any:
+    """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT: nothing a user can mend."""
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+def make_raw(spec: Any, **options: Any) -> gym.Env:
+    """`gymnasium.make(spec)`; AntMaze ends at the goal, as D4RL's tasks do. UsageError if it cannot be made."""
+    name = getattr(spec, "id", spec)
+    if env_name(name).startswith("antmaze"):
+        options |= {"continuing_task": False}
+    try:
+        with quiet_mujoco(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
+            try:
+                return gym.make(spec, disable_env_checker=True, **options)
+            except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
+                try:
+                    gym.register_envs(importlib.import_module("gymnasium_robotics"))
+                except ImportError:
+                    raise UsageError(
+                        f"environment {name} is not registered: it may need another package (`pip install -e "
+                        '".[adroit]"` brings gymnasium-robotics), or its module, as in --env my_module:Name-v0'
+                    ) from None
+                return gym.make(spec, disable_env_checker=True, **options)
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"environment {name}: there is no module {error.name}; install it, or put its folder on PYTHONPATH"
+        ) from None
+    except Exception as error:  # whatever an environment's constructor raises
+        raise UsageError(f"cannot make environment {name}: {one_line(error)}") from None
+
+
+def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> gym.Env:
+    """The environment of a gymnasium id or EnvSpec, with flat observations and actions in [-1, 1].
+
+    Its episodes are cut after `max_episode_steps`; 0: by its own limit, or after LONGEST_EPISODE. `options` are
+    gymnasium's, e.g. render_mode. UsageError if it is unknown, fails, or has other spaces than `action_bounds` takes.
+    """
+    if max_episode_steps:
+        options |= {"max_episode_steps": max_episode_steps}
+    env = make_raw(spec, **options)
+    action_bounds(f"environment {getattr(spec, 'id', spec)}", env.observation_space, env.action_space)
+    if env.spec is None or env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, max_episode_steps or LONGEST_EPISODE)
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def scalar(value: Any) -> float:
+    """A number from a number or an array of one, as rewards and `info["success"]` come; NaN for None."""
+    return float("nan") if value is None else float(np.asarray(value, np.float64).reshape(-1)[0])
+
+
+class Returns(NamedTuple):
+    """Undiscounted returns and lengths of the evaluation's episodes, `[members, episodes]`.
+
+    `successes` is 1 where the environment reported success (`info["success"]`) at some step of the episode, 0 where it
+    did at none, and NaN where it reports nothing of the kind.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    successes: np.ndarray
+
+
+class Evaluator:
+    """Runs the members' episodes side by side: one call of the policy for each time step.
+
+    Each environment runs one episode and then waits, so long episodes are not under-counted, and none is stepped past
+    its end. At most about `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes. How many episodes of a
+    member run at once depends on the `total` of the population, not on how many members this process has.
+    """
+
+    def __init__(self, make: Callable[[], gym.Env], members: Members, transform: Transform) -> None:
+        self.make, self.members, self.transform = make, members, transform
+        self.environments: list[gym.Env] = []
+
+    def run(
+        self,
+        policy: Callable[[np.ndarray, int], np.ndarray],
+        episodes: int,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Returns | None:
+        """`episodes` episodes of each member; episode i is seeded by the member's own first seed plus i.
+
+        `policy(observations [padded, width, obs_dim], count)` gives actions `[padded, width, action_dim]` in [-1, 1];
+        `count` is another one at every time step. None if `stopping()`, asked before each, says so.
+        """
+        waves = -(-episodes // max(1, MAX_ENVIRONMENTS // self.members.total))
+        width, members = -(-episodes // waves), self.members.count
+        returns, successes = np.zeros((members, waves * width)), np.full((members, waves * width), np.nan)
+        lengths = np.zeros((members, waves * width), int)
+        while len(self.environments) < members * width:
+            self.environments.append(self.make())
+        for wave in range(waves):
+            columns = np.arange(wave * width, (wave + 1) * width)
+            running = [(m, j) for m in range(members) for j in range(width) if columns[j] < episodes]
+            observations = np.zeros(
+                (len(self.members.seeds), width, *self.environments[0].observation_space.shape), np.float32
+            )
+            for m, j in running:
+                seed = (1_000_000 + 1000 * int(self.members.seeds[m]) + int(columns[j])) % 2**32  # all that numpy takes
+                observations[m, j] = self.environments[m * width + j].reset(seed=seed)[0]
+            step = 0
+            while running:
+                if stopping():
+                    return None
+                actions = np.asarray(policy(self.transform.observations(observations), wave * 1_000_000 + step))
+                still_running = []
+                for m, j in running:
+                    env = self.environments[m * width + j]
+                    observations[m, j], reward, terminated, truncated, info = env.step(actions[m, j])
+                    returns[m, columns[j]] += scalar(reward)
+                    lengths[m, columns[j]] += 1
+                    success = scalar(info.get("success"))
+                    successes[m, columns[j]] = np.fmax(successes[m, columns[j]], success)
+                    if not (terminated or truncated):
+                        still_running.append((m, j))
+                running, step = still_running, step + 1
+        return Returns(returns[:, :episodes], lengths[:, :episodes], successes[:, :episodes])
+
+
+class Collector:
+    """Steps `per_member` environments of each member; gives transformed transitions with their true next observation.
+
+    A time limit sets the truncation flag alone, so it bootstraps. Environments of an earlier process, which had `done`
+    some steps, are not gone on with: these start with other seeds. `observations [padded, per_member, obs_dim]`.
+    """
+
+    def __init__(
+        self, make: Callable[[], gym.Env], members: Members, transform: Transform, per_member: int = 1, done: int = 0
+    ) -> None:
+        self.transform, self.per_member = transform, per_member
+        self.padded = np.minimum(np.arange(len(members.seeds)), members.count - 1)
+        seeds = members.seeds[: members.count].tolist()
+        starts = [int(word) for s in seeds for word in np.random.SeedSequence([s, done]).generate_state(per_member)]
+        self.environments = gym.vector.SyncVectorEnv(
+            [make] * len(starts), autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+        )
+        self.observations = self._by_member(transform.observations(self.environments.reset(seed=starts)[0]))
+
+    def _by_member(self, x: np.ndarray) -> np.ndarray:
+        """`[members * per_member, ...]` as `[padded, per_member, ...]`."""
+        return x.reshape(-1, self.per_member, *x.shape[1:])[self.padded]
+
+    def step(self, actions: jax.Array) -> Transitions:
+        """Apply `actions [padded, per_member, action_dim]`; the transitions `[padded, per_member, ...]`.
+
+        Actions beyond their bounds act as the nearest within them, and stay as they are in the transitions; those that
+        are not finite are 0.
+        """
+        actions = np.asarray(actions)
+        actions = np.where(np.isfinite(actions), actions, np.float32(0.0))
+        own = np.clip(actions[: self.padded[-1] + 1].reshape(-1, actions.shape[-1]), -1.0, 1.0)
+        raw, rewards, terminations, truncations, info = self.environments.step(own)
+        after = self.transform.observations(raw)
+        following = after.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            following[i] = self.transform.observations(info["final_obs"][i])
+        flags = (terminations.astype(np.float32), (truncations & ~terminations).astype(np.float32))
+        columns = (self.transform.rewards(rewards), following, *flags)
+        transitions = Transitions(self.observations, actions, *map(self._by_member, columns))
+        self.observations = self._by_member(after)
+        return transitions
