@@ -23,7 +23,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from common.flags import RunArgs, parse  # noqa: E402
+from common.cli import RunArgs, launch, parse  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
@@ -124,8 +124,6 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`script(name, *flags)`: the command line of an algorithm, in this process."""
-    from common.flags import launch
-
     def call(name: str, *flags: object) -> Outcome:
         module = importlib.import_module(f"algorithms.{name}")
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
