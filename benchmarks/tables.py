@@ -1,0 +1,69 @@
+"""Tables of measurements: a CSV that grows by whole rows, the same on the screen, and the commit that made it."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.cli import UsageError
+from common.runs import write_atomically
+
+
+class Table:
+    """A CSV that grows by whole rows, each flushed. Rows are dictionaries; None is an empty cell.
+
+    A file that exists is gone on with; the first row ever written fixes the columns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, str]]:
+        """The rows that there are; a last line that a kill has cut is none."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the rows in one go. UsageError for a column that the file does not have."""
+        with open(self.path, "a+", newline="") as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            if unknown := sorted(set(rows[0]) - set(columns or rows[0])):
+                raise UsageError(f"{self.path} was begun without the column {unknown[0]}; move it away")
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
+            if columns is None:
+                writer.writeheader()
+            for row in rows:
+                writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
+            file.write(text.getvalue())
+
+    def rewind(self, keep: Callable[[dict[str, str]], bool]) -> None:
+        """Drop the rows for which `keep` is false: those written after the checkpoint that is gone on from."""
+        rows = self.read()
+        if not rows:
+            self.path.unlink(missing_ok=True)
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in rows if keep(row))
+        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table for the screen, the first column to the left and the others to the right; None is an empty cell."""
+    cells = [["" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+    return "\n".join(map(line, [columns, *cells]))
+
+
+def commit_of(provenance: dict[str, Any]) -> str:
+    """The commit of a `common.runs.provenance()`, and whether the code differed from it."""
+    return (provenance["git_commit"] or "unknown") + (" with uncommitted changes" if provenance["git_dirty"] else "")
