@@ -24,10 +24,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from common import checkpoints, offax_sets
-from common.errors import UsageError, exit_status
-from common.offax_sets import Layers
-from common.reference_scores import normalized_score
+from benchmarks import offax_sets
+from benchmarks.offax_sets import Layers
+from common.cli import UsageError, exit_status
+from common.data import normalized_score
+from common.environments import quiet_mujoco
+from common.runs import write_atomically
 
 NUM_MIXED = 8
 MEDIUM_BAND = (1 / 3, 1 / 2)
@@ -60,7 +62,7 @@ def read_snapshot(path: Path) -> Layers:
 def measure(env_id: str, layers: Layers, steps: int, seed: int) -> float:
     """Mean return of the whole episodes among `steps` environment steps of sampled actions."""
     exact = [(w.astype(float), b.astype(float)) for w, b in layers]
-    with offax_sets.without_deprecations():
+    with quiet_mujoco():
         episodes = offax_sets.collect(env_id, exact, steps, [seed], num_envs=10)
     return float(np.mean([episode.rewards.sum() for episode in episodes[:-1] or episodes]))
 
@@ -126,7 +128,7 @@ def main(args: Args) -> None:
     if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
         raise UsageError(f"the policies take more than {MAX_BYTES} bytes; train smaller networks")
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomically(args.out_dir / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(args.out_dir / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
     shutil.copyfile(curve, args.out_dir / f"{name}_training.csv")
     print(f"wrote {args.out_dir / name}.npz and {args.out_dir / name}_training.csv")
 

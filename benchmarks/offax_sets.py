@@ -1,4 +1,4 @@
-"""The `offax/<env>/<quality>-v0` datasets: collected from MuJoCo on first use, by policies shipped in this package.
+"""The `offax/<env>/<quality>-v0` datasets: collected from MuJoCo on first use, by the policies beside this file.
 
 A set is the same arrays every time on one machine: every episode has its own seed, and actions are computed in double
 precision and rounded to a grid, so that neither the number of environments stepped together nor the number of BLAS
@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import UsageError
-from common.reference_scores import REFERENCE_RETURNS
+from common.cli import UsageError
+from common.data import REFERENCE_RETURNS, datasets_root
+from common.environments import quiet_mujoco
 
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
 TRANSITIONS = 200_000
-POLICIES = Path(__file__).parent / "behavior_policies"
+POLICIES = Path(__file__).parent / "behavior_policies_v0"
 SEED = 20_250
 FORMAT = 1  # raise it when collection changes: sets made by an older one are then rebuilt
 NUM_ENVS = 32
@@ -72,12 +73,6 @@ def parse(dataset_id: str) -> tuple[str, str]:
         )
     _, env, quality = dataset_id.removesuffix("-v0").split("/")
     return env, quality
-
-
-def datasets_root() -> Path:
-    """Minari's directory of datasets; it need not exist."""
-    root = os.environ.get("MINARI_DATASETS_PATH")
-    return Path(root) if root else Path.home() / ".minari" / "datasets"
 
 
 # Policies
@@ -159,22 +154,6 @@ class _Running:
             bool(self.terminated),
             t == len(self.rewards),
         )
-
-
-@contextmanager
-def without_deprecations() -> Iterator[None]:
-    """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT in the current directory.
-
-    HalfCheetah's is one, and nothing a user can mend.
-    """
-    import mujoco
-
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(before)
 
 
 def collect(
@@ -337,7 +316,7 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
     building.mkdir()
     try:
         _require_space(recipe, building)
-        with without_deprecations():
+        with quiet_mujoco():
             episodes = _collect_parts(dataset_id, recipe)
             _require_space(recipe, building)  # again: collecting took a while
             built = _write(dataset_id, recipe, episodes, building)
@@ -369,23 +348,32 @@ def _require_space(recipe: dict[str, Any], building: Path) -> None:
 
 
 def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:
-    from rich.console import Console
-    from rich.progress import Progress
-
     env, quality = parse(dataset_id)
     policies = read_policies(env) if quality != "random" else {}
     episodes: list[Episode] = []
-    total = sum(transitions for _, transitions in recipe["parts"])
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"collecting {dataset_id}", total=total)
-        for index, (policy, transitions) in enumerate(recipe["parts"]):
-            seed = [SEED, list(ENVS).index(env), QUALITIES.index(quality), index]
-            layers = [(w.astype(float), b.astype(float)) for w, b in policies[policy]] if policy else None
-            episodes += collect(
-                ENVS[env], layers, transitions, seed, progress=lambda steps: progress.advance(task, steps)
-            )
-        progress.update(task, completed=total)
+    progress = _progress(f"collecting {dataset_id}", sum(transitions for _, transitions in recipe["parts"]))
+    for index, (policy, transitions) in enumerate(recipe["parts"]):
+        seed = [SEED, list(ENVS).index(env), QUALITIES.index(quality), index]
+        layers = [(w.astype(float), b.astype(float)) for w, b in policies[policy]] if policy else None
+        episodes += collect(ENVS[env], layers, transitions, seed, progress=progress)
     return episodes
+
+
+def _progress(what: str, total: int) -> Callable[[int], None]:
+    """Say on stderr how many of the steps are made: on a terminal in one line that is rewritten, else at each fifth."""
+    done, shown = 0, -1
+    terminal = sys.stderr.isatty()
+
+    def advance(steps: int) -> None:
+        nonlocal done, shown
+        done += steps
+        percent = min(100, 100 * done // total)
+        if percent // (1 if terminal else 20) > shown:
+            shown = percent // (1 if terminal else 20)
+            start, end = ("\r", "\n" if percent == 100 else "") if terminal else ("", "\n")
+            print(f"{start}{what}: {percent} %", end=end, file=sys.stderr, flush=True)
+
+    return advance
 
 
 def _write(dataset_id: str, recipe: dict[str, Any], episodes: list[Episode], building: Path) -> Path:

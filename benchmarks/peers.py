@@ -50,10 +50,9 @@ import tyro
 
 from benchmarks import peer_sides
 from benchmarks.peer_sides import OURS, Info, PeerError, Side
-from common import reporting
-from common.errors import UsageError, exit_status
-from common.logging import Table
-from common.provenance import commit_of, provenance
+from benchmarks.tables import Table, aligned, commit_of
+from common.cli import UsageError, exit_status
+from common.runs import provenance
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
 SETTINGS = {
@@ -378,7 +377,7 @@ def main(args: Args) -> int:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         table = Table(args.out.with_name(args.out.name + ".csv"))
-        table.clear()
+        table.path.unlink(missing_ok=True)
 
     loads: list[float] = []
 
@@ -399,9 +398,10 @@ def main(args: Args) -> int:
             devices |= used
             if args.out is not None:
                 args.out.with_name(args.out.name + ".md").write_text(page(args, about, results, devices, begun, loads))
-    reporting.print_table("Updates/s", headings(args.members), [cells(found) for found in results])
-    remarks = [[f"{label(found.side)}: {found.remark}"] for found in results if found.remark]
-    reporting.print_table("", ["remarks"], remarks)
+    print(f"\nupdates/s\n{aligned(headings(args.members), [cells(found) for found in results])}\n")
+    for found in results:
+        if found.remark:
+            print(f"{label(found.side)}: {found.remark}")
     return 0 if any(found.theirs for found in results) else 1
 
 

@@ -27,29 +27,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 
-from common import buffers, checkpoints, networks, populations
-from common.buffers import Replay, Ring, Transitions
-from common.collection import Collector
-from common.errors import exit_status
-from common.evaluation import make_environment
-from common.logging import Table
-from common.optimization import descend
-from common.transforms import Transform
+from benchmarks.tables import Table
+from common import networks, replay
+from common.cli import NonNegative, Share, exit_status
+from common.environments import Collector, make_environment
+from common.members import Members, Metrics, repeat
+from common.networks import descend
+from common.replay import Replay, Ring, Transform, Transitions, empty_ring, insert
+from common.runs import fill_tree, read_tree, save_tree
 
 
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
-    actor_learning_rate: float = 3e-4
+    actor_learning_rate: NonNegative = 3e-4
     """Adam's rate for the policy (paper, table 1)."""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: NonNegative = 1e-3
     """Adam's rate for the Q-functions (CleanRL; paper: 3e-4)."""
-    alpha_learning_rate: float = 3e-4
+    alpha_learning_rate: NonNegative = 3e-4
     """Adam's rate for the temperature (paper, table 1)."""
-    discount: float = 0.99
+    discount: Share = 0.99
     """Discount factor (paper, table 1)."""
-    polyak: float = 0.005
+    polyak: Share = 0.005
     """Share of the critic that moves into its target at every update (paper, table 1)."""
 
 
@@ -205,15 +206,15 @@ def act(state: State, observations: jax.Array, key: jax.Array, args: Args, actio
 
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
-) -> tuple[State, populations.Metrics]:
+) -> tuple[State, Metrics]:
     """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
-        batch = buffers.sample(sample_key, data, args.batch_size)
+        batch = replay.sample(sample_key, data, args.batch_size)
         return update(state._replace(key=key), batch, hp, args)
 
-    return populations.repeat(step, state, num_updates)
+    return repeat(step, state, num_updates)
 
 
 @partial(jax.jit, static_argnames="args", donate_argnums=(0, 1))
@@ -221,11 +222,12 @@ def advance(
     state: State, ring: Ring, new: Transitions, observations: jax.Array, args: Args, num_updates: int
 ) -> tuple[State, Ring, jax.Array, dict[str, jax.Array]]:
     """Store the new transitions, update `num_updates` times, and act: one dispatch per vector step."""
-    ring = buffers.insert(ring, new)
+    ring = insert(ring, new)
     state, metrics = train(state, args.hp, Replay(None, ring), num_updates, args)
     key, act_key = jax.random.split(state.key)
     actions = act(state, observations, act_key, args, new.actions.shape[-1])
-    return state._replace(key=key), ring, actions, metrics.means
+    means = {name: metrics.sums[name] / metrics.counts[name] for name in metrics.sums}
+    return state._replace(key=key), ring, actions, means
 
 
 def export_policy(actor: Any) -> dict[str, np.ndarray]:
@@ -238,51 +240,58 @@ def export_policy(actor: Any) -> dict[str, np.ndarray]:
 
 def main(args: Args) -> None:
     """Collect and update until `num_steps`, leaving a snapshot and a CSV row every `report_every` steps."""
-    env = make_environment(args.env)
+    make_env = partial(make_environment, args.env)
+    env = make_env()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     env.close()
     raw = Transform(np.zeros(obs_dim, np.float32), np.ones(obs_dim, np.float32), reward_scale=1.0, reward_shift=0.0)
     run_dir = Path(args.run_dir)
     (run_dir / "snapshots").mkdir(parents=True, exist_ok=True)
     state = init(jax.random.key(args.seed), args, obs_dim, action_dim)
-    ring = buffers.empty_ring(args.num_steps, obs_dim, action_dim)
+    ring = empty_ring(args.num_steps, obs_dim, action_dim)
     checkpoint, first = run_dir / "checkpoint.npz", 0
     if checkpoint.exists():
-        state, ring = checkpoints.load(checkpoint, (state, ring))
-        first = checkpoints.metadata(checkpoint)["steps"]
+        arrays, metadata = read_tree(checkpoint)
+        (state, ring), first = fill_tree(checkpoint, arrays, (state, ring)), metadata["steps"]
     table = Table(run_dir / "training.csv")
     table.rewind(lambda row: int(row["steps"]) <= first)
 
-    collector = Collector(args.env, raw, [args.seed + first + i for i in range(args.num_envs)])
+    mesh = Mesh(np.array(jax.local_devices()[:1]), ("members",))
+    one = Members([0], 1, np.array([args.seed]), args.hp, [{}], mesh)
+    collector = Collector(make_env, one, raw, args.num_envs, done=first)
     rng = np.random.default_rng([args.seed, first])
+    running = np.zeros((2, args.num_envs))  # returns and lengths of the episodes that go on
+    episodes: list[tuple[float, float]] = []  # and of those that have ended since the last row
     actions: Any = None
     metrics: list[dict[str, jax.Array]] = []
     start = time.time()
     for steps in range(first + args.num_envs, args.num_steps + 1, args.num_envs):
         if steps <= args.random_steps or actions is None:
-            actions = rng.uniform(-1.0, 1.0, (args.num_envs, action_dim))
-        new = collector.step(actions)
+            actions = rng.uniform(-1.0, 1.0, (args.num_envs, action_dim)).astype(np.float32)
+        new = jax.tree.map(lambda x: x[0], collector.step(actions[None]))
+        running += (new.rewards, np.ones(args.num_envs))
+        for i in np.flatnonzero(new.terminations + new.truncations):
+            episodes.append((float(running[0, i]), float(running[1, i])))
+            running[:, i] = 0.0
         num_updates = int(args.num_envs * args.updates_per_step) if steps > args.random_steps else 0
-        state, ring, actions, means = advance(state, ring, new, collector.observations, args, num_updates)
+        state, ring, actions, means = advance(state, ring, new, collector.observations[0], args, num_updates)
         if num_updates:
             metrics.append(means)
         if steps // args.report_every > (steps - args.num_envs) // args.report_every:
             seconds = time.time() - start
-            returns = [value for _, value, _ in collector.episodes] or [np.nan]
-            lengths = [length for _, _, length in collector.episodes] or [0]
-            row = {"steps": steps, "updates": int(state.step), "seconds": seconds, "episodes": len(collector.episodes)}
-            row |= {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
-            row |= {"length_mean": float(np.mean(lengths))}
+            returns, lengths = np.array(episodes or [(np.nan, 0.0)]).T
+            row = {"steps": steps, "updates": int(state.step), "seconds": seconds, "episodes": len(episodes)}
+            row |= {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+            row |= {"length_mean": float(lengths.mean())}
             row |= {name: float(np.mean([m[name] for m in metrics])) if metrics else None for name in means}
             table.append([row])
             np.savez(run_dir / "snapshots" / f"{steps:09d}.npz", **export_policy(state.actor))
             rate = (steps - first) / seconds
             print(f"{args.env} {steps}: return {row['return_mean']:.0f}, {rate:.0f} steps/s", flush=True)
-            collector.episodes.clear()
+            episodes.clear()
             metrics.clear()
         if steps // args.checkpoint_every > (steps - args.num_envs) // args.checkpoint_every:
-            checkpoints.save(checkpoint, (state, ring), {"steps": steps, "args": asdict(args)})
-    collector.close()
+            save_tree(checkpoint, (state, ring), {"steps": steps, "args": asdict(args)})
 
 
 if __name__ == "__main__":

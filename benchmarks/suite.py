@@ -27,8 +27,8 @@ from typing import Any
 
 import tyro
 
-from common.errors import UsageError, exit_status
-from common.logging import write_json
+from common.cli import UsageError, exit_status
+from common.runs import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.json", "final.json", "evaluations.csv")

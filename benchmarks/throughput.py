@@ -36,9 +36,9 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from common.errors import UsageError, exit_status
-from common.logging import Table
-from common.provenance import commit_of, provenance
+from benchmarks.tables import Table, commit_of
+from common.cli import UsageError, exit_status
+from common.runs import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
