@@ -29,7 +29,7 @@ from benchmarks.offax_sets import Layers
 from common.cli import UsageError, exit_status
 from common.data import normalized_score
 from common.environments import quiet_mujoco
-from common.runs import write_atomically
+from common.report import write_atomically
 
 NUM_MIXED = 8
 MEDIUM_BAND = (1 / 3, 1 / 2)

@@ -52,7 +52,7 @@ from benchmarks import peer_sides
 from benchmarks.peer_sides import OURS, Info, PeerError, Side
 from benchmarks.tables import Table, aligned, commit_of
 from common.cli import UsageError, exit_status
-from common.runs import provenance
+from common.report import provenance
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
 SETTINGS = {

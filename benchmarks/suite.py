@@ -28,7 +28,7 @@ from typing import Any
 import tyro
 
 from common.cli import UsageError, exit_status
-from common.runs import write_json
+from common.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.json", "final.json", "evaluations.csv")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UsageError
-from common.runs import write_atomically
+from common.report import write_atomically
 
 
 class Table:
@@ -65,5 +65,5 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def commit_of(provenance: dict[str, Any]) -> str:
-    """The commit of a `common.runs.provenance()`, and whether the code differed from it."""
+    """The commit of a `common.report.provenance()`, and whether the code differed from it."""
     return (provenance["git_commit"] or "unknown") + (" with uncommitted changes" if provenance["git_dirty"] else "")

@@ -38,7 +38,7 @@ import tyro
 
 from benchmarks.tables import Table, commit_of
 from common.cli import UsageError, exit_status
-from common.runs import provenance
+from common.report import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
