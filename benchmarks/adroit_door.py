@@ -56,14 +56,14 @@ import numpy as np
 import tyro
 
 from benchmarks import bc, report, suite
-from common import checkpoints, datasets, experiment, reporting, transforms
-from common.buffers import Replay, Transitions
-from common.collection import Collector
-from common.errors import UsageError, exit_status
-from common.evaluation import make_environment
-from common.logging import Table, write_json
-from common.provenance import provenance
-from common.transforms import Transform
+from benchmarks.tables import Table
+from common.cli import UsageError, exit_status, one_line
+from common.data import Dataset, ensure
+from common.environments import Collector, make_environment
+from common.members import make_members
+from common.replay import Replay, Transform, Transitions, fit_transform
+from common.report import provenance, write_atomically, write_json
+from common.runs import use_compilation_cache
 
 OBS_DIM, ACTION_DIM = 39, 28
 DOOR_ANGLE = 28
@@ -128,28 +128,41 @@ if "door-binary-v0" not in gym.registry:  # as a script this file is loaded twic
 # The demonstrations
 
 
+def read_npz(path: str, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of a file, none of them a scalar; UsageError, in one line, for a file that has not all of them."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: np.atleast_1d(file[name]) for name in file.files if name in names}
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except Exception as error:  # a flipped byte may surface as nearly anything, down in zipfile or numpy
+        raise UsageError(f"{path} is damaged or is no .npz ({one_line(error)})") from None
+    if missing := [name for name in names if name not in found]:
+        raise UsageError(f"{path} has no array {missing[0]}")
+    return [found[name] for name in names]
+
+
 def read_demonstrations(source: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Observations `[steps + 1, 39]` and actions `[steps, 28]`, as recorded, of each demonstration.
 
     UsageError, in one line, for a `source` (see `Prepare.demonstrations`) that is neither a Minari id nor such a file.
     """
     if source.endswith(".npz"):
-        arrays = datasets.read_npz(source, ("lengths", "replay_observations", "actions"))
-        lengths, observations, actions = (np.atleast_1d(array) for array in arrays.values())
+        lengths, observations, actions = read_npz(source, ("lengths", "replay_observations", "actions"))
         if (len(observations), len(actions)) != (lengths.sum() + len(lengths), lengths.sum()):
             raise UsageError(f"{source}: its lengths are not those of its actions and observations")
         ends = np.cumsum(lengths.astype(int))
         parts = np.split(observations, (ends + np.arange(1, len(ends) + 1))[:-1])
         episodes = list(zip(parts, np.split(actions, ends[:-1]), strict=True))
     else:
-        directory = datasets.ensure(source)
+        directory = ensure(source)
         import minari
 
         try:
             found = minari.MinariDataset(directory / "data").iterate_episodes()
             episodes = [(episode.observations, episode.actions) for episode in found]
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{source}: cannot be read ({' '.join(str(error).split())})") from None
+            raise UsageError(f"{source}: cannot be read ({one_line(error)})") from None
     for number, (observations, actions) in enumerate(episodes):
         shapes, steps = (np.shape(observations), np.shape(actions)), len(observations) - 1
         if shapes != ((steps + 1, OBS_DIM), (steps, ACTION_DIM)) or not steps:
@@ -181,10 +194,10 @@ def about(transitions: Transitions) -> dict[str, Any]:
 
     `ajar` is past 1 rad, `open` is past 1.4 rad.
     """
-    slices = datasets.episode_slices(transitions)
-    angles = [transitions.next_observations[start:stop, DOOR_ANGLE] for start, stop in slices]
+    ends = np.flatnonzero(transitions.truncations) + 1
+    angles = np.split(transitions.next_observations[:, DOOR_ANGLE], ends[:-1])
     found: dict[str, Any] = {
-        "episodes": len(slices),
+        "episodes": len(angles),
         "steps": len(transitions.rewards),
         "shortest": min(map(len, angles)),
         "longest": max(map(len, angles)),
@@ -206,7 +219,7 @@ def about(transitions: Transitions) -> dict[str, Any]:
 def clone(data: Transitions, num_updates: int, seed: int) -> Callable[[np.ndarray], jax.Array]:
     """The policy that `benchmarks/bc.py` clones from the data, with its defaults: `[batch, 39] -> [batch, 28]`."""
     args = bc.Args(num_updates=num_updates, seed=seed)
-    transform = transforms.fit(data, args.normalize_observations, False, 1.0, 0.0)
+    transform = fit_transform(data, args)
     replay = Replay(jax.tree.map(jnp.asarray, transform.transitions(data)))
     init = jax.jit(partial(bc.init, args=args, obs_dim=OBS_DIM, action_dim=ACTION_DIM))
     state = init(jax.random.key(seed), args.hp)
@@ -218,10 +231,13 @@ def clone(data: Transitions, num_updates: int, seed: int) -> Callable[[np.ndarra
 def collect(policy: Callable[[np.ndarray], jax.Array], trajectories: int, seed: int) -> Transitions:
     """`trajectories` whole episodes of the policy, `[200 * trajectories, ...]`, each contiguous."""
     plain = Transform(np.zeros(OBS_DIM, np.float32), np.ones(OBS_DIM, np.float32), reward_scale=1.0, reward_shift=0.0)
-    collector = Collector(ENV, plain, [seed + i for i in range(NUM_ENVIRONMENTS)])
+    members = make_members(bc.Args(seed=seed))  # one, with several environments
+    collector = Collector(partial(make_environment, ENV), members, plain, NUM_ENVIRONMENTS)
     steps = EPISODE_STEPS * -(-trajectories // NUM_ENVIRONMENTS)
-    taken = [collector.step(np.asarray(policy(collector.observations))) for _ in range(steps)]
-    collector.close()
+    taken = []
+    for _ in range(steps):
+        transitions = collector.step(policy(collector.observations[0])[None])
+        taken.append(jax.tree.map(lambda x: x[0], transitions))
     by_environment = jax.tree.map(lambda *rows: np.stack(rows, axis=1), *taken)
     return jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:])[: EPISODE_STEPS * trajectories].astype(np.float32), by_environment
@@ -300,7 +316,7 @@ def prepare(args: Prepare) -> int:
     if args.out.exists():
         raise UsageError(f"{args.out} exists, and results may be of it: delete it or give another --out")
     episodes = read_demonstrations(args.demonstrations)
-    experiment.use_compilation_cache()
+    use_compilation_cache()
     human = to_transitions(episodes)
     size = np.abs(np.concatenate([actions for _, actions in episodes]))
     source = Path(args.demonstrations).name if args.demonstrations.endswith(".npz") else args.demonstrations
@@ -316,8 +332,10 @@ def prepare(args: Prepare) -> int:
     found["clone"] = {"updates": args.clone_updates, "seed": args.seed} | about(own)
     print(f"clone: {json.dumps(found['clone'])}", flush=True)
     both = jax.tree.map(lambda *parts: np.concatenate(parts), human, own)
-    write_json(args.out.with_suffix(".json"), found | {"digest": datasets.digest(both)} | provenance())
-    checkpoints.write_atomically(args.out, lambda file: np.savez_compressed(file, env=ENV, **both._asdict()))
+    whole = Dataset(str(args.out), both, ENV, None, -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32))
+    found["digest"] = whole.describe()["dataset_sha256"]
+    write_json(args.out.with_suffix(".json"), found | provenance())
+    write_atomically(args.out, lambda file: np.savez_compressed(file, env=ENV, **both._asdict()))
     print(f"wrote {args.out}: {len(both.rewards)} transitions")
     return 0
 
@@ -404,7 +422,7 @@ def plot(path: Path, cells: Sequence[report.Cell]) -> None:
     axes.set_ylabel("success rate, %")
     axes.set_ylim(-3.0, 103.0)
     axes.set_title("door-binary: interquartile mean over seeds and its 95 % interval", fontsize=10)
-    reporting.legend_below(axes)
+    report.legend_below(axes)
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
 

@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import populations
-from common.buffers import Replay, Transitions
-from common.experiment import SIGNAL_EVERY
+from common.members import make_members
+from common.replay import Replay, Transitions
+from common.runs import STRETCH
 
 OBS_DIM, ACTION_DIM, ROWS = 11, 3, 200_000
 BATCH_SIZE, HIDDEN_DIM = 256, 256
@@ -131,31 +131,24 @@ def jax_device() -> str:
 
 
 def build_ours(side: Side, data: dict[str, np.ndarray]) -> Trainer:
-    """`train` of the algorithm's script, compiled and mapped over the members as `common.experiment.Run` does it."""
-    populations.use_cpu_cores(side.members)
+    """`train` of the algorithm's script, compiled and mapped over the members as its `main` does it."""
     module = importlib.import_module(f"algorithms.{side.algorithm}")
-    args = module.Args(batch_size=BATCH_SIZE, hidden_dim=HIDDEN_DIM, **dict(side.settings))
-    population = populations.Population(side.members)
-    offline = population.replicate(jax.tree.map(jnp.asarray, Transitions(**data)))
-    stack = partial(jax.tree.map, lambda *rows: jnp.stack(rows))
-    hp = population.shard(stack(*[jax.tree.map(jnp.float32, args.hp)] * side.members))
-    init = jax.jit(partial(module.init, args=args, obs_dim=OBS_DIM, action_dim=ACTION_DIM))
-    state = population.shard(stack(*[init(jax.random.key(seed), args.hp) for seed in range(side.members)]))
-
-    def train_all(_: Any, members: Any, shared: Any, each: populations.Each) -> Any:
-        offline, count = shared
-        return each(lambda member: module.train(*member, Replay(offline), count, args), members)
-
-    compiled = population.compile(train_all)
+    settings = dict(side.settings) | {"batch_size": BATCH_SIZE, "hidden_dim": HIDDEN_DIM, "num_seeds": side.members}
+    args = module.Args(**settings)
+    members = make_members(args)
+    offline = members.replicate(Transitions(**data))
+    state = members.start(partial(module.init, args=args, obs_dim=OBS_DIM, action_dim=ACTION_DIM))
+    train_all = members.map(partial(module.train, args=args))
 
     def advance(count: int) -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(compiled((), (state, hp), (offline, jnp.asarray(count, jnp.int32))))
+        counts = np.full(len(members.seeds), count, np.int32)
+        state, _ = jax.block_until_ready(train_all(state, members.hp, Replay(offline), counts))
 
     def networks() -> list[list[np.ndarray]]:
         return leaves(*(getattr(state, name) for name in ("actor", "critic", "value") if name in state._fields))
 
-    return Trainer(advance, networks, SIGNAL_EVERY, jax_device())
+    return Trainer(advance, networks, STRETCH, jax_device())
 
 
 # Importing a peer

@@ -1,9 +1,13 @@
-"""Tables and figures from the results that `benchmarks/suite.py` kept.
+"""Tables and figures: of a run's parts and of its sweep, and of the results that `benchmarks/suite.py` kept.
 
-    python benchmarks/report.py results/locomotion
+    python -m benchmarks.report runs/mine            # the directory of a run, or several
+    python -m benchmarks.report results/locomotion   # the folder of a suite
 
-Reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below the one given, and writes
-into the latter `README.md`, `scores.csv` (a row for each seed), `scores.png` and, for each dataset, `curves_*.png`.
+Of a run that several processes trained with --shard I/N it merges the parts that are there (`benchmarks/merge.py`),
+and says which are missing. Of a run with --grid it ranks the settings and draws `grid.png` (`benchmarks/grid.py`).
+
+Of a suite it reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below, and writes
+into its own `README.md`, `scores.csv` (a row for each seed), `scores.png` and, for each dataset, `curves_*.png`.
 `--against num_proposals` adds a table and a figure of the score against that setting, in which the runs differ.
 Text of your own in the folder's `notes.md` goes under the table of scores.
 
@@ -14,6 +18,7 @@ stratified bootstrap interval (Agarwal et al., 2021): the strata are the dataset
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +26,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from common import reporting
-from common.errors import UsageError, exit_status
-from common.logging import Table
+from benchmarks import grid, merge
+from benchmarks.intervals import bootstrap_interval, interquartile_mean
+from benchmarks.tables import Table
+from common.cli import UsageError, exit_status
+from common.report import table as table_of_run
 
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
-NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "distributed"}
+NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "shard"}
 NOT_SETTINGS |= {
     "behavior_checkpoint",
     "num_updates",
@@ -41,12 +48,12 @@ NOT_SETTINGS |= {
 
 @dataclass(frozen=True)
 class Args:
-    """Tables and figures from the results that benchmarks/suite.py kept."""
+    """Tables and figures of runs, and of the results that benchmarks/suite.py kept."""
 
-    results: Annotated[Path, tyro.conf.Positional]
-    """Folder of a suite, e.g. results/locomotion."""
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
+    """Directories of runs, e.g. runs/mine, or folders of suites, e.g. results/locomotion."""
     against: str = ""
-    """A flag or hyperparameter in which the runs differ: adds a table and a figure of the score against it."""
+    """Of a suite: a setting in which the runs differ; adds a table and a figure of the score against it."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,8 @@ def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
     """Interquartile mean over all strata and its interval; None if a stratum is empty."""
     if not strata or not all(len(values) for values in strata):
         return None
-    low, high = reporting.bootstrap_interval(strata)
-    return {"iqm": reporting.interquartile_mean([x for values in strata for x in values]), "low": low, "high": high}
+    low, high = bootstrap_interval(strata)
+    return {"iqm": interquartile_mean([x for values in strata for x in values]), "low": low, "high": high}
 
 
 def aggregate(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, float] | None]]:
@@ -285,6 +292,22 @@ def write_scores(path: Path, cells: Sequence[Cell]) -> None:
 # Figures
 
 
+def finish_curves(axes: Any, phase: str, scored: bool, average: float | None, title: str) -> None:
+    """Labels, legend, and the average of the dataset as a dashed line, on the axes of a phase's learning curves."""
+    if average is not None:
+        axes.axhline(average, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
+    axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
+    axes.set_ylabel("normalised score" if scored else "return")
+    axes.set_title(title, fontsize=10)
+    legend_below(axes)
+    axes.grid(alpha=0.2)
+
+
+def legend_below(axes: Any) -> None:
+    """A legend under the axes, where long names have room."""
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+
+
 def level(cell: Cell, scored: bool) -> float | None:
     """The dataset's own average score or return; None where it was not trained on."""
     return (about_data(cell) or {}).get("score_mean" if scored else "mean")
@@ -322,7 +345,7 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
                 if steps[-1] not in values or len(cell.values("return_mean")) == 0:
                     axes.plot(max(values), values[max(values)], "x", color=color)
         title = f"{cells[0].dataset} ({phase}): mean and range over seeds"
-        reporting.finish_curves(axes, phase, scored, level(cells[0], scored), title)
+        finish_curves(axes, phase, scored, level(cells[0], scored), title)
     figure.savefig(path, dpi=120)
 
 
@@ -355,7 +378,7 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
     axes.set_ylabel("normalised score")
     axes.set_title("Final score; dashed: average of the dataset", fontsize=10)
     if labelled:
-        reporting.legend_below(axes)
+        legend_below(axes)
     axes.grid(axis="y", alpha=0.2)
     figure.savefig(path, dpi=120)
 
@@ -395,7 +418,7 @@ def plot_against(path: Path, lines: dict[str, dict[float, Cell]], name: str) -> 
     axes.set_xlabel(name)
     axes.set_ylabel("normalised score")
     axes.set_title("Final score, interval over seeds; dashed: average of the dataset", fontsize=10)
-    reporting.legend_below(axes)
+    legend_below(axes)
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
 
@@ -473,12 +496,42 @@ def write(folder: Path, against: str = "") -> None:
     (folder / "README.md").write_text("\n".join(parts))
 
 
+# Of one run
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's directory, and no suite's folder."""
+    return (folder / "config.json").exists() or bool(merge.parts_of(folder))
+
+
+def of_run(run_dir: Path) -> None:
+    """Merge the parts, draw grid.png, print the last evaluation. UsageError where nothing has finished."""
+    missing = merge.merge(run_dir) if merge.parts_of(run_dir) else []
+    for line in missing:
+        print(f"{run_dir}: {line}", file=sys.stderr)
+    config, final = (merge.read_json(run_dir / name) for name in ("config.json", "final.json"))
+    title = f"{config['algorithm']}, {config['flags']['dataset']}"
+    if final["members"][0]["swept"]:
+        grid.plot(run_dir / "grid.png", final["members"], title)
+        print(f"{title}\n{grid.ranking(final['members'])}")
+    else:
+        scored = final["aggregate"]["score"]["iqm"] is not None
+        print(table_of_run(title, final, config["dataset_returns"].get("score_mean" if scored else "mean")))
+    print(f"results in {run_dir}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit(2), with one line on stderr, where there is nothing to report."""
     with exit_status():
-        args = tyro.cli(Args, args=argv)
-        write(args.results, args.against.replace("-", "_"))
-        print(f"wrote {args.results / 'README.md'}")
+        args = tyro.cli(Args, args=argv, prog="python -m benchmarks.report")
+        if not args.folders:
+            raise UsageError("name the directory of a run, or the folder of a suite")
+        for folder in args.folders:
+            if is_run(folder):
+                of_run(folder)
+            else:
+                write(folder, args.against.replace("-", "_"))
+                print(f"wrote {folder / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""The parts of a run that several processes trained with --shard I/N, put together as if one process had.
+
+Tables have the rows of all parts, in the order in which one process would have written them; final.json has the members
+of the parts that have finished. Merging again, when more parts have come, replaces what was merged before.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.offax_sets import lock
+from benchmarks.tables import Table
+from common import report
+from common.cli import UsageError
+from common.report import write_atomically, write_json
+from common.runs import FREE
+
+PHASES = ("pretraining", "offline", "online")
+# Of each table: the place of a row among all.
+ORDER: dict[str, Callable[[dict[str, str]], tuple[int, ...]]] = {
+    "metrics.csv": lambda row: (int(row["step"]), int(row["member"])),
+    "pretraining.csv": lambda row: (int(row["step"]), int(row["member"])),
+    "evaluations.csv": lambda row: (PHASES.index(row["phase"]), int(row["step"]), int(row["member"])),
+    "returns.csv": lambda row: (int(row["member"]), int(row["episode"])),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record that a run wrote; UsageError if it is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UsageError(f"there is no {path}: the run has not come so far") from None
+    except (ValueError, TypeError):
+        raise UsageError(f"{path} is damaged") from None
+
+
+def parts_of(run_dir: Path) -> dict[int, Path]:
+    """The parts that have begun, by number."""
+    return {int(path.parent.name.removeprefix("part-")): path.parent for path in run_dir.glob("part-*/config.json")}
+
+
+def merge(run_dir: Path) -> list[str]:
+    """Write the tables, config.json, final.json and curves.png of `run_dir` from its parts; what is missing, in words.
+
+    UsageError for parts that are not of one run.
+    """
+    parts = dict(sorted(parts_of(run_dir).items()))
+    configs = {part: read_json(path / "config.json") for part, path in parts.items()}
+    first = next(iter(configs))
+    total = int(configs[first]["flags"]["shard"].partition("/")[2])
+    for part, config in configs.items():
+        ours, theirs = (
+            _identity(config) | {"shard": config["flags"]["shard"].partition("/")[2]}
+            for config in (config, configs[first])
+        )
+        if unlike := [name for name in ours if ours[name] != theirs.get(name)]:
+            name = unlike[0]
+            raise UsageError(
+                f"{parts[part]} has {name} {ours[name]} and {parts[first]} {theirs.get(name)}: not one run"
+            )
+    finished = {part: read_json(path / "final.json") for part, path in parts.items() if (path / "final.json").exists()}
+    with lock(run_dir / ".merge.lock", f"another process is merging {run_dir}"):
+        for name in ORDER:
+            _merge_table(run_dir / name, [path / name for path in parts.values()])
+        config = configs[first] | {"members": _members(configs.values())}
+        config["flags"] = config["flags"] | {"shard": ""}
+        config["git_commit"] = "; ".join(dict.fromkeys(str(one["git_commit"]) for one in configs.values()))
+        config["git_dirty"] = any(one["git_dirty"] for one in configs.values())
+        write_json(run_dir / "config.json", config)
+        plot_curves(run_dir, config)
+        if finished:
+            write_json(run_dir / "final.json", _final(list(finished.values())))
+    missing = {part: "has not begun" if part not in parts else "has not finished" for part in range(total)}
+    return [f"part {part} of {total} {what}" for part, what in missing.items() if part not in finished]
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What the parts of a run agree in."""
+    flags = {name: value for name, value in config["flags"].items() if name not in FREE}
+    return flags | {name: config[name] for name in ("algorithm", "dataset_sha256")}
+
+
+def _members(records: Any) -> list[dict[str, Any]]:
+    return sorted((member for record in records for member in record["members"]), key=lambda member: member["member"])
+
+
+def _final(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """final.json of all: the time is that of the slowest part, rates are summed, as they are over members."""
+    members = _members(parts)
+    rates = {name: [part[name] for part in parts] for name in ("updates_per_second", "online_steps_per_second")}
+    return (
+        parts[0]
+        | {"members": members}
+        | report.summarise(members)
+        | {"wall_clock_seconds": max(part["wall_clock_seconds"] for part in parts)}
+        | {name: None if None in values else sum(values) for name, values in rates.items()}
+    )
+
+
+def _merge_table(path: Path, parts: Sequence[Path]) -> None:
+    """Write the rows of all parts to `path` in order; nothing where no part has the table."""
+    rows = [row for part in parts for row in Table(part).read()]
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=ORDER[path.name]))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def plot_curves(run_dir: Path, config: dict[str, Any]) -> None:
+    """Draw curves.png from evaluations.csv, as a run does at its end."""
+    numbers = {"step": int, "member": int, "return_mean": float, "score_mean": float}
+    rows = Table(run_dir / "evaluations.csv").read()
+    evaluations = [
+        {k: numbers[k](v) if v else None for k, v in row.items() if k in numbers} | {"phase": row["phase"]}
+        for row in rows
+    ]
+    if evaluations:
+        scored = all(row["score_mean"] is not None for row in evaluations)
+        level = config["dataset_returns"].get("score_mean" if scored else "mean")
+        title = f"{config['algorithm']}, {config['flags']['dataset']}"
+        report.plot_curves(run_dir / "curves.png", evaluations, title, level)
