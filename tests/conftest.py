@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from common.cli import RunArgs, launch, parse  # noqa: E402
+from common.members import Metrics  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
@@ -97,6 +98,12 @@ def parsed(words: list[str]) -> RunArgs:
     args = parse(module.Args, module.PRESETS, flags)
     args.validate()
     return args
+
+
+def means(metrics: Metrics) -> dict[str, np.ndarray]:
+    """The means of a chunk's metrics by name; NaN for one that no update had."""
+    with np.errstate(invalid="ignore"):
+        return {name: np.asarray(total) / np.asarray(metrics.counts[name]) for name, total in metrics.sums.items()}
 
 
 def arrays_of(directory: Path) -> dict[str, np.ndarray]:

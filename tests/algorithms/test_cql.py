@@ -10,9 +10,9 @@ import pytest
 from scipy import integrate, special, stats
 
 from algorithms import cql
-from common import flags
-from common.buffers import Transitions
-from common.errors import UsageError
+from common import cli
+from common.cli import UsageError
+from common.replay import Transitions
 
 OBS, ACT, BATCH, NUM = 4, 2, 12, 3
 ARGS = cql.Args(hidden_dim=8, num_layers=2, critic_layers=3, batch_size=BATCH, num_actions=NUM)
@@ -179,7 +179,11 @@ def straightforward(
     }
 
 
-@pytest.mark.parametrize("args", [ARGS, WARM_START, OPTIONS], ids=["defaults", "one critic, warm start", "options"])
+@pytest.mark.parametrize(
+    "args",
+    [pytest.param(ARGS, marks=pytest.mark.slow), WARM_START, OPTIONS],
+    ids=["defaults", "one critic, warm start", "options"],
+)
 def test_update_equals_the_straightforward_version(args: cql.Args) -> None:
     """Two critics, one and five; losses and gradients."""
     batch, state = random_batch(1), fresh(args)
@@ -484,6 +488,7 @@ def test_act_returns_the_squashed_mean_or_samples_around_it() -> None:
     np.testing.assert_allclose(u.std(axis=0), std[0], rtol=0.03)
 
 
+@pytest.mark.slow
 def test_members_of_a_population_keep_their_hyperparameters() -> None:
     """Every option on; a population of two, each like the same run alone, and unlike each other."""
     settings = (
@@ -526,11 +531,11 @@ def test_losses_do_not_broadcast() -> None:
 
 
 def test_presets_and_sweeps() -> None:
-    args = flags.parse(cql.Args, cql.PRESETS, ["--dataset", "D4RL/antmaze/umaze-v1", "--target-gap", "7"])
+    args = cli.parse(cql.Args, cql.PRESETS, ["--dataset", "D4RL/antmaze/umaze-v1", "--target-gap", "7"])
     assert (args.lagrange, args.max_backup, args.gap_floor, args.reward_shift) == (True, True, -200.0, -5.0)
     assert args.hp.target_gap == 7.0 and args.hp.conservative_weight == 5.0
     args.replace(grid="target_gap=1,2").validate()
-    args = flags.parse(cql.Args, cql.PRESETS, ["--dataset", "offax/hopper/medium-v0"])
+    args = cli.parse(cql.Args, cql.PRESETS, ["--dataset", "offax/hopper/medium-v0"])
     assert (args.hp.actor_learning_rate, args.lagrange, args.normalize_observations) == (3e-5, False, True)
     with pytest.raises(UsageError, match="target_gap"):
         args.replace(grid="target_gap=1,2").validate()

@@ -1,7 +1,6 @@
 """TD3+BC's mathematics against closed forms, an independent numpy version, a bandit and tabular ground truth."""
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import means
 from scipy import stats
 from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
 from algorithms import td3_bc
-from common import buffers, populations
-from common.buffers import Replay, Transitions
-from common.populations import Population
+from common import members, replay
+from common.replay import Replay, Transitions
 
 ARGS = td3_bc.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, online_steps=10)
 SIZES = {  # by the number of critics; every delay and depth once
@@ -73,7 +72,7 @@ def with_constant_critics(params: Any, values: list[float]) -> Any:
 
 def values_of(info: dict[str, Any]) -> dict[str, float]:
     """The metrics of one update, without those that it lacks."""
-    pairs = {name: m if isinstance(m, populations.Sometimes) else (m, True) for name, m in info.items()}
+    pairs = {name: m if isinstance(m, members.Sometimes) else (m, True) for name, m in info.items()}
     return {name: float(value) for name, (value, present) in pairs.items() if present}
 
 
@@ -480,14 +479,14 @@ def test_train_equals_a_loop_of_updates_on_minibatches_of_their_own() -> None:
     state, history = fresh(), []
     for _ in range(7):
         key, sample_key = jax.random.split(state.key)
-        batch = buffers.sample(sample_key, data, BATCH)
+        batch = replay.sample(sample_key, data, BATCH)
         state, info = update(state._replace(key=key), batch, HP, ARGS)
         history.append(values_of(info))
     assert_trees_close(trained._replace(key=0), state._replace(key=0))
     assert trees_equal(jax.random.key_data(trained.key), jax.random.key_data(state.key))
     counts = {"critic": 7, "actor": 3}  # updates 2, 4 and 6 have the policy's metrics, and means are over those
-    assert {name.split("/")[0] for name in metrics.means} == set(counts)
-    for name, mean in metrics.means.items():
+    assert {name.split("/")[0] for name in means(metrics)} == set(counts)
+    for name, mean in means(metrics).items():
         present = [one[name] for one in history if name in one]
         assert len(present) == int(metrics.counts[name]) == counts[name.split("/")[0]]
         assert float(mean) == pytest.approx(np.mean(present), rel=1e-4), name
@@ -495,32 +494,15 @@ def test_train_equals_a_loop_of_updates_on_minibatches_of_their_own() -> None:
 
 def test_a_chunk_without_an_update_of_the_policy_has_no_metrics_of_it() -> None:
     metrics = train(fresh(), HP, Replay(DATA), 1, ARGS)[1]
-    assert int(metrics.counts["actor/loss"]) == 0 and np.isnan(float(metrics.means["actor/loss"]))
-    assert np.isfinite(float(metrics.means["critic/loss"])) and int(metrics.first_nonfinite["actor/loss"]) == -1
-
-
-def test_members_of_a_population_are_those_members_alone() -> None:
-    members = [(fresh(), HP), (fresh(seed=5), OTHER)]
-    alone = [train(state, hp, Replay(DATA), 5, ARGS) for state, hp in members]
-    population = Population(2)
-
-    def program(_: Any, members: Any, shared: Any, each: Callable) -> Any:
-        return each(lambda member: td3_bc.train(*member, Replay(shared[0]), shared[1], ARGS), members)
-
-    stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(leaf) for leaf in x]), *members)
-    shared = population.replicate((DATA, jnp.int32(5)))
-    states, metrics = population.to_host(population.compile(program)((), population.shard(stacked), shared))
-    for i, (state, means) in enumerate(alone):
-        ours = jax.tree.map(lambda x, i=i: x[i], states)
-        assert_trees_close(ours._replace(key=0), state._replace(key=0), rtol=1e-4, atol=1e-5)
-        assert_trees_close({name: mean[i] for name, mean in metrics.means.items()}, means.means, rtol=1e-3)
+    assert int(metrics.counts["actor/loss"]) == 0 and np.isnan(float(means(metrics)["actor/loss"]))
+    assert np.isfinite(float(means(metrics)["critic/loss"])) and int(metrics.first_nonfinite["actor/loss"]) == -1
 
 
 # ---- fine-tuning ----
 
 
 def online_data() -> Replay:
-    ring = buffers.insert(buffers.empty_ring(BATCH, OBS, ACT), ROWS[1])
+    ring = replay.insert(replay.empty_ring(BATCH, OBS, ACT), ROWS[1])
     return Replay(jax.tree.map(jnp.asarray, DATA), ring)
 
 
@@ -553,12 +535,12 @@ def test_the_imitation_weighs_1_offline_at_any_step() -> None:
 def test_the_imitation_falls_with_the_online_updates_alone() -> None:
     hp = HP._replace(online_bc_weight=0.7)
     state, metrics = train(fresh(), hp, Replay(DATA), 5, ARGS)
-    assert float(metrics.means["actor/bc_weight"]) == 1.0 and (int(state.step), int(state.online_step)) == (5, 0)
+    assert float(means(metrics)["actor/bc_weight"]) == 1.0 and (int(state.step), int(state.online_step)) == (5, 0)
     state, metrics = train(state, hp, online_data(), 5, ARGS)
     assert (int(state.step), int(state.online_step), int(state.actor_opt.count)) == (10, 5, 5)
     # The policy's updates are those of steps 6, 8 and 10, after 0, 2 and 4 online updates.
     assert int(metrics.counts["actor/bc_weight"]) == 3
-    assert float(metrics.means["actor/bc_weight"]) == pytest.approx((1.0 + 0.8 + 0.7) / 3, rel=1e-5)
+    assert float(means(metrics)["actor/bc_weight"]) == pytest.approx((1.0 + 0.8 + 0.7) / 3, rel=1e-5)
 
 
 # ---- acting ----
