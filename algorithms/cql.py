@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +120,27 @@ PRESETS = {
 }
 
 
+class GaussianHead(nn.Module):
+    """MLP to the mean and a state-dependent log standard deviation, each `[batch, action_dim]`.
+
+    The log standard deviation is clipped to `[log_std_min, log_std_max]`. Whether the Gaussian is squashed by tanh
+    is decided by the functions below that take its output.
+    """
+
+    action_dim: int
+    hidden_dim: int
+    num_layers: int
+    log_std_min: float = -20.0
+    log_std_max: float = 2.0
+    kernel_init: networks.Initializer = networks.uniform_fan_in
+
+    @nn.compact
+    def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = networks.MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, self.kernel_init)(observations)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.clip(log_std, self.log_std_min, self.log_std_max)
+
+
 class State(NamedTuple):
     """Everything that training changes, of one member."""
 
@@ -138,10 +160,10 @@ class State(NamedTuple):
 ADAM = optax.scale_by_adam()
 
 
-def modules(args: Args, action_dim: int) -> tuple[networks.GaussianHead, networks.QEnsemble]:
+def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
     """The policy, a Gaussian squashed by tanh, and the Q-functions; hidden layers start as in CORL."""
     return (
-        networks.GaussianHead(action_dim, args.hidden_dim, args.num_layers, kernel_init=networks.uniform_fan_in),
+        GaussianHead(action_dim, args.hidden_dim, args.num_layers, kernel_init=networks.uniform_fan_in),
         networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers),
     )
 
@@ -169,6 +191,17 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     )
 
 
+def squashed_sample(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Reparameterised sample of tanh(N(mean, std)) and its log-density, `[..., action_dim]` and `[...]`.
+
+    The density is computed from the value before the squashing, so it stays finite where tanh saturates:
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)).
+    """
+    u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+    log_det = jnp.sum(2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u)), axis=-1)
+    return jnp.tanh(u), networks.gaussian_log_prob(u, mean, log_std) - log_det
+
+
 def penalised_actions(
     key: jax.Array, mean: jax.Array, log_std: jax.Array, num_actions: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -181,7 +214,7 @@ def penalised_actions(
     batch_size, action_dim = mean.shape[1:]
     uniform = jax.random.uniform(uniform_key, (num_actions, batch_size, action_dim), minval=-1.0, maxval=1.0)
     mean = jnp.broadcast_to(mean, (num_actions, *mean.shape))
-    sampled, log_prob = networks.squashed_sample(policy_key, mean, log_std)
+    sampled, log_prob = squashed_sample(policy_key, mean, log_std)
     log_uniform = jnp.full((num_actions, batch_size), -action_dim * math.log(2.0))
     actions = jnp.concatenate([uniform, sampled.reshape(-1, batch_size, action_dim)])
     return actions, jnp.concatenate([log_uniform, log_prob.reshape(-1, batch_size)])
@@ -276,7 +309,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         mean, log_std = actor.apply(params, batch.observations)
-        actions, log_prob = networks.squashed_sample(actor_key, mean, log_std)
+        actions, log_prob = squashed_sample(actor_key, mean, log_std)
         value = critic.apply(state.critic, batch.observations, actions).min(axis=0)
         if args.bc_updates > 0:
             likelihood = data_log_prob(batch.actions, mean, log_std)
@@ -290,7 +323,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     both = jnp.stack([batch.observations, batch.next_observations])
     mean, log_std = actor.apply(state.actor, both)  # [2, batch, action_dim]
     next_mean = jnp.broadcast_to(mean[1], (args.num_actions if args.max_backup else 1, *mean[1].shape))
-    next_actions, next_log_prob = networks.squashed_sample(next_key, next_mean, log_std[1])
+    next_actions, next_log_prob = squashed_sample(next_key, next_mean, log_std[1])
     next_q = critic.apply(state.target_critic, batch.next_observations, next_actions)
     next_v = next_value(next_q, next_log_prob, alpha, args.entropy_backup)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_v
@@ -340,7 +373,7 @@ def act(
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the squashed mean for evaluation, or a sample for data collection."""
     mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
-    return networks.squashed_sample(key, mean, log_std)[0] if sample else jnp.tanh(mean)
+    return squashed_sample(key, mean, log_std)[0] if sample else jnp.tanh(mean)
 
 
 def train(

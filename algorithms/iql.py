@@ -31,7 +31,7 @@ from common.cli import Count, NonNegative, Positive, RunArgs, Share, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, evaluation_keys, join, keep_finite, make_members, repeat
-from common.networks import cosine_decay, descend
+from common.networks import descend
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.runs import Run
 
@@ -184,6 +184,13 @@ def actor_loss(
     }
 
 
+def cosine_decay(step: jax.Array, horizon: int) -> jax.Array:
+    """Factor from 1 at step 0 to 0 at `horizon`, and 0 after it; constantly 1 for a horizon of 0."""
+    if horizon == 0:
+        return jnp.ones(())
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / horizon, 1.0)))
+
+
 def update(
     state: State, batch: Transitions, hp: Hyperparameters, args: Args, online: bool = False
 ) -> tuple[State, dict[str, jax.Array]]:
@@ -294,6 +301,11 @@ def main(args: Args) -> None:
             checkpoint["ring"] = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim))
         checkpoint |= run.restore(checkpoint, dataset, transform)
         state, ring = checkpoint["state"], checkpoint.get("ring")
+        if (
+            args.actor_decay_updates is None
+            and (before := run.before.get("num_updates", args.num_updates)) != args.num_updates
+        ):
+            print(f"the policy's rate decays over {args.num_updates} updates now, not {before}: not as in one go")
 
         def evaluate(episodes: int) -> Returns | None:
             def policy(observations: np.ndarray, count: int) -> jax.Array:

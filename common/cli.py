@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
@@ -47,21 +47,12 @@ def exit_status() -> Iterator[None]:
         sys.exit(130)
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """The values that a flag may take, written into its type; `above`: `low` itself is excluded."""
 
     low: float
     high: float = np.inf
     above: bool = False
-
-    def check(self, flag: str, value: float) -> None:
-        """UsageError for a number out of range or not finite."""
-        if not np.isfinite(value):
-            raise UsageError(f"{flag} {value}: must be finite")
-        if value < self.low or value > self.high or (self.above and value == self.low):
-            limit = f"at most {self.high:g}" if value > self.high else f"at least {self.low:g}"
-            raise UsageError(f"{flag} {value}: must be {f'above {self.low:g}' if self.above else limit}")
 
 
 Count = Annotated[int, Range(1)]
@@ -79,8 +70,7 @@ class RunArgs:
     env: str | None = None
     """Gymnasium id to evaluate in, `module:Name-v0` where a module registers it. Default: the dataset's own."""
     preset: str = "auto"
-    """Named settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's
-    name; none: the class's defaults."""
+    """Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name."""
     seed: int = 0
     """First seed; it decides networks, minibatches and evaluation."""
     num_seeds: Count = 1
@@ -106,7 +96,7 @@ class RunArgs:
     max_episode_steps: int = 0
     """Steps after which an episode is cut; 0: the environment's own limit, or 10,000 where it has none."""
     checkpoint_every: int = 50_000
-    """Updates (online: environment steps) between checkpoints, beside the one before each evaluation; 0: none (ours)."""
+    """Updates (online: environment steps) between checkpoints, beside those before evaluations; 0: none (ours)."""
     run_dir: str | None = None
     """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
     resume: bool = False
@@ -136,12 +126,17 @@ class RunArgs:
 
     def validate(self) -> None:
         """UsageError for a number out of range: the type's own, or else at least 0 for whole numbers and any float."""
-        for name, value in dataclasses.asdict(self).items():
-            if name != "hp":
-                _check(type(self), name, value)
-        for combination in parse_grid(self.grid, self.hp._fields):
-            for name, value in (self.hp._asdict() | combination).items():
-                _check(type(self.hp), name, value)
+        for owner, values in [(self, vars(self)), *((self.hp, c) for c in parse_grid(self.grid, self.hp._fields))]:
+            hints = get_type_hints(type(owner), include_extras=True)
+            for name, value in (values if owner is self else owner._asdict() | values).items():
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    continue
+                ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
+                low, high, above = (ranges or [Range(0 if isinstance(value, int) else -np.inf)])[0]
+                if not (np.isfinite(value) and low <= value <= high and not (above and value == low)):
+                    limit = f"at most {high:g}" if value > high else f"{'above' if above else 'at least'} {low:g}"
+                    flag = name.replace("_", "-")
+                    raise UsageError(f"--{flag} {value}: must be {limit if np.isfinite(value) else 'finite'}")
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:
@@ -157,19 +152,17 @@ def parse_grid(grid: str, names: tuple[str, ...]) -> list[dict[str, float]]:
     """
     values: dict[str, list[float]] = {}
     for part in grid.split():
-        name, equals, numbers = part.partition("=")
+        name, _, numbers = part.partition("=")
         name = name.replace("-", "_")
-        if not equals:
-            raise UsageError(f'--grid: "{part}" is not of the form name=value,value')
         if name not in names or name in values:
             what = f"{name} is given twice" if name in values else f"no hyperparameter {name}"
             raise UsageError(f"--grid: {what}; choose from {', '.join(names)}")
         try:
             values[name] = [float(number) for number in numbers.split(",")]
         except ValueError:
-            raise UsageError(f'--grid: "{numbers}" is not a list of numbers like 0.7,0.9') from None
-        if not np.isfinite(values[name]).all() or len(set(values[name])) < len(values[name]):
-            raise UsageError(f'--grid: the values of {name}, "{numbers}", must be finite and differ')
+            values[name] = []
+        if not np.isfinite(values[name]).all() or not values[name] or len(set(values[name])) < len(values[name]):
+            raise UsageError(f'--grid: "{part}" is not of the form name=value,value, with finite numbers that differ')
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
@@ -177,16 +170,6 @@ def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
     """UsageError if --grid sweeps one of the hyperparameters that are `unused` `where` ("with --flag value")."""
     for name in sorted(unused.intersection(parse_grid(args.grid, args.hp._fields)[0])):
         raise UsageError(f"--grid: {name} has no effect {where}")
-
-
-def _check(owner: type, name: str, value: Any) -> None:
-    """UsageError if the number `value` is out of the range in the type of the field `name` of `owner`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    metadata = getattr(get_type_hints(owner, include_extras=True)[name], "__metadata__", ())
-    ranges = [item for item in metadata if isinstance(item, Range)]
-    default = Range(0) if isinstance(value, int) else Range(-np.inf)
-    (ranges[0] if ranges else default).check(f"--{name.replace('_', '-')}", value)
 
 
 # Families of environments that share settings, by how their name or a part of the dataset's begins.
@@ -210,11 +193,8 @@ def env_name(env_id: str) -> str:
 
 def preset_name(dataset: str, env: str | None) -> str:
     """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
-    names = [env_name(env)] if env else []
-    if Path(dataset).suffix.lower() in FILES:
-        names.append(Path(dataset).name)
-    else:
-        names += dataset.split("/")
+    is_file = Path(dataset).suffix.lower() in FILES
+    names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
     for name, (family, pattern) in itertools.product(names, FAMILIES.items()):
         if re.match(pattern, name.lower()):
             return family
@@ -227,23 +207,19 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     UsageError, in one line, for a bad flag; SystemExit(0) after --help.
     """
     argv = sys.argv[1:] if argv is None else argv
-    plain, fields = args_type(), args_type.__dataclass_fields__
-    # --help shows them in this order: the algorithm's own first.
-    args_type.__dataclass_fields__ = dict(
-        sorted(fields.items(), key=lambda item: item[0] in RunArgs.__dataclass_fields__)
-    )
+    plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
+    args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("dataset", "env", "preset"):
         first.add_argument(f"--{name}", nargs="?", default=getattr(plain, name))
     chosen = first.parse_known_args(argv)[0]
     if chosen.preset not in ("auto", "none", *presets):
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-    preset = chosen.preset if chosen.preset != "auto" else preset_name(chosen.dataset or "", chosen.env)
-    preset = preset if preset in presets else "none"
+    preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
     settings = presets.get(preset, {})
+    preset = preset if settings else "none"
     hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
-    others = {name: value for name, value in settings.items() if name not in hp}
-    default = plain.replace(hp=plain.hp._replace(**hp), **others)
+    default = plain.replace(hp=plain.hp._replace(**hp), **{k: v for k, v in settings.items() if k not in hp})
 
     out, err = io.StringIO(), io.StringIO()
     config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
@@ -253,8 +229,8 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     except SystemExit as stop:
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
-            print(out.getvalue().rstrip(), f"\npresets (--preset); the defaults above are those of: {preset}")
-            print("\n".join(listed), f"\n\n--grid sweeps any of: {', '.join(plain.hp._fields)}", sep="")
+            help_text = [out.getvalue().rstrip(), f"\npresets; the defaults above are those of: {preset}", *listed]
+            print(*help_text, f"\n--grid sweeps any of: {', '.join(plain.hp._fields)}", sep="\n")
             raise
         # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
         text = (err.getvalue() + out.getvalue()).replace("│", " ")
@@ -268,6 +244,9 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
 
     0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     with exit_status():
         args = parse(args_type, presets)
         args.validate()

@@ -1,9 +1,12 @@
-"""Environments with flat observations and actions in [-1, 1]: which fit, evaluating in them, collecting from them."""
+"""Environments with flat observations and actions in [-1, 1]: which fit, their scores, evaluating, collecting."""
 
+import contextlib
 import importlib
+import io
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,18 +18,54 @@ from common.cli import UsageError, env_name, one_line
 from common.members import Members
 from common.replay import Transform, Transitions
 
+# Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
+REFERENCE_RETURNS = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "antmaze": (0.0, 1.0),
+    "kitchen": (0.0, 4.0),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+}
 MAX_ENVIRONMENTS = 64
+Policy = Callable[[np.ndarray, int], Any]
 LONGEST_EPISODE = 10_000
 """Steps after which an episode is cut where neither the environment nor --max-episode-steps limits it."""
 LARGEST_BOUND = 1e6
 """A larger bound of an action is no range to scale by: it stands for "unbounded", and float32 cannot resolve it."""
 
 
+def domain_of(env_id: str | None) -> str | None:
+    """Family of D4RL's reference returns; none for sparse Adroit or dense AntMaze, whose rewards differ from D4RL's."""
+    families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
+    match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", env_name(env_id) if env_id else "")
+    return match[match.lastindex] if match else None
+
+
+def normalized_score(domain: str | None, returns: np.ndarray) -> np.ndarray | None:
+    """100 (R - random) / (expert - random), float64 of the shape of `returns`; None where D4RL published none.
+
+    On AntMaze, where D4RL's episodes end at the goal, whoever reaches it has 100, however long the reward goes on.
+    """
+    if domain not in REFERENCE_RETURNS:
+        return None
+    low, high = REFERENCE_RETURNS[domain]
+    returns = np.asarray(returns, np.float64)
+    return 100.0 * ((np.minimum(returns, 1.0) if domain == "antmaze" else returns) - low) / (high - low)
+
+
 def action_bounds(name: str, observations: gym.Space, actions: gym.Space) -> tuple[int, np.ndarray, np.ndarray]:
     """Numbers in the flattened observation, and lowest and highest action `[action_dim]` float32.
 
     The one place that says which spaces fit: observations are vectors of numbers, or dictionaries and tuples of such;
-    actions a vector of floats, each bounded by a range. UsageError, naming the dimension, for others.
+    actions a vector of floats, each with a range. UsageError, naming the dimension, for others.
     """
     stack = [observations]
     while stack:
@@ -36,19 +75,18 @@ def action_bounds(name: str, observations: gym.Space, actions: gym.Space) -> tup
         elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind not in "fi":
             raise UsageError(f"{name} has observations in {space}; Offax handles vectors of numbers only")
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
-        raise UsageError(f"{name} has actions in {actions}; Offax handles continuous vectors of floats only")
+        raise UsageError(f"{name} has actions in {actions}; Offax handles vectors of floats only")
     low, high = actions.low.astype(np.float64), actions.high.astype(np.float64)
-    for i, (least, most) in enumerate(zip(low, high, strict=True)):
-        if not -LARGEST_BOUND <= least < most <= LARGEST_BOUND:
-            raise UsageError(
-                f"{name}: dimension {i} of the actions is bounded by {least:g} and {most:g}, which is no range to scale "
-                "by; give the environment's action space the range that its actions really have"
-            )
+    if len(
+        bad := np.flatnonzero((low < -LARGEST_BOUND) | (low >= high) | (high > LARGEST_BOUND) | np.isnan(low + high))
+    ):
+        found = f"dimension {bad[0]} of the actions is bounded by {low[bad[0]]:g} and {high[bad[0]]:g}"
+        raise UsageError(f"{name}: {found}, no range to scale by; give the action space the range that actions have")
     return gym.spaces.flatdim(observations), low.astype(np.float32), high.astype(np.float32)
 
 
 @contextmanager
-def quiet_mujoco() -> Any:
+def quiet_mujoco() -> Iterator[None]:
     """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT: nothing a user can mend."""
     try:
         import mujoco
@@ -66,30 +104,25 @@ def quiet_mujoco() -> Any:
 def make_raw(spec: Any, **options: Any) -> gym.Env:
     """`gymnasium.make(spec)`; AntMaze ends at the goal, as D4RL's tasks do. UsageError if it cannot be made."""
     name = getattr(spec, "id", spec)
-    if env_name(name).startswith("antmaze"):
-        options |= {"continuing_task": False}
+    options |= {"continuing_task": False} if env_name(name).startswith("antmaze") else {}
     try:
         with quiet_mujoco(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
             try:
                 return gym.make(spec, disable_env_checker=True, **options)
             except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
-                try:
+                with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
                     gym.register_envs(importlib.import_module("gymnasium_robotics"))
-                except ImportError:
-                    raise UsageError(
-                        f"environment {name} is not registered: it may need another package (`pip install -e "
-                        '".[adroit]"` brings gymnasium-robotics), or its module, as in --env my_module:Name-v0'
-                    ) from None
                 return gym.make(spec, disable_env_checker=True, **options)
-    except UsageError:
-        raise
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"environment {name}: there is no module {error.name}; install it, or put its folder on PYTHONPATH"
-        ) from None
+        reason = f"there is no module {error.name}; install it, or put its folder on PYTHONPATH"
+    except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
+        reason = (
+            f'{one_line(error)} Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
+        )
     except Exception as error:  # whatever an environment's constructor raises
-        raise UsageError(f"cannot make environment {name}: {one_line(error)}") from None
+        reason = one_line(error)
+    raise UsageError(f"cannot make environment {name}: {reason}")
 
 
 def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> gym.Env:
@@ -98,12 +131,10 @@ def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> g
     Its episodes are cut after `max_episode_steps`; 0: by its own limit, or after LONGEST_EPISODE. `options` are
     gymnasium's, e.g. render_mode. UsageError if it is unknown, fails, or has other spaces than `action_bounds` takes.
     """
-    if max_episode_steps:
-        options |= {"max_episode_steps": max_episode_steps}
-    env = make_raw(spec, **options)
+    env = make_raw(spec, **options | ({"max_episode_steps": max_episode_steps} if max_episode_steps else {}))
     action_bounds(f"environment {getattr(spec, 'id', spec)}", env.observation_space, env.action_space)
     if env.spec is None or env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, max_episode_steps or LONGEST_EPISODE)
+        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
     if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
@@ -115,14 +146,13 @@ def scalar(value: Any) -> float:
 
 
 class Returns(NamedTuple):
-    """Undiscounted returns and lengths of the evaluation's episodes, `[members, episodes]`.
+    """Undiscounted returns of the evaluation's episodes, `[members, episodes]`.
 
     `successes` is 1 where the environment reported success (`info["success"]`) at some step of the episode, 0 where it
     did at none, and NaN where it reports nothing of the kind.
     """
 
     returns: np.ndarray
-    lengths: np.ndarray
     successes: np.ndarray
 
 
@@ -138,12 +168,7 @@ class Evaluator:
         self.make, self.members, self.transform = make, members, transform
         self.environments: list[gym.Env] = []
 
-    def run(
-        self,
-        policy: Callable[[np.ndarray, int], np.ndarray],
-        episodes: int,
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> Returns | None:
+    def run(self, policy: Policy, episodes: int, stopping: Callable[[], bool] = lambda: False) -> Returns | None:
         """`episodes` episodes of each member; episode i is seeded by the member's own first seed plus i.
 
         `policy(observations [padded, width, obs_dim], count)` gives actions `[padded, width, action_dim]` in [-1, 1];
@@ -152,15 +177,13 @@ class Evaluator:
         waves = -(-episodes // max(1, MAX_ENVIRONMENTS // self.members.total))
         width, members = -(-episodes // waves), self.members.count
         returns, successes = np.zeros((members, waves * width)), np.full((members, waves * width), np.nan)
-        lengths = np.zeros((members, waves * width), int)
         while len(self.environments) < members * width:
             self.environments.append(self.make())
+        obs_dim = self.environments[0].observation_space.shape[0]
         for wave in range(waves):
             columns = np.arange(wave * width, (wave + 1) * width)
             running = [(m, j) for m in range(members) for j in range(width) if columns[j] < episodes]
-            observations = np.zeros(
-                (len(self.members.seeds), width, *self.environments[0].observation_space.shape), np.float32
-            )
+            observations = np.zeros((len(self.members.seeds), width, obs_dim), np.float32)
             for m, j in running:
                 seed = (1_000_000 + 1000 * int(self.members.seeds[m]) + int(columns[j])) % 2**32  # all that numpy takes
                 observations[m, j] = self.environments[m * width + j].reset(seed=seed)[0]
@@ -174,13 +197,12 @@ class Evaluator:
                     env = self.environments[m * width + j]
                     observations[m, j], reward, terminated, truncated, info = env.step(actions[m, j])
                     returns[m, columns[j]] += scalar(reward)
-                    lengths[m, columns[j]] += 1
                     success = scalar(info.get("success"))
                     successes[m, columns[j]] = np.fmax(successes[m, columns[j]], success)
                     if not (terminated or truncated):
                         still_running.append((m, j))
                 running, step = still_running, step + 1
-        return Returns(returns[:, :episodes], lengths[:, :episodes], successes[:, :episodes])
+        return Returns(returns[:, :episodes], successes[:, :episodes])
 
 
 class Collector:
@@ -197,9 +219,8 @@ class Collector:
         self.padded = np.minimum(np.arange(len(members.seeds)), members.count - 1)
         seeds = members.seeds[: members.count].tolist()
         starts = [int(word) for s in seeds for word in np.random.SeedSequence([s, done]).generate_state(per_member)]
-        self.environments = gym.vector.SyncVectorEnv(
-            [make] * len(starts), autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-        )
+        same_step = gym.vector.AutoresetMode.SAME_STEP
+        self.environments = gym.vector.SyncVectorEnv([make] * len(starts), autoreset_mode=same_step)
         self.observations = self._by_member(transform.observations(self.environments.reset(seed=starts)[0]))
 
     def _by_member(self, x: np.ndarray) -> np.ndarray:

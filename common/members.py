@@ -5,6 +5,7 @@ or the GPUs. On a GPU a device's members are vmapped, where one alone is bound b
 turns, where one matrix product after another is faster than a batched one.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.cli import RunArgs, UsageError, parse_grid
 from common.replay import Replay
+from common.report import is_key
 
 
 def usable_cores() -> int:
@@ -32,6 +34,14 @@ def usable_cores() -> int:
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no such limit, or "max"
         return cores
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, so that the next start skips compiling."""
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not home.startswith("~"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(home, "offax", "jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,12 @@ class Members:
 
     @property
     def places(self) -> np.ndarray:
-        """Each member's index on its device, `[padded]`: where it finds its part of an argument taken `whole`."""
+        """Each member's index on its device, `[padded]`: where it finds its part of a ring."""
         return np.arange(len(self.seeds)) % (len(self.seeds) // self.mesh.size)
+
+    def who(self, i: int) -> dict[str, int]:
+        """The columns by which a table tells the i-th member from others."""
+        return {"member": self.indices[i], "seed": int(self.seeds[i])}
 
     def label(self, i: int) -> str:
         """Name of the i-th member for messages."""
@@ -75,35 +89,22 @@ class Members:
         """The whole tree on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
-    def start(self, init: Callable, per_member: Sequence[Any] = ()) -> Any:
-        """`init(key, hp)` of each member as one tree of `[padded, ...]` arrays; UsageError if memory is too small.
+    def start(self, init: Callable) -> Any:
+        """`init(key, hp)` of each member as one tree; UsageError, with how many fit, if memory is too small for them.
 
-        One by one, so that a member starts the same to the last bit whatever the population; `per_member` are trees of
-        the shapes of other arrays that every member will need beside its state.
+        One by one, so that a member starts the same to the last bit whatever the population.
         """
-        one = jax.eval_shape(
-            init, jax.random.key(0), jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), self.hp)
-        )
-        # Three states: before and after the updates, and gradients with what else they need.
-        self._require_memory(3 * tree_bytes(one) + tree_bytes(per_member))
-        initialise, states = jax.jit(init), []
-        for i, seed in enumerate(self.seeds):
-            state = initialise(jax.random.key(seed), jax.tree.map(lambda x: x[i], self.hp))  # noqa: B023
-            states.append(to_host(state))
-        return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
-
-    def _require_memory(self, each: int) -> None:
-        """UsageError, with the number that does fit, if members of `each` so many bytes do not fit in what is free."""
-        stats = self.mesh.devices.flat[0].memory_stats()
-        if stats:
-            free = (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size
-        else:
-            free = free_memory()
-        if each * len(self.seeds) > free:
+        hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
+        each = 3 * tree_bytes(jax.eval_shape(init, jax.random.key(0), hp[0]))  # before and after updates, and gradients
+        stats = self.mesh.devices.flat[0].memory_stats()  # none on a CPU
+        room = (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size if stats else host_memory()
+        if each * len(hp) > room:
             raise UsageError(
-                f"{self.count} members need about {each * len(self.seeds) / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are "
-                f"free: about {free // each} fit; train fewer at once, e.g. with --shard 0/{-(-each * self.count // free)}"
+                f"{self.count} members do not fit in {room / 2**30:.3g} GiB of memory, about {room // each} do"
             )
+        initialise = jax.jit(init)
+        states = [to_host(initialise(jax.random.key(s), own)) for s, own in zip(self.seeds, hp, strict=True)]
+        return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
     def keys(self, number: int) -> jax.Array:
         """A key for each member, by a fold that no `split` of the member's own key gives."""
@@ -163,35 +164,21 @@ def make_members(args: RunArgs) -> Members:
 
     As many devices as there are members are taken, and JAX is started with each usable CPU core as a device.
     """
+    use_compilation_cache()
     grid = parse_grid(args.grid, args.hp._fields)
     everyone = list(itertools.product(grid, range(args.seed, args.seed + args.num_seeds)))
-    part, parts = parse_shard(args.shard, len(everyone))
-    indices = list(range(part, len(everyone), parts))
-    try:
+    part, _, parts = (args.shard or "0/1").partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) <= len(everyone)):
+        raise UsageError(f"--shard {args.shard}: write I/N with 0 <= I < N, N at most the {len(everyone)} members")
+    indices = list(range(int(part), len(everyone), int(parts)))
+    with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
         jax.config.update("jax_num_cpu_devices", max(1, min(len(indices), usable_cores())))
-    except RuntimeError:  # JAX has started: its devices are what they are
-        pass
     devices = jax.local_devices()[: len(indices)]
     padded = indices + indices[-1:] * (-len(indices) % len(devices))
     hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**everyone[i][0]) for i in padded))
     seeds = np.array([everyone[i][1] for i in padded])
     swept = [everyone[i][0] for i in indices]
     return Members(indices, len(everyone), seeds, hp, swept, Mesh(np.array(devices), ("members",)))
-
-
-def parse_shard(shard: str, members: int) -> tuple[int, int]:
-    """`(I, N)` of --shard I/N; (0, 1) if it is empty. UsageError if it is none, or leaves a process without members."""
-    if not shard:
-        return 0, 1
-    part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) <= members):
-        raise UsageError(f"--shard {shard}: write I/N with 0 <= I < N and N at most the number of members, {members}")
-    return int(part), int(parts)
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of random keys, which numpy cannot hold."""
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def to_host(tree: Any) -> Any:
@@ -208,17 +195,12 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def free_memory() -> int:
-    """Bytes that are free on this machine, or in the container or job in it."""
-    free = [
-        os.sysconf("SC_AVPHYS_PAGES" if not Path("/proc/meminfo").exists() else "SC_PHYS_PAGES")
-        * os.sysconf("SC_PAGE_SIZE")
-    ]
-    try:
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        pass
-    return min(free)
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container in it."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size
 
 
 class Sometimes(NamedTuple):

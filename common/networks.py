@@ -100,42 +100,10 @@ class QEnsemble(nn.Module):
         return q(rows).reshape(self.num_critics, *leading)
 
 
-class GaussianHead(nn.Module):
-    """MLP to the mean and a state-dependent log standard deviation, each `[batch, action_dim]`.
-
-    The log standard deviation is clipped to `[log_std_min, log_std_max]`. Whether the Gaussian is squashed by tanh
-    is decided by the functions below that take its output.
-    """
-
-    action_dim: int
-    hidden_dim: int
-    num_layers: int
-    log_std_min: float = -20.0
-    log_std_max: float = 2.0
-    kernel_init: Initializer = orthogonal
-
-    @nn.compact
-    def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, self.kernel_init)(observations)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, self.log_std_min, self.log_std_max)
-
-
 def gaussian_log_prob(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
     """Log-density of a diagonal Gaussian, summed over the last axis: `[..., action_dim] -> [...]`."""
     z = (x - mean) * jnp.exp(-log_std)
     return jnp.sum(-0.5 * z**2 - log_std - 0.5 * jnp.log(2.0 * jnp.pi), axis=-1)
-
-
-def squashed_sample(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Reparameterised sample of tanh(N(mean, std)) and its log-density, `[..., action_dim]` and `[...]`.
-
-    The density is computed from the value before the squashing, so it stays finite where tanh saturates:
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)).
-    """
-    u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
-    log_det = jnp.sum(2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u)), axis=-1)
-    return jnp.tanh(u), gaussian_log_prob(u, mean, log_std) - log_det
 
 
 def descend(
@@ -148,10 +116,3 @@ def descend(
     """One step of `optimizer` (without a rate of its own, e.g. `optax.scale_by_adam()`), at `learning_rate`."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state
-
-
-def cosine_decay(step: jax.Array, horizon: int) -> jax.Array:
-    """Factor from 1 at step 0 to 0 at `horizon`, and 0 after it; constantly 1 for a horizon of 0."""
-    if horizon == 0:
-        return jnp.ones(())
-    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / horizon, 1.0)))

@@ -109,9 +109,8 @@ class Ring(NamedTuple):
 
 def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
     """A ring of `capacity` zero rows, none written."""
-    widths = {"observations": (obs_dim,), "actions": (action_dim,), "next_observations": (obs_dim,)}
-    shapes = [(capacity, *widths.get(name, ())) for name in Transitions._fields]
-    return Ring(Transitions(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), jnp.zeros((), jnp.int32))
+    shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), (), ())
+    return Ring(Transitions(*(jnp.zeros((capacity, *x), jnp.float32) for x in shapes)), jnp.zeros((), jnp.int32))
 
 
 def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None = None) -> Ring:
