@@ -63,7 +63,6 @@ from common.environments import Collector, make_environment
 from common.members import make_members
 from common.replay import Replay, Transform, Transitions, fit_transform
 from common.report import provenance, write_atomically, write_json
-from common.runs import use_compilation_cache
 
 OBS_DIM, ACTION_DIM = 39, 28
 DOOR_ANGLE = 28
@@ -316,7 +315,6 @@ def prepare(args: Prepare) -> int:
     if args.out.exists():
         raise UsageError(f"{args.out} exists, and results may be of it: delete it or give another --out")
     episodes = read_demonstrations(args.demonstrations)
-    use_compilation_cache()
     human = to_transitions(episodes)
     size = np.abs(np.concatenate([actions for _, actions in episodes]))
     source = Path(args.demonstrations).name if args.demonstrations.endswith(".npz") else args.demonstrations
