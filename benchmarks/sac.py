@@ -33,9 +33,10 @@ from benchmarks.tables import Table
 from common import networks, replay
 from common.cli import NonNegative, Share, exit_status
 from common.environments import Collector, make_environment
-from common.members import Members, Metrics, fill_tree, read_tree, repeat, save_tree
+from common.members import Members, Metrics, repeat
 from common.networks import descend
 from common.replay import Replay, Ring, Transform, Transitions, empty_ring, insert
+from common.report import fill_tree, read_tree, save_tree
 
 
 class Hyperparameters(NamedTuple):

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import UsageError
-from common.report import write_atomically
+from common.report import append_rows, write_atomically
 
 
 class Table:
@@ -25,19 +24,8 @@ class Table:
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the rows in one go. UsageError for a column that the file does not have."""
-        with open(self.path, "a+", newline="") as file:
-            file.seek(0)
-            columns = next(csv.reader(file), None)
-            if unknown := sorted(set(rows[0]) - set(columns or rows[0])):
-                raise UsageError(f"{self.path} was begun without the column {unknown[0]}; move it away")
-            text = io.StringIO()
-            writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-            if columns is None:
-                writer.writeheader()
-            for row in rows:
-                writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
-            file.write(text.getvalue())
+        """Write the rows in one go."""
+        append_rows(self.path, rows)
 
     def rewind(self, keep: Callable[[dict[str, str]], bool]) -> None:
         """Drop the rows for which `keep` is false: those written after the checkpoint that is gone on from."""
