@@ -1,15 +1,18 @@
 """Two CPU devices for every test, compiled programs shared within the session, and a tiny dataset for whole runs."""
 
 import importlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="offax-tests-"))
@@ -25,10 +28,12 @@ import pytest  # noqa: E402
 
 from common.cli import RunArgs, launch, parse  # noqa: E402
 from common.members import Metrics  # noqa: E402
+from common.runs import Run  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
 SMALLER = {  # what small runs of one algorithm need beside the flags of `small_run`
+    "awr": {"value_updates": 2, "policy_updates": 5, "samples_per_iteration": 12, "buffer_size": 2000},
     "emaq": {
         "num_proposals": 4,
         "num_critics": 2,
@@ -38,7 +43,7 @@ SMALLER = {  # what small runs of one algorithm need beside the flags of `small_
         "num_bins": 4,
         "head_dim": 8,
         "head_layers": 1,
-    }
+    },
 }
 
 
@@ -90,6 +95,19 @@ def smaller(name: str) -> list[str]:
     return [word for flag, size in SMALLER.get(name, {}).items() for word in (f"--{flag.replace('_', '-')}", str(size))]
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, every one of them whole."""
+    header, *lines = path.read_text().split("\n")
+    assert lines.pop() == ""
+    return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+
+
+def assert_same_tables(one: Path, other: Path) -> None:
+    """Two runs wrote the same rows of metrics and evaluations."""
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (one / name).read_text() == (other / name).read_text(), name
+
+
 def parsed(words: list[str]) -> RunArgs:
     """The words of `python algorithms/<name>.py ...`, read and checked as the script itself does."""
     interpreter, program, *flags = words
@@ -120,6 +138,12 @@ def assert_same_arrays(one: Path, other: Path) -> None:
         assert first[name].tobytes() == second[name].tobytes(), name
 
 
+def done_in(directory: Path) -> dict[str, int]:
+    """How many steps of each phase a run's checkpoint has behind it."""
+    with np.load(directory / "checkpoint" / "state.npz", allow_pickle=False) as file:
+        return json.loads(file["metadata"].tobytes())["done"]
+
+
 class Outcome(NamedTuple):
     """What a command did."""
 
@@ -128,9 +152,34 @@ class Outcome(NamedTuple):
     err: str
 
 
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Status 2 and one line on stderr that has the words."""
+    assert outcome.status == 2, outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+@contextmanager
+def signalled_after(stretch: int, number: int = signal.SIGTERM) -> Iterator[None]:
+    """Runs in this context are signalled after their n-th stretch of training."""
+    original, calls = Run.record, []
+
+    def interrupted(self: Run, *arguments: Any) -> None:
+        original(self, *arguments)
+        calls.append(self)
+        if len(calls) == stretch:
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "record", interrupted)
+        yield
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`script(name, *flags)`: the command line of an algorithm, in this process."""
+
     def call(name: str, *flags: object) -> Outcome:
         module = importlib.import_module(f"algorithms.{name}")
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])

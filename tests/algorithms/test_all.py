@@ -1,7 +1,9 @@
-"""What every algorithm's script must do alike: the same anatomy, traced hyperparameters, both phases, resuming."""
+"""What every algorithm must do alike: the same anatomy, traced hyperparameters, both phases, resuming, divergence."""
 
 import ast
 import importlib
+import json
+import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +14,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTION_DIM, OBS_DIM, ROOT, SMALLER, arrays_of, assert_same_arrays, hopper_like, smaller
+from conftest import (
+    ACTION_DIM,
+    OBS_DIM,
+    ROOT,
+    SMALLER,
+    arrays_of,
+    assert_same_arrays,
+    assert_same_tables,
+    done_in,
+    hopper_like,
+    means,
+    rows_of,
+    signalled_after,
+    smaller,
+)
 
-from common import buffers, experiment, flags
-from common.buffers import Replay, Transitions
+from common import cli, replay
+from common.replay import Replay, Transitions
 
 NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("[a-z]*.py"))
+ALIKE = ["awac", "cql", "td3_bc"]
+"""Their `main` is that of IQL, as a test says: whole runs of theirs are slow tests."""
 every_algorithm = pytest.mark.parametrize("name", NAMES)
+every_run, every_long_run = (
+    pytest.mark.parametrize(
+        "name", [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    )
+    for default in (["iql"], [name for name in NAMES if name not in ALIKE])
+)
 every_actor_critic = pytest.mark.parametrize("name", [name for name in NAMES if name != "awr"])
 """Those that draw a transition and update at once; AWR regresses on returns of whole trajectories."""
 SECTIONS = ["Hyperparameters", "Args", "PRESETS", "State", "ADAM", "modules", "init", "update", "act", "train", "main"]
 OTHER_NAMES = {"optimizer": "ADAM", "update_value": "update", "update_actor": None}
 """AWR has two optimisers to choose from, and updates in two phases."""
+LONGEST_MAIN = 110
 
 
 def load(name: str) -> Any:
@@ -49,8 +74,35 @@ def test_sections_come_in_the_same_order(name: str) -> None:
         names = [OTHER_NAMES.get(one, one) for one in names]
         found += [one for one in names if one in SECTIONS]
     assert found == SECTIONS
-    imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert not any(module.startswith(("algorithms", "benchmarks")) for module in imports)
+    imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imports |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    packages = {module.partition(".")[0] for module in imports}
+    assert "common" in packages and not packages & {"algorithms", "benchmarks", *NAMES}
+
+
+@every_algorithm
+def test_main_is_short_and_shows_the_loop(name: str) -> None:
+    tree = ast.parse((ROOT / "algorithms" / f"{name}.py").read_text())
+    (main,) = (node for node in tree.body if getattr(node, "name", "") == "main")
+    assert main.end_lineno - main.lineno + 1 <= LONGEST_MAIN
+    assert sum(isinstance(node, ast.For) for node in ast.walk(main)) >= 2
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_loop_is_that_of_iql(name: str) -> None:
+    """But for what IQL says of its cosine: what whole runs of IQL show holds for these."""
+
+    def lines(of: str) -> list[str]:
+        text = (ROOT / "algorithms" / f"{of}.py").read_text()
+        text = text[text.index("def main(") :].replace(f'"{of}"', '"name"')
+        return [line for line in text.splitlines() if line.strip()]
+
+    own, iql = lines(name), lines("iql")
+    assert [line for line in own if line not in iql] == []
+    extra = iql.copy()
+    for line in own:
+        extra.remove(line)
+    assert len(extra) <= 8 and all("decay" in "".join(extra) for _ in extra)
 
 
 @every_algorithm
@@ -71,7 +123,7 @@ def test_presets_are_valid_settings(name: str) -> None:
     assert {"locomotion", "antmaze", "adroit"} <= set(script.PRESETS)
     for preset, settings in script.PRESETS.items():
         assert set(settings) <= fields
-        args = flags.parse(script.Args, script.PRESETS, ["--preset", preset])
+        args = cli.parse(script.Args, script.PRESETS, ["--preset", preset])
         args.validate()
         chosen = {key: getattr(args.hp if key in args.hp._fields else args, key) for key in settings}
         assert chosen == settings
@@ -103,7 +155,7 @@ def test_hyperparameters_are_traced_and_members_keep_their_own(name: str) -> Non
 
 
 @every_actor_critic
-@pytest.mark.parametrize("num_critics", [1, 5])
+@pytest.mark.parametrize("num_critics", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_any_number_of_critics(name: str, num_critics: int) -> None:
     script = load(name)
     args = small_args(script, num_critics=num_critics)
@@ -159,48 +211,224 @@ def test_actions_stay_in_their_bounds(name: str) -> None:
 
 
 @every_actor_critic
-def test_interrupted_offline_and_resumed_with_an_online_phase_equals_training_through(
-    tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
-) -> None:
-    """Both phases, a population, a grid, an interruption in the offline phase; to the last bit."""
-    one = load(name).Hyperparameters._fields[0]
-    value = getattr(load(name).Hyperparameters(), one)
-    run = [*small_run, "--num-updates", "20", "--grid", f"{one}={value},{0.5 * value}", "--reward-scale", "0.5"]
-    if name == "iql":
-        run += ["--actor-decay-updates", "0"]
-    run += smaller(name)
-    through, later = tmp_path / "through", tmp_path / "later"
-    outcome = script(name, *run, "--online-steps", "12", "--run-dir", through)
-    assert outcome.status == 0, outcome.err
-    evaluated = [line.split(",")[:3] for line in (through / "evaluations.csv").read_text().splitlines()[1:]]
-    assert evaluated == [
-        [phase, step, m] for phase, step in (("offline", "0"), ("online", "0"), ("online", "12")) for m in "01"
-    ]
-
-    original = experiment.Run.train
-
-    def interrupted(self: Any, state: Any, count: int) -> Any:
-        result = original(self, state, count)
-        signal.raise_signal(signal.SIGTERM)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.Run, "train", interrupted)
-        assert script(name, *run, "--checkpoint-every", "10", "--run-dir", later).status == 143
-    assert script(name, *run, "--online-steps", "12", "--run-dir", later, "--resume", "True").status == 0
-    assert_same_arrays(through, later)
-    rewards = next(array for key, array in arrays_of(through).items() if "'ring'" in key and key.endswith(".rewards"))
-    assert rewards.shape == (2, 12) and (np.abs(rewards) < 2).all(), "half of Hopper's 1 a step and its speed"
-
-
-@every_actor_critic
 def test_online_updates_draw_from_the_dataset_and_the_ring(name: str) -> None:
     """Rewards of 100 in a ring as long as the dataset: half of a batch has them, and the loss says so."""
     script = load(name)
     args = small_args(script, batch_size=256)
     state = script.init(jax.random.key(0), args.hp, args, OBS_DIM, ACTION_DIM)
     few = jax.tree.map(lambda x: x[:64], data())
-    ring = buffers.insert(buffers.empty_ring(64, OBS_DIM, ACTION_DIM), few._replace(rewards=few.rewards + 100.0))
+    ring = replay.insert(replay.empty_ring(64, OBS_DIM, ACTION_DIM), few._replace(rewards=few.rewards + 100.0))
     metrics = jax.jit(partial(script.train, args=args))(state, args.hp, Replay(few, ring), 1)[1]
-    loss = float(metrics.means["critic/loss"]) / args.num_critics
+    loss = float(means(metrics)["critic/loss"]) / args.num_critics
     assert 3500 < loss < 6500, "about half of 100^2"
+
+
+# Whole runs
+
+
+def small_flags(name: str, small_run: list[str], **changes: object) -> list[str]:
+    """Flags of the smallest run of this algorithm; IQL's policy at a constant rate, so that lengths do not matter."""
+    words = [*small_run, *smaller(name), *(["--actor-decay-updates", "0"] if name == "iql" else [])]
+    return words + [str(word) for flag, value in changes.items() for word in (f"--{flag.replace('_', '-')}", value)]
+
+
+@every_long_run
+def test_extended_interrupted_and_resumed_equals_training_through(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
+) -> None:
+    """Both phases, a population, a grid: to the last bit what a run in one piece is."""
+    one = load(name).Hyperparameters._fields[0]
+    value = getattr(load(name).Hyperparameters(), one)
+    run = small_flags(name, small_run, grid=f"{one}={value},{0.5 * value}", reward_scale=0.5, checkpoint_every=5)
+    through, later = tmp_path / "through", tmp_path / "later"
+    outcome = script(name, *run, "--num-updates", "20", "--online-steps", "12", "--run-dir", through)
+    assert outcome.status == 0, outcome.err
+    evaluated = [(row["phase"], row["step"], row["member"]) for row in rows_of(through / "evaluations.csv")]
+    assert evaluated[:4] == [(phase, "0", m) for phase in ("offline", "online") for m in "01"]
+    assert len(evaluated) == 6 and int(evaluated[-1][1]) == done_in(through)["online"] >= 12
+
+    resume = [*run, "--run-dir", later, "--resume", "True"]
+    assert script(name, *resume, "--num-updates", "10").status == 0
+    with signalled_after(1):
+        assert script(name, *resume, "--num-updates", "20").status == 143
+    assert done_in(later)["offline"] == 15
+    outcome = script(name, *resume, "--num-updates", "20", "--online-steps", "12")
+    assert outcome.status == 0, outcome.err
+    assert_same_arrays(through, later)
+    ring = {key.rpartition(".")[2]: array for key, array in arrays_of(through).items() if "'ring'" in key}
+    written = ring["written"].tolist()
+    assert written == [12, 12] if name != "awr" else min(written) > 0
+    assert all((np.abs(ring["rewards"][i, :rows]) < 2).all() for i, rows in enumerate(written)), "1 a step, halved"
+
+
+@every_run
+def test_online_from_scratch_with_random_first_steps_and_resumed(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
+) -> None:
+    """No dataset is read: the one named does not exist."""
+    run = tmp_path / "run"
+    flags = small_flags(name, small_run, num_updates=0, eval_every=0, checkpoint_every=8, random_steps=12, run_dir=run)
+    flags[flags.index("--dataset") + 1] = "no/such/set-v0"
+    flags += ["--online-steps", "24", "--resume", "True"]
+    with signalled_after(1):
+        assert script(name, *flags).status == 143
+    first = done_in(run)["online"]
+    assert 0 < first < 24
+    outcome = script(name, *flags)
+    assert outcome.status == 0, outcome.err
+    done = done_in(run)["online"]
+    arrays = arrays_of(run)
+    ring = {key.rpartition(".")[2]: array for key, array in arrays.items() if "'ring'" in key}
+    (step,) = (array for key, array in arrays.items() if key.endswith(".step"))
+    assert [int(row["step"]) for row in rows_of(run / "evaluations.csv")] == [done]
+    if name == "awr":  # it collects with its policy from the first step, and keeps whole episodes
+        assert ring["written"][0] > 0
+        return
+    assert (ring["written"].tolist(), done, step.tolist()) == ([24], 24, [12])
+    rows = ring["observations"][0]
+    assert rows.any(axis=1).all() and len(np.unique(rows, axis=0)) == 24
+    warm_up = ring["actions"][0, :12]
+    assert len(np.unique(warm_up)) == 36 and np.abs(warm_up).max() < 1 and 0.4 < warm_up.std() < 0.75, "uniform"
+    follows = (rows[1:] == ring["next_observations"][0, :-1]).all(axis=1)
+    ended = (ring["terminations"][0] + ring["truncations"][0]) > 0
+    assert (follows != ended[:-1]).all() and ring["truncations"][0, 7], "environments start anew after a resume"
+
+
+def learning_rate(name: str) -> str:
+    return "value_learning_rate" if name == "awr" else "critic_learning_rate"
+
+
+@every_run
+def test_a_diverged_member_is_frozen_and_named_and_the_others_go_on(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
+) -> None:
+    """In both phases the others are, to the last bit, what they are where nothing diverges."""
+    rate = learning_rate(name)
+    run = small_flags(name, small_run, num_updates=20, online_steps=12, checkpoint_every=5)
+    mixed, tame = tmp_path / "mixed", tmp_path / "tame"
+    outcome = script(name, *run, "--grid", f"{rate}=3e-4,1e30,1e-4", "--run-dir", mixed)
+    assert outcome.status == 0, outcome.err
+    named = [line for line in outcome.err.splitlines() if "diverged" in line]
+    assert len(named) == 1 and f"member 1 (seed 0, {rate}=1e+30)" in named[0]
+    assert script(name, *run, "--grid", f"{rate}=3e-4,2e-4,1e-4", "--run-dir", tame).status == 0
+    final = json.loads((mixed / "final.json").read_text())
+    assert [member["diverged"] is None for member in final["members"]] == [True, False, True]
+    assert final["members"][1]["return_mean"] is None and final["aggregate"]["return"]["count"] == 2
+    assert final["members"][1]["diverged"]["step"] <= 10
+    ours, theirs = arrays_of(mixed), arrays_of(tame)
+    for key in ours:
+        assert key.startswith("['ring']") or np.isfinite(ours[key].astype(np.float64)).all(), key
+        for member in (0, 2):
+            assert ours[key][member].tobytes() == theirs[key][member].tobytes(), key
+    step = next(array for key, array in ours.items() if key.endswith(".step"))
+    assert step[1] < step[0] == step[2]
+    for table in ("metrics.csv", "evaluations.csv"):
+        rows = [[row for row in rows_of(directory / table) if row["member"] != "1"] for directory in (mixed, tame)]
+        assert rows[0] == rows[1] and len(rows[0]) >= 4
+
+
+@every_run
+def test_status_3_where_every_member_diverged(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
+) -> None:
+    run = tmp_path / "run"
+    rate = f"--{learning_rate(name).replace('_', '-')}"
+    flags = small_flags(name, small_run, num_updates=20, num_seeds=2, run_dir=run)
+    outcome = script(name, *flags, rate, "1e39")
+    assert outcome.status == 3 and "every member diverged" in outcome.err and "Traceback" not in outcome.err
+    final = json.loads((run / "final.json").read_text())
+    assert all(member["diverged"] and member["score_mean"] is None for member in final["members"])
+    assert final["aggregate"]["score"] == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
+
+
+@every_run
+def test_a_member_does_not_depend_on_the_rest_of_the_population(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
+) -> None:
+    """Trained by a process of its own it is the same to the last bit; alone, up to the order of sums."""
+    run = small_flags(name, small_run, num_updates=20, eval_every=10)
+    together, part, alone = tmp_path / "together", tmp_path / "parts" / "part-1", tmp_path / "alone"
+    assert script(name, *run, "--num-seeds", "3", "--run-dir", together).status == 0
+    shard = ["--num-seeds", "3", "--shard", "1/3", "--run-dir", part.parent]
+    assert script(name, *run, *shard).status == 0
+    assert script(name, *run, "--seed", "1", "--run-dir", alone).status == 0
+    whole, own, single = arrays_of(together), arrays_of(part), arrays_of(alone)
+    for key in whole:
+        assert own[key].tobytes() == whole[key][1:2].tobytes(), key
+        np.testing.assert_allclose(single[key][0], whole[key][1], rtol=1e-3, atol=1e-5, err_msg=key)
+        if key.endswith("['kernel']") and ".actor[" in key:
+            assert np.abs(whole[key][0] - whole[key][1]).max() > 1e-3, "seeds differ"
+    for table in ("metrics.csv", "evaluations.csv"):
+        assert rows_of(part / table) == [row for row in rows_of(together / table) if row["member"] == "1"]
+
+
+@every_run
+def test_a_run_in_double_precision(tmp_path: Path, small_run: list[str], spawn: Callable[..., Any], name: str) -> None:
+    """Under JAX_ENABLE_X64, which users have for other parts of their work: both phases, in a process of its own."""
+    run = tmp_path / "run"
+    flags = small_flags(name, small_run, num_updates=10, online_steps=6, num_seeds=2, run_dir=run)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"}
+    process = spawn(ROOT / "algorithms" / f"{name}.py", *flags, env=env)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert done_in(run)["offline"] == 10 and done_in(run)["online"] >= 6
+    assert json.loads((run / "final.json").read_text())["aggregate"]["return"]["count"] == 2
+
+
+KILLED = '''
+"""Run IQL, and end this process by SIGKILL at the n-th event of a kind."""
+import os, signal, sys
+kind, count = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
+from common.runs import Run
+replace, record, record_evaluation = os.replace, Run.record, Run.record_evaluation
+
+def die_at(event, path=None):
+    global count
+    count -= event == kind
+    if event == kind and count == 0:
+        if path:  # half of the last row reached the disk
+            os.truncate(path, path.stat().st_size - 5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def renamed(source, target):
+    if str(target).endswith("state.npz"):
+        die_at("writing")
+    replace(source, target)
+    if str(target).endswith("state.npz"):
+        die_at("written")
+
+def recorded(run, *arguments):
+    record(run, *arguments)
+    die_at("metrics", run.path / "metrics.csv")
+
+def evaluated(run, *arguments):
+    record_evaluation(run, *arguments)
+    die_at("evaluations", run.path / "evaluations.csv")
+
+os.replace, Run.record, Run.record_evaluation = renamed, recorded, evaluated
+from algorithms import iql
+from common.cli import launch
+launch(iql.main, iql.Args, iql.PRESETS)
+'''
+
+
+def test_killed_at_any_moment_it_resumes_bit_for_bit(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], spawn: Callable[..., Any]
+) -> None:
+    """One run, killed at writes of each kind, until it is through; first of all before there is any checkpoint."""
+    flags = small_flags("iql", small_run, num_updates=120, eval_every=50, checkpoint_every=20, num_seeds=2)
+    program, run, whole = tmp_path / "killed.py", tmp_path / "run", tmp_path / "whole"
+    program.write_text(KILLED)
+    done = []
+    for kind, count in (("metrics", 1), ("writing", 2), ("written", 2), ("evaluations", 1), ("writing", 1)):
+        process = spawn(program, kind, count, *flags, "--run-dir", run, "--resume", "True")
+        _, err = process.communicate(timeout=400)
+        assert process.returncode == -signal.SIGKILL, err
+        done.append(done_in(run)["offline"] if (run / "checkpoint" / "state.npz").exists() else 0)
+    assert done == sorted(done) and done[0] == 0 and 40 <= done[-1] < 120
+    assert script("iql", *flags, "--run-dir", run, "--resume", "True").status == 0
+    assert script("iql", *flags, "--run-dir", whole).status == 0
+    assert_same_arrays(run, whole)
+    assert_same_tables(run, whole)
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["state.npz"]

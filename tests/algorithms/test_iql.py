@@ -12,7 +12,6 @@ from scipy import stats
 
 from algorithms import iql
 from common import cli
-from common.networks import cosine_decay
 from common.replay import Replay, Transitions
 
 OBS, ACT, BATCH = 4, 2, 16
@@ -109,10 +108,10 @@ def test_act_returns_the_mean_or_samples_around_it() -> None:
 
 
 def test_cosine_never_rises_again() -> None:
-    factors = [float(cosine_decay(jnp.asarray(step), 100)) for step in range(0, 300, 10)]
+    factors = [float(iql.cosine_decay(jnp.asarray(step), 100)) for step in range(0, 300, 10)]
     assert factors[0] == 1.0 and factors[5] == pytest.approx(0.5)
     assert all(a >= b for a, b in itertools.pairwise(factors)) and factors[10:] == [0.0] * 20
-    assert cosine_decay(jnp.asarray(10**6), 0) == 1.0
+    assert iql.cosine_decay(jnp.asarray(10**6), 0) == 1.0
 
 
 # ---- an independent numpy version of the whole update ----
