@@ -31,7 +31,8 @@ Without the clip of the weights runs end in numbers that are not finite, as the 
 
 Ours: minibatches are drawn with replacement; the normaliser takes in the new states before the updates of an iteration
 rather than after them, so that a policy acts with the one that it was trained with; the environments of a member go on
-across iterations, so an episode may begin with one policy and end with the next.
+across iterations, so an episode may begin with one policy and end with the next. Evaluations and checkpoints that are
+due within an iteration follow it. There are no random steps: the policy acts from the start.
 
     python algorithms/awr.py --dataset offax/hopper/medium-expert-v0
     python algorithms/awr.py --env Hopper-v5 --num-updates 0 --online-steps 1000000
@@ -44,15 +45,17 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from common import buffers, networks, normalization, populations
-from common.buffers import Replay, Transitions
-from common.errors import UsageError
-from common.experiment import Run
-from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch, refuse_sweep
-from common.normalization import Normalizer, normalize
-from common.optimization import descend
+from common import networks, replay
+from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, parse_grid, refuse_sweep
+from common.data import load
+from common.environments import Collector, Evaluator, Returns, make_environment
+from common.members import Metrics, evaluation_keys, keep_finite, make_members, repeat
+from common.networks import descend
+from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
+from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
@@ -113,7 +116,7 @@ class Args(RunArgs):
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""
         super().validate()
-        discounts = [values.get("discount", self.hp.discount) for values in populations.parse_grid(self.grid, self.hp)]
+        discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
         if self.scale_values and max(discounts) >= 1.0:
             raise UsageError("--discount 1: must be below 1, or pass --scale-values False")
         if not self.clip_weights:
@@ -148,6 +151,69 @@ def small_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
     return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
 
 
+class Part(NamedTuple):
+    """The offline data or a member's ring as a whole, `[rows, ...]`; `written` counts overwritten rows too.
+
+    From row `start` on, round the end, the rows are time-ordered: those not yet written first, the newest one last.
+    """
+
+    data: Transitions
+    start: jax.Array | int
+    written: jax.Array | int
+    phase: str
+
+
+def parts(data: Replay) -> list[Part]:
+    """Offline data and ring, whichever are there, in the order of the row numbers."""
+    offline, ring, member, _ = data
+    found = [] if offline is None else [Part(offline, 0, len(offline.rewards), "offline")]
+    if ring is not None:
+        own = ring if member is None else jax.tree.map(lambda x: x[member], ring)
+        found.append(Part(own.data, own.position, own.written, "online"))
+    return found
+
+
+class Normalizer(NamedTuple):
+    """Mean and sum of squared deviations, `[obs_dim]` each, of `count` states; how many rows of each part they are."""
+
+    count: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+    seen_offline: jax.Array
+    seen_online: jax.Array
+
+
+# Eq. (58)
+def observe(normalizer: Normalizer, data: Replay, limit: jax.Array | int) -> Normalizer:
+    """The normaliser with the states that came since it was last called, until it has `limit` of them."""
+
+    def add(normalizer: Normalizer) -> Normalizer:
+        for rows, start, written, phase in parts(data):
+            not_seen = written - getattr(normalizer, f"seen_{phase}")
+            age = (start - 1 - jnp.arange(len(rows.rewards))) % len(rows.rewards)
+            new = (age < not_seen)[:, None].astype(jnp.float32)
+            count = jnp.minimum(not_seen, len(rows.rewards)).astype(jnp.float32)
+            total = normalizer.count + count
+            mean = jnp.sum(new * rows.observations, axis=0) / jnp.maximum(count, 1.0)
+            squares = jnp.sum(new * (rows.observations - mean) ** 2, axis=0)
+            change, share = mean - normalizer.mean, count / jnp.maximum(total, 1.0)
+            normalizer = normalizer._replace(
+                count=total,
+                mean=normalizer.mean + change * share,
+                squares=normalizer.squares + squares + change**2 * normalizer.count * share,
+                **{f"seen_{phase}": jnp.asarray(written, jnp.int32)},
+            )
+        return normalizer
+
+    return jax.lax.cond(normalizer.count < limit, add, lambda same: same, normalizer)
+
+
+def normalize(normalizer: Normalizer, observations: jax.Array) -> jax.Array:
+    """States in standard deviations, at least 0.01, from the mean; as they are, before any was seen."""
+    std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.count, 1.0))
+    return (observations - normalizer.mean) / jnp.where(normalizer.count > 0, jnp.maximum(std, 0.01), 1.0)
+
+
 class State(NamedTuple):
     """Everything that training changes, of one member."""
 
@@ -174,7 +240,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     """Fresh networks and optimisers, and a normaliser that has seen nothing."""
     actor, value = modules(args, action_dim)
     actor_key, value_key, key = jax.random.split(key, 3)
-    observations = jnp.zeros((1, obs_dim))
+    observations, none = jnp.zeros((1, obs_dim)), jnp.zeros((), jnp.int32)
     actor_params = {"mean": actor.init(actor_key, observations)}
     if args.learn_std:
         actor_params["log_std"] = jnp.full(action_dim, jnp.log(hp.std))
@@ -182,7 +248,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     return State(
         actor=actor_params,
         value=value_params,
-        normalizer=normalization.empty(obs_dim),
+        normalizer=Normalizer(jnp.zeros(()), observations[0], observations[0], none, none),
         actor_opt=optimizer(hp, args).init(actor_params),
         value_opt=optimizer(hp, args).init(value_params),
         step=jnp.zeros((), jnp.int32),
@@ -204,11 +270,7 @@ def value_scale(hp: Hyperparameters, args: Args) -> jax.Array | float:
 
 
 def lambda_returns(
-    rewards: jax.Array,
-    next_values: jax.Array,
-    terminations: jax.Array,
-    truncations: jax.Array,
-    hp: Hyperparameters,
+    rewards: jax.Array, next_values: jax.Array, terminations: jax.Array, truncations: jax.Array, hp: Hyperparameters
 ) -> jax.Array:
     """TD(lambda) returns `[rows]` of time-ordered rows, with `next_values` V(s') of each row's own next state.
 
@@ -220,9 +282,7 @@ def lambda_returns(
     a = rewards + jnp.where(ends, bootstrap, (1.0 - hp.td_lambda) * bootstrap)
     b = jnp.where(ends, 0.0, hp.discount * hp.td_lambda)
 
-    def compose(
-        later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def compose(later: tuple[jax.Array, ...], earlier: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
     return jax.lax.associative_scan(compose, (a, b), reverse=True)[0]
@@ -232,22 +292,21 @@ BLOCK = 8192
 """Rows whose values are computed at once: of a million rows, the hidden layers would fill gigabytes."""
 
 
-def evaluate(state: State, data: Replay, hp: Hyperparameters, args: Args) -> tuple[jax.Array, jax.Array, jax.Array]:
+def values_and_returns(state: State, data: Replay, hp: Hyperparameters, args: Args) -> tuple[jax.Array, ...]:
     """V(s) and the TD(lambda) return of every row of the data, and whether it is written, each `[rows]`."""
     network = modules(args, 1)[1]
 
-    def values(observations: jax.Array) -> jax.Array:
-        def one(observation: jax.Array) -> jax.Array:
-            return network.apply(state.value, normalize(state.normalizer, observation)).squeeze(-1)
+    def output(observation: jax.Array) -> jax.Array:
+        return network.apply(state.value, normalize(state.normalizer, observation)).squeeze(-1)
 
-        return value_scale(hp, args) * jax.lax.map(one, observations, batch_size=BLOCK)
+    def values(observations: jax.Array) -> jax.Array:
+        return value_scale(hp, args) * jax.lax.map(output, observations, batch_size=BLOCK)
 
     found = []
-    for rows, start, written, _ in buffers.parts(data):
+    for rows, start, written, _ in parts(data):
         columns = (rows.rewards, values(rows.next_observations), rows.terminations, rows.truncations)
         returns = lambda_returns(*(jnp.roll(column, -start) for column in columns), hp)
-        is_written = jnp.arange(len(returns)) < written
-        found.append((values(rows.observations), jnp.roll(returns, start), is_written))
+        found.append((values(rows.observations), jnp.roll(returns, start), jnp.arange(len(returns)) < written))
     return tuple(map(jnp.concatenate, zip(*found, strict=True)))
 
 
@@ -299,8 +358,7 @@ def update_value(
         return value_loss(network.apply(params, observations).squeeze(-1), returns / value_scale(hp, args))
 
     grads, info = jax.grad(loss_of_value, has_aux=True)(state.value)
-    rate = hp.value_learning_rate
-    value_params, value_opt = descend(optimizer(hp, args), state.value, grads, state.value_opt, rate)
+    value_params, value_opt = descend(optimizer(hp, args), state.value, grads, state.value_opt, hp.value_learning_rate)
     return state._replace(value=value_params, value_opt=value_opt), info
 
 
@@ -314,8 +372,7 @@ def update_actor(
         return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), weights, mean, hp)
 
     grads, info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
-    rate = hp.actor_learning_rate
-    actor_params, actor_opt = descend(optimizer(hp, args), state.actor, grads, state.actor_opt, rate)
+    actor_params, actor_opt = descend(optimizer(hp, args), state.actor, grads, state.actor_opt, hp.actor_learning_rate)
     return state._replace(actor=actor_params, actor_opt=actor_opt, step=state.step + 1), info
 
 
@@ -337,16 +394,17 @@ def act(
 
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
-) -> tuple[State, populations.Metrics]:
+) -> tuple[State, Metrics]:
     """One iteration with `num_updates` updates of the policy, and in proportion of the value function; metrics' means.
 
-    Returns and weights of all rows are computed once, before the updates that use them.
+    Returns and weights of all rows are computed once, before the updates that use them. With 0 updates, those of a
+    member that has diverged, the state stays as it is.
     """
 
     def minibatch(state: State) -> tuple[State, jax.Array, Transitions]:
         key, sample_key = jax.random.split(state.key)
-        rows = buffers.sample_rows(sample_key, data, args.batch_size)
-        return state._replace(key=key), rows, buffers.take(data, rows)
+        rows = replay.sample_rows(sample_key, data, args.batch_size)
+        return state._replace(key=key), rows, replay.take(data, rows)
 
     def value_step(state: State) -> tuple[State, dict[str, jax.Array]]:
         state, rows, batch = minibatch(state)
@@ -356,32 +414,126 @@ def train(
         state, rows, batch = minibatch(state)
         return update_actor(state, batch, weights[rows], hp, args)
 
-    # Eq. (58)
-    state = state._replace(normalizer=normalization.observe(state.normalizer, data, args.normalizer_samples))
-    targets = evaluate(state, data, hp, args)[1]
+    limit = jnp.where(num_updates > 0, args.normalizer_samples, 0)
+    state = state._replace(normalizer=observe(state.normalizer, data, limit))
+    targets = values_and_returns(state, data, hp, args)[1]
     num_value_updates = (args.value_updates * num_updates + args.policy_updates - 1) // args.policy_updates
-    state, of_value = populations.repeat(value_step, state, num_value_updates)
-    values, returns, written = evaluate(state, data, hp, args)
+    state, of_value = repeat(value_step, state, num_value_updates)
+    values, returns, written = values_and_returns(state, data, hp, args)
     weights = advantage_weights(returns - values, written, hp, args)
-    state, of_actor = populations.repeat(actor_step, state, num_updates)
-    return state, populations.Metrics(*(one | other for one, other in zip(of_value, of_actor, strict=True)))
+    state, of_actor = repeat(actor_step, state, num_updates)
+    return state, Metrics(*(one | other for one, other in zip(of_value, of_actor, strict=True)))
+
+
+EPISODE_BLOCK = 1024
+"""Episodes are inserted in blocks of a multiple of so many rows, so that few sizes are compiled."""
+
+
+class Episodes:
+    """Puts the steps of environments side by side together into episodes, and gives out those that have ended."""
+
+    def __init__(self, members: int, environments: int) -> None:
+        self.steps: list[Transitions] = []  # from the beginning of the oldest running episode on
+        self.begins = np.zeros((members, environments), int)  # where in them each running episode begins
+        self.ended = np.zeros(members, bool)  # whether any environment of the member has ever ended one
+
+    def add(self, step: Transitions) -> None:
+        """A step of every environment, `[members, environments, ...]`."""
+        self.steps.append(step)
+        self.ended |= ((step.terminations + step.truncations) > 0).any(axis=1)
+
+    def take(self, capacity: int) -> tuple[Transitions, np.ndarray]:
+        """What ended since the last call: `[members, block, ...]`, and how many of these rows count, `[members]`.
+
+        One environment's episodes come after the other's; of more than `capacity` rows the last ones are given.
+        """
+        steps = jax.tree.map(lambda *rows: np.stack(rows), *self.steps)  # [time, members, environments, ...]
+        times = np.arange(1, len(self.steps) + 1)[:, None, None]
+        ends = np.maximum(self.begins, np.max(times * ((steps.terminations + steps.truncations) > 0), axis=0))
+        counts = np.minimum((ends - self.begins).sum(axis=1), capacity).astype(np.int32)
+        block = min(-(-max(1, *counts) // EPISODE_BLOCK) * EPISODE_BLOCK, capacity)
+        ended = jax.tree.map(lambda x: np.zeros((len(counts), block, *x.shape[3:]), np.float32), steps)
+        for i, count in enumerate(counts):
+            new = [np.s_[self.begins[i, j] : ends[i, j], i, j] for j in range(ends.shape[1])]
+            for rows, column in zip(ended, steps, strict=True):
+                rows[i, :count] = np.concatenate([column[part] for part in new])[-capacity:]
+        self.steps, self.begins = self.steps[ends.min() :], ends - ends.min()
+        return ended, counts
 
 
 def main(args: Args) -> None:
-    """Load, initialise, iterate on the dataset, evaluate, checkpoint, iterate on collected data, report."""
-    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
-    collection = {"num_environments": args.num_environments, "ring_capacity": args.buffer_size}
-    with Run("awr", args, *functions, updates_per_call=args.policy_updates, **collection) as run:
-        state = run.begin()
-        for num_updates in run.offline(args.policy_updates):
-            state, metrics = run.train(state, num_updates)
-            state = run.record(state, metrics)
-        for num_steps in run.online(args.samples_per_iteration):
-            collected = run.collect(state, num_steps)
-            num_updates = -(-args.policy_updates * collected // args.samples_per_iteration)
-            state, metrics = run.train(state, min(num_updates, args.policy_updates))
-            state = run.record(state, metrics)
-        run.finish(state)
+    """The run: load, initialise, iterate on the dataset, then on collected episodes; evaluate, log and checkpoint."""
+    members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
+    run = Run("awr", args, members)
+    dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    transform = fit_transform(dataset.transitions, args)
+    offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
+    obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
+
+    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
+        return act(state, hp, observations, key, args, action_dim, sample=False)
+
+    def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
+        return act(state, hp, observations, jax.random.fold_in(key, step), args, action_dim, sample=True)
+
+    train_all, explore_all = members.map(partial(train, args=args)), members.map(explore)
+    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
+    insert_all = members.map(insert, batched=True, donate=(0,))
+    make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
+    evaluator = Evaluator(make_env, members, transform)
+    state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+
+    with run:
+        checkpoint = {"state": state}
+        if args.online_steps:
+            checkpoint["ring"] = members.broadcast(empty_ring(args.buffer_size, obs_dim, action_dim))
+        checkpoint |= run.restore(checkpoint, dataset, transform)
+        state, ring = checkpoint["state"], checkpoint.get("ring")
+
+        def evaluate(episodes: int) -> Returns | None:
+            def policy(observations: np.ndarray, count: int) -> jax.Array:
+                keys = evaluation_keys(members.seeds, run.steps(), count)
+                return act_all(state, members.hp, observations, keys)
+
+            return evaluator.run(policy, episodes, run.stopping)
+
+        for start, stop in run.chunks("offline", args.num_updates, every=args.policy_updates, whole=True):
+            if run.evaluation_due():
+                run.save({"state": state})
+                run.record_evaluation(evaluate(args.eval_episodes))
+            new, metrics = train_all(state, members.hp, Replay(offline), (stop - start) * run.alive)
+            state, finite = keep_finite_all(new, state, metrics)
+            run.record(stop, metrics, finite)
+            if run.checkpoint_due():
+                run.save({"state": state})
+
+        if args.online_steps:
+            envs = Collector(make_env, members, transform, per_member=args.num_environments, done=run.done["online"])
+            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            collected = Episodes(len(members.seeds), args.num_environments)
+            for start, stop in run.chunks("online", args.online_steps, every=args.samples_per_iteration, whole=True):
+                if run.evaluation_due():
+                    run.save({"state": state, "ring": ring})
+                    run.record_evaluation(evaluate(args.eval_episodes))
+                step, empty = start, np.asarray(ring.written) == 0
+                while step < stop or (empty & ~collected.ended).any():
+                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    collected.add(envs.step(actions))
+                    step += args.num_environments
+                    if run.stopping():
+                        break
+                ring = insert_all(ring, *collected.take(args.buffer_size))
+                if not np.asarray(ring.written).all():  # a signal came before every member had an episode
+                    continue
+                num_updates = -(-args.policy_updates * (step - start) // args.samples_per_iteration)
+                due = run.alive * min(num_updates, args.policy_updates)
+                new, metrics = train_all(state, members.hp, Replay(offline, ring, members.places), due)
+                state, finite = keep_finite_all(new, state, metrics)
+                run.record(step, metrics, finite)
+                if run.checkpoint_due():
+                    run.save({"state": state, "ring": ring})
+
+        run.finish(evaluate(args.final_eval_episodes))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """AWR's mathematics against closed forms, an independent numpy version, and problems with a known solution."""
 
 import csv
+import itertools
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,26 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays_of, assert_same_arrays
+from conftest import arrays_of, assert_same_arrays, means
 from scipy import stats
 from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
 from algorithms import awr
-from common import buffers, checkpoints, collection, experiment, flags, normalization
-from common.buffers import Replay, Transitions
-from common.errors import UsageError
-from common.normalization import Normalizer, normalize
+from algorithms.awr import Episodes, Normalizer, normalize
+from common import cli, replay
+from common.environments import Collector
+from common.replay import Replay, Transitions
+from common.runs import Run
 
 ARGS = awr.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, value_updates=3, policy_updates=4)
 PLAIN = ARGS.replace(normalizer_samples=0, scale_values=False, normalize_advantages=False, clip_weights=False)
 HP = awr.Hyperparameters()
 train = jax.jit(awr.train, static_argnames="args")
-evaluate = jax.jit(awr.evaluate, static_argnames="args")
-observe = jax.jit(normalization.observe, static_argnames="limit")
+evaluate = jax.jit(awr.values_and_returns, static_argnames="args")
+observe = jax.jit(awr.observe, static_argnames="limit")
 returns = jax.jit(awr.lambda_returns)
 update_value = jax.jit(awr.update_value, static_argnames="args")
 update_actor = jax.jit(awr.update_actor, static_argnames="args")
-insert = jax.jit(buffers.insert)
+insert = jax.jit(replay.insert)
 double = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
 
 
@@ -92,7 +95,7 @@ class Log:
     """A ring, and in lists all that was ever written into it."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.ring = capacity, buffers.empty_ring(capacity, OBS, ACT)
+        self.capacity, self.ring = capacity, replay.empty_ring(capacity, OBS, ACT)
         self.episodes: list[Transitions] = []
 
     def add(self, episodes: list[Transitions]) -> None:
@@ -241,7 +244,7 @@ def test_evaluation_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None
     state, data = fresh()._replace(normalizer=seen(STATES)), Replay(joined(trajectories([7, 1, 20, 12])))
     whole = evaluate(state, data, HP, ARGS)
     monkeypatch.setattr(awr, "BLOCK", 7)  # five blocks and a rest
-    assert_close(jax.jit(lambda: awr.evaluate(state, data, HP, ARGS))(), whole, rtol=1e-4, atol=1e-3)
+    assert_close(jax.jit(lambda: awr.values_and_returns(state, data, HP, ARGS))(), whole, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("with_dataset", [False, True])
@@ -274,10 +277,10 @@ def test_what_unwritten_rows_hold_does_not_matter() -> None:
 
     def after(filling: float) -> tuple[Any, np.ndarray]:
         data = jax.tree.map(lambda x: x.at[count:].set(filling), log.ring.data)
-        replay = Replay(offline, log.ring._replace(data=data))
-        _, found, written = evaluate(fresh(args), replay, HP, args)
+        both = Replay(offline, log.ring._replace(data=data))
+        _, found, written = evaluate(fresh(args), both, HP, args)
         assert int(written.sum()) == sum(lengths) + count
-        return train(fresh(args), HP, replay, 4, args)[0]._replace(key=0), found[np.asarray(written)]
+        return train(fresh(args), HP, both, 4, args)[0]._replace(key=0), found[np.asarray(written)]
 
     one, other = after(0.0), after(1000.0)
     assert trees_equal(one, other) and not trees_equal(one[0], fresh(args)._replace(key=0))
@@ -392,13 +395,13 @@ def test_the_normaliser_has_seen_each_state_once() -> None:
         assert trees_equal(again, normalizer), "nothing new"
     alone = observe(fresh().normalizer, Replay(None, log.ring), MANY)
     assert_has_seen(alone, joined(log.episodes).observations[-30:])
-    rings = jax.tree.map(lambda *x: jnp.stack(x), buffers.empty_ring(30, OBS, ACT), log.ring)
+    rings = jax.tree.map(lambda *x: jnp.stack(x), replay.empty_ring(30, OBS, ACT), log.ring)
     assert trees_equal(observe(fresh().normalizer, Replay(None, rings, jnp.int32(1)), MANY), alone)
 
 
 def test_before_anything_was_seen_states_stay_as_they_are() -> None:
     states = trajectories([9])[0].observations
-    empty = observe(fresh().normalizer, Replay(None, buffers.empty_ring(30, OBS, ACT)), MANY)
+    empty = observe(fresh().normalizer, Replay(None, replay.empty_ring(30, OBS, ACT)), MANY)
     none = observe(fresh().normalizer, Replay(trajectories([9])[0]), 0)
     for normalizer in (fresh().normalizer, empty, none):
         assert float(normalizer.count) == 0
@@ -571,7 +574,7 @@ def numpy_iteration(
     def rows() -> np.ndarray:
         nonlocal key
         key, sample_key = jax.random.split(key)
-        return np.asarray(buffers.sample_rows(sample_key, data, BATCH))
+        return np.asarray(replay.sample_rows(sample_key, data, BATCH))
 
     def weights_now() -> np.ndarray:
         advantages = found() - values(states)
@@ -638,7 +641,7 @@ def test_an_iteration_equals_an_independent_numpy_version(case: str) -> None:
     assert_close(after.actor["mean"]["params"], expected["actor"]["mean"], rtol=5e-3, atol=5e-4)
     if args.learn_std:
         assert_close(after.actor["log_std"], expected["actor"]["log_std"], rtol=1e-3)
-    assert float(metrics.means["actor/loss"]) == pytest.approx(expected["loss"], rel=1e-3)
+    assert float(means(metrics)["actor/loss"]) == pytest.approx(expected["loss"], rel=1e-3)
     assert trees_equal(*(jax.random.key_data(key) for key in (after.key, expected["key"])))
     assert int(after.step) == num_updates
     for old, new in ((state.value, after.value), (state.actor, after.actor)):
@@ -647,12 +650,22 @@ def test_an_iteration_equals_an_independent_numpy_version(case: str) -> None:
 
 
 def test_value_updates_are_in_proportion_rounded_up() -> None:
-    """Two for five of the policy."""
-    data, args = Replay(joined(trajectories([3, 5]))), ARGS.replace(value_updates=2, policy_updates=5, num_layers=1)
-    for num_updates, expected in enumerate([1, 1, 2, 2, 2], start=1):
-        state, metrics = train(fresh(args), HP, data, num_updates, args)
+    """Three for four of the policy."""
+    data = Replay(joined(trajectories(ITERATIONS["offline"][1])))
+    for num_updates, expected in enumerate([1, 2, 3, 3], start=1):
+        state, metrics = train(fresh(), HP, data, num_updates, ARGS)
         assert int(metrics.counts["value/loss"]) == expected
         assert int(metrics.counts["actor/loss"]) == int(state.step) == num_updates
+
+
+def test_without_updates_nothing_changes() -> None:
+    """So it is with a member that has diverged, whose data may go on growing."""
+    changes, lengths, online, _ = ITERATIONS["both"]
+    args, data = ARGS.replace(**changes), Replay(joined(trajectories(lengths)), filled(30, online).ring)
+    state, _ = train(fresh(args), HP, data, 0, args)
+    assert trees_equal(state._replace(key=0), fresh(args)._replace(key=0))
+    assert trees_equal(*(jax.random.key_data(x.key) for x in (state, fresh(args))))
+    assert int(train(fresh(args), HP, data, 1, args)[0].normalizer.count) == sum(lengths) + sum(online)
 
 
 @pytest.mark.parametrize("factor", [0.01, 30.0])
@@ -667,6 +680,75 @@ def test_weights_do_not_depend_on_the_unit_of_rewards(factor: float) -> None:
     v2, g2, _ = evaluate(scaled, Replay(rows._replace(rewards=np.float32(factor) * rows.rewards)), HP, ARGS)
     assert_close((v2, g2), (factor * v, factor * g), rtol=1e-4, atol=1e-3 * factor)
     assert_close(weights_of(g2 - v2, written), weights_of(g - v, written), rtol=5e-3)
+
+
+# ---- whole episodes ----
+
+
+def side_by_side(numbers: Any, kinds: Any) -> Transitions:
+    """A step of environments `[members, environments]`: their numbers, and "done", "cut" or "" for how it ended."""
+    numbers, kinds = np.asarray(numbers, np.float32), np.asarray(kinds)
+    wide, ends = numbers[..., None], [np.float32(kinds == ending) for ending in ("done", "cut")]
+    pair = np.concatenate([wide, -wide], axis=-1)
+    return Transitions(pair, wide, numbers, np.concatenate([wide + 1, wide], axis=-1), *ends)
+
+
+def given_out(episodes: Episodes, capacity: int = 1000) -> list[list[float]]:
+    """The numbers of each member's steps that come out; every column of a row must belong to the same step."""
+    block, counts = episodes.take(capacity)
+    assert block.rewards.shape == (len(counts), min(capacity, awr.EPISODE_BLOCK))
+    assert {column.dtype for column in block} == {np.dtype(np.float32)}
+    found = []
+    for m, count in enumerate(counts):
+        rows, rest = (jax.tree.map(lambda x: x[m, part], block) for part in (slice(count), slice(count, None)))  # noqa: B023
+        columns = (rows.observations[:, 0], -rows.observations[:, 1], rows.actions[:, 0])
+        for column in (*columns, rows.next_observations[:, 0] - 1, rows.next_observations[:, 1]):
+            np.testing.assert_array_equal(column, rows.rewards)
+        assert not any(column.any() for column in rest)
+        found.append(rows.rewards.tolist())
+    return found
+
+
+def test_episodes_are_given_out_whole_and_once() -> None:
+    """Two members of two environments: one ends often, one once and late, the other member's never."""
+    episodes, going = Episodes(2, 2), ""
+    endings = {2: "done", 3: "cut", 6: "done", 9: "cut", 11: "done"}
+
+    def steps(times: Any) -> None:
+        for t in times:
+            own = [[t, 100 + t], [200 + t, 300 + t]]
+            late = "cut" if t == 9 else going
+            episodes.add(side_by_side(own, [[endings.get(t, going), late], [going, "done" if t == 12 else going]]))
+
+    steps([1, 2])
+    assert episodes.ended.tolist() == [True, False]
+    assert given_out(episodes) == [[1, 2], []]
+    steps([3, 4, 5, 6, 7])
+    assert given_out(episodes) == [[3, 4, 5, 6], []]
+    steps([8])
+    assert given_out(episodes) == [[], []], "nothing ended since"
+    steps([9, 10])
+    assert given_out(episodes) == [[7, 8, 9, *range(101, 110)], []], "one environment's after the other's"
+    steps([11, 12])
+    assert episodes.ended.all()
+    assert given_out(episodes, capacity=10) == [[10, 11], list(range(303, 313))], "no more than fit the ring: the last"
+
+
+def test_random_episodes_come_out_as_they_went_in() -> None:
+    """Whatever the ends and however often they are taken, each environment's steps up to its last end, in order."""
+    rng, episodes = np.random.default_rng(0), Episodes(2, 2)
+    went_in, came_out, last_end = [[] for _ in range(4)], [[] for _ in range(4)], [0] * 4
+    for t in range(200):
+        kinds = rng.choice(["", "done", "cut"], 4, p=[0.8, 0.1, 0.1])
+        episodes.add(side_by_side(np.reshape([1000 * i + t for i in range(4)], (2, 2)), np.reshape(kinds, (2, 2))))
+        for i, kind in enumerate(kinds):
+            went_in[i].append(1000 * i + t)
+            last_end[i] = t + 1 if kind else last_end[i]
+        if rng.random() < 0.3:
+            for number in itertools.chain(*given_out(episodes)):
+                came_out[int(number) // 1000].append(number)
+            assert came_out == [numbers[:end] for numbers, end in zip(went_in, last_end, strict=True)]
+            assert len(episodes.steps) == t + 1 - min(last_end), "no more is kept than what is running"
 
 
 # ---- acting ----
@@ -853,7 +935,7 @@ def test_what_fits_is_not_refused() -> None:
         ["--grid", "discount=0.9,0.99", "--discount", "1"],  # which no member has
         ["--discount", "1", "--scale-values", "False"],
     ):
-        flags.parse(awr.Args, awr.PRESETS, arguments).validate()
+        cli.parse(awr.Args, awr.PRESETS, arguments).validate()
 
 
 def test_defaults_are_those_of_the_paper_and_of_its_authors() -> None:
@@ -913,9 +995,42 @@ def assert_whole_episodes(rows: Transitions) -> None:
     assert ended[-1] and rows.observations.any(axis=1).all()
 
 
+def done_in(run: Path) -> dict[str, int]:
+    """How far the checkpoint is, by phase."""
+    with np.load(run / "checkpoint/state.npz") as file:
+        return json.loads(file["metadata"].tobytes())["done"]
+
+
+def column_of(run: Path, *words: str) -> list[int]:
+    """The array of the checkpoint whose name ends with the last word and has the others in it."""
+    return next(
+        x for name, x in arrays_of(run).items() if name.endswith(words[-1]) and all(w in name for w in words)
+    ).tolist()
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`with interrupted(owner, method, at)`: a SIGTERM comes as the method is called for the `at`-th time."""
+
+    @contextmanager
+    def patched(owner: type, method: str, at: int = 1) -> Iterator[None]:
+        original, calls = getattr(owner, method), itertools.count(1)
+
+        def call(*arguments: Any) -> Any:
+            if next(calls) == at:
+                signal.raise_signal(signal.SIGTERM)
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, call)
+            yield
+
+    return patched
+
+
+@pytest.mark.slow
 def test_online_alone(tmp_path: Path, small_run: list[str], script: Callable[..., Any]) -> None:
-    """Two members; each a member of another population too, whose metrics it has there as well."""
-    run, alone = tmp_path / "run", tmp_path / "alone"
+    run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--online-steps", "240"]
     outcome = script("awr", *arguments, "--num-seeds", "2", "--run-dir", run)
     assert (outcome.status, outcome.err) == (0, "")
@@ -930,41 +1045,46 @@ def test_online_alone(tmp_path: Path, small_run: list[str], script: Callable[...
         assert np.abs(rows.actions).max() > 1.0, "as drawn"
         assert rows.actions.std() == pytest.approx(0.9, rel=0.3)
     assert not np.isin(rings[0][1].observations, rings[1][1].observations).all(axis=1).any()
-    arrays = arrays_of(run)
-    assert next(array for name, array in arrays.items() if name.endswith(".step")).tolist() == [16, 16]
-    count = next(array for name, array in arrays.items() if name.endswith(".count") and "normalizer" in name)
-    assert count.tolist() == [written for written, _ in rings], "each state that came was seen"
+    assert column_of(run, ".step") == [16, 16]
+    assert column_of(run, "normalizer", ".count") == [written for written, _ in rings], "each state was seen"
 
+
+@pytest.mark.slow
+def test_a_member_online_is_that_member_alone(tmp_path: Path, small_run: list[str], script: Callable[..., Any]) -> None:
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    arguments = [*small_run, *ONLINE, "--online-steps", "240"]
+    assert script("awr", *arguments, "--num-seeds", "2", "--run-dir", both).status == 0
     assert script("awr", *arguments, "--seed", "1", "--run-dir", alone).status == 0
-    mine = [row for row in metrics if row["member"] == "1"]
-    theirs = rows_of(alone / "metrics.csv")
-    for one, other in zip(mine, theirs, strict=True):
+    mine = [row for row in rows_of(both / "metrics.csv") if row["member"] == "1"]
+    for one, other in zip(mine, rows_of(alone / "metrics.csv"), strict=True):
         for name in one.keys() - {"member"}:
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-4), name
-    written, rows = rings_of(alone)[0]
-    assert written == rings[1][0]
-    assert_close(rows.rewards, rings[1][1].rewards, rtol=1e-3, atol=1e-3)
+    (written, rows), theirs = rings_of(alone)[0], rings_of(both)[1]
+    assert written == theirs[0]
+    assert_close(rows.rewards, theirs[1].rewards, rtol=1e-3, atol=1e-3)
 
 
 def test_there_is_an_episode_before_the_first_update(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:
+    """However short the iterations; and each has its row, wherever it ends. No dataset is needed."""
     run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--samples-per-iteration", "3", "--num-environments", "1", "--num-seeds", "2"]
-    outcome = script("awr", *arguments, "--online-steps", "2", "--run-dir", run)
+    arguments += ["--dataset", tmp_path / "none.npz", "--online-steps", "100"]
+    outcome = script("awr", *arguments, "--run-dir", run)
     assert (outcome.status, outcome.err) == (0, "")
-    members, steps = rings_of(run), json.loads((run / "final.json").read_text())["online_steps"]
-    assert steps > 2 and max(len(rows.rewards) for _, rows in members) == steps
-    for written, rows in members:
-        assert written == len(rows.rewards)
+    steps = [int(row["step"]) for row in rows_of(run / "metrics.csv") if row["member"] == "0"]
+    assert steps[0] > 3 and set(np.diff(steps[:-1])) == {3} and steps[-1] == 100
+    for written, rows in rings_of(run):
+        assert written > 4
         assert_whole_episodes(rows)
     assert all(np.isfinite(float(value)) for row in rows_of(run / "metrics.csv") for value in row.values())
-    step = next(array for name, array in arrays_of(run).items() if name.endswith(".step"))
-    assert step.tolist() == [4, 4], "as many as an iteration has, not in proportion to all the steps"
+    last = -(-4 * (100 - steps[-2]) // 3)
+    assert column_of(run, ".step") == 2 * [4 * len(steps) - 4 + last], "never more than an iteration has"
 
 
 def test_both_phases_resumed_equal_training_through(
-    tmp_path: Path, small_run: list[str], script: Callable[..., Any]
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], interrupted: Callable[..., Any]
 ) -> None:
     """A grid, an interruption in the middle of the offline phase, then the online phase; to the last bit."""
     arguments = [*small_run, *BOTH, "--num-updates", "11", "--grid", "temperature=0.5,1", "--reward-scale", "0.5"]
@@ -972,81 +1092,60 @@ def test_both_phases_resumed_equal_training_through(
     online = ["--online-steps", "120"]
     outcome = script("awr", *arguments, *online, "--run-dir", through)
     assert (outcome.status, outcome.err) == (0, "")
-    original = experiment.Run.train
-
-    def interrupted(self: Any, state: Any, count: int) -> Any:
-        signal.raise_signal(signal.SIGTERM)
-        return original(self, state, count)
-
     arguments += ["--run-dir", later]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.Run, "train", interrupted)
+    with interrupted(Run, "record"):
         assert script("awr", *arguments).status == 143
-    assert checkpoints.metadata(later / "checkpoint/state.npz")["updates_done"] == 4, "an iteration is not cut"
+    assert done_in(later)["offline"] == 4, "an iteration is not cut"
     assert script("awr", *arguments, *online, "--resume", "True").status == 0
     assert_same_arrays(through, later)
     for _, rows in rings_of(through):
         assert_whole_episodes(rows)
         assert (np.abs(rows.rewards) < 2).all(), "half of Hopper's 1 a step and its speed"
-    count = next(array for name, array in arrays_of(through).items() if name.endswith(".count"))
-    assert count.tolist() == [400 + written for written, _ in rings_of(through)]
+    assert column_of(through, "normalizer", ".count") == [400 + written for written, _ in rings_of(through)]
 
 
 def test_evaluations_and_checkpoints_do_not_cut_iterations(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:
-    """They come after the iteration that reaches them; iterations may be longer than the lines of other algorithms."""
-    plain, often = tmp_path / "plain", tmp_path / "often"
-    arguments = [*small_run, *SMALL, "--num-updates", "11"]
-    assert script("awr", *arguments, "--run-dir", plain).status == 0
-    assert script("awr", *arguments, "--eval-every", "3", "--checkpoint-every", "5", "--run-dir", often).status == 0
-    assert_same_arrays(plain, often)
-    assert [row["step"] for row in rows_of(often / "metrics.csv")] == ["4", "8", "11"]
-    assert [row["step"] for row in rows_of(often / "evaluations.csv")] == ["0", "4", "8", "11"]
+    """They come after the iteration that reaches them."""
+    run = tmp_path / "run"
+    arguments = [*small_run, *BOTH, "--num-updates", "11", "--grid", "temperature=0.5,1", "--run-dir", run]
+    assert script("awr", *arguments, "--eval-every", "3", "--checkpoint-every", "5").status == 0
+    assert [row["step"] for row in rows_of(run / "metrics.csv")[::2]] == ["4", "8", "11"]
+    assert [row["step"] for row in rows_of(run / "evaluations.csv")[::2]] == ["0", "4", "8", "11"]
+    assert column_of(run, ".step") == [11, 11]
 
 
 def test_a_signal_before_the_first_episode_has_ended(
-    tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], interrupted: Callable[..., Any]
 ) -> None:
-    run, original = tmp_path / "run", collection.Collector.step
+    run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--online-steps", "60", "--run-dir", run]
-
-    def interrupted(self: Any, actions: np.ndarray) -> Transitions:
-        signal.raise_signal(signal.SIGTERM)
-        return original(self, actions)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(collection.Collector, "step", interrupted)
+    with interrupted(Collector, "step"):
         outcome = script("awr", *arguments)
     assert outcome.status == 143, outcome.err
-    assert "diverged" not in outcome.err
-    outcome = script("awr", *arguments, "--resume", "True")
-    assert (outcome.status, outcome.err) == (0, "")
-    assert_whole_episodes(rings_of(run)[0][1])
+    assert "diverged" not in outcome.err and not (run / "metrics.csv").exists()
 
 
-def test_resuming_in_the_online_phase(tmp_path: Path, small_run: list[str], script: Callable[..., Any]) -> None:
-    run, original, calls = tmp_path / "run", experiment.Run.train, []
+@pytest.mark.slow
+def test_resuming_in_the_online_phase(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], interrupted: Callable[..., Any]
+) -> None:
+    """Of an iteration that a signal cuts short, what was collected is trained on, in proportion."""
+    run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--online-steps", "180", "--run-dir", run]
-
-    def interrupted(self: Any, state: Any, count: int) -> Any:
-        calls.append(count)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, state, count)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.Run, "train", interrupted)
-        assert script("awr", *arguments).status == 130
-    assert checkpoints.metadata(run / "checkpoint/state.npz")["online_done"] == 120
+    with interrupted(Collector, "step", at=45):
+        assert script("awr", *arguments).status == 143
+    assert (done_in(run)["online"], column_of(run, ".step")) == (90, [4 + 2])
     before = rings_of(run)[0][0]
-    assert (script("awr", *arguments, "--resume", "True").status, calls) == (0, [4, 4])
+    assert script("awr", *arguments, "--resume", "True").status == 0
     written, rows = rings_of(run)[0]
     assert written > before
     assert_whole_episodes(rows)
-    assert [row["step"] for row in rows_of(run / "metrics.csv")] == ["60", "120", "180"]
+    assert [row["step"] for row in rows_of(run / "metrics.csv")] == ["60", "90", "150", "180"]
 
 
+@pytest.mark.slow
 def test_without_the_clip_a_run_diverges_and_says_so(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:
@@ -1058,6 +1157,7 @@ def test_without_the_clip_a_run_diverges_and_says_so(
     assert "member 0 (seed 0, temperature=0.001) diverged: actor/" in outcome.err
     members = json.loads((run / "final.json").read_text())["members"]
     assert members[0]["diverged"]["step"] <= 4 and members[1]["diverged"] is None
+    assert column_of(run, ".step") == [0, 8] and column_of(run, "normalizer", ".count") == [0, 400], "frozen"
 
 
 def test_presets_name_real_settings() -> None:
@@ -1066,6 +1166,6 @@ def test_presets_name_real_settings() -> None:
         (["--dataset", "D4RL/antmaze/umaze-v1"], 0.4),
         (["--preset", "locomotion", "--std", "0.2"], 0.2),
     ):
-        assert flags.parse(awr.Args, awr.PRESETS, arguments).hp.std == std
-    with pytest.raises(UsageError):
-        flags.parse(awr.Args, awr.PRESETS, ["--preset", "sparse"])
+        assert cli.parse(awr.Args, awr.PRESETS, arguments).hp.std == std
+    with pytest.raises(cli.UsageError):
+        cli.parse(awr.Args, awr.PRESETS, ["--preset", "sparse"])
