@@ -1,0 +1,58 @@
+"""What the README tells a user to do, done."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_a_copied_algorithm_takes_the_readmes_edits_and_runs_alone(tmp_path: Path, tiny: Path) -> None:
+    """In a folder with the copies alone: the diffs apply, the new flag exists and the critic is normalised."""
+    copy = re.search(r"<!-- copy -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
+    for word in ("algorithms", "common"):
+        shutil.copytree(ROOT / word, tmp_path / word, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["bash", "-euc", copy], cwd=tmp_path, check=True)
+    script = tmp_path / "mine" / "iql.py"
+    source = script.read_text()
+    edits = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    assert len(edits) == 2
+    for edit in edits:
+        before, after = (
+            "".join(line[1:] + "\n" for line in edit.splitlines() if line[0] in kept) for kept in (" -", " +")
+        )
+        assert source.count(before) == 1
+        source = source.replace(before, after)
+    script.write_text(source)
+    for word in ("algorithms", "common"):
+        shutil.rmtree(tmp_path / word)
+
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    flags = ["--dataset", tiny, "--env", "Hopper-v5", "--hidden-dim", "8", "--num-updates", "2", "--preset", "none"]
+    flags += ["--final-eval-episodes", "1", "--eval-every", "0", "--layer-norm", "True", "--run-dir", "run"]
+    ran = subprocess.run(
+        [sys.executable, "mine/iql.py", *map(str, flags)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    with np.load(tmp_path / "run" / "checkpoint" / "state.npz", allow_pickle=False) as file:
+        assert any("critic" in name and "LayerNorm" in name for name in file.files)
+
+
+def test_commands_name_scripts_and_flags_that_exist() -> None:
+    import importlib
+
+    from common.cli import parse
+
+    commands = [line.split("#")[0].split("python ")[1] for line in README.splitlines() if "python algorithms/" in line]
+    assert len(commands) > 8
+    for command in commands:
+        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
+        script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+        if "--help" not in words and "`" not in command:
+            parse(script.Args, script.PRESETS, words[1:]).validate()
