@@ -16,41 +16,44 @@ vae` takes a variational autoencoder for mu (appendix H). Online (appendix F) th
 logits divided by tau, takes the action of largest mean_k Q_k + beta std_k Q_k (Eq. 67), and mu is refitted.
 
 Two things are done faster than in the paper:
-* mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and drawn anew after
-  `--pool-uses` uses of a state. The places within the bins are drawn at each use; so the bins of a proposal's later
-  dimensions belong to other places in the earlier ones' bins, and until then a state keeps its bins.
-  `--proposal-pool 0` draws everything at each update.
-* with lambda = 1 the target is max_n min_k. A proposal's minimum over some of the Q-functions bounds its minimum over
-  all: those whose bound is not above the best minimum found so far cannot win, and skip the other Q-functions. Targets
-  are the same.
+* mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and anew after `--pool-uses`
+  uses of a state. The places within the bins are drawn at each use; so the bins of a proposal's later dimensions belong
+  to other places in the earlier ones' bins, and until then a state keeps its bins.
+* with lambda = 1 the target is max_n min_k. A minimum over some of the Q-functions bounds that over all: a proposal
+  whose bound is not above the best minimum found so far cannot win, and skips the others. Targets are the same.
 
 Open in the paper, ours: discount, length of mu's training, initialisation, no normalisation; online, targets use mu
 without tau, and each update of the Q-functions comes with one of mu on the same minibatch. Slips of the paper: the soft
-backup lacks the discount (Eq. 68, 70), the test ensemble runs over N instead of K. The vae's loss sums over dimensions;
-BRAC's code, which the paper used, averages.
+backup lacks the discount (Eq. 68, 70), the test ensemble runs over N instead of K. The vae's loss sums over dimensions,
+where BRAC's code, which the paper used, averages.
 
 The settings of the domains are the paper's, for an accelerator. Smaller ones for a CPU:
 
     python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v0
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from common import buffers, networks, populations
-from common.buffers import Replay, Transitions
-from common.errors import UsageError
-from common.experiment import Run
-from common.flags import Count, NonNegative, Positive, RunArgs, Share, launch, refuse_sweep
-from common.optimization import descend
-from common.populations import Sometimes
-from common.screening import max_of_min
+from common import replay
+from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
+from common.data import load
+from common.environments import Collector, Evaluator, Returns, make_environment
+from common.members import Metrics, Sometimes, evaluation_keys, host_memory, join, keep_finite, make_members, repeat
+from common.networks import MLP, QEnsemble, descend, glorot
+from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
+from common.report import fill_tree, read_tree
+from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
@@ -108,15 +111,14 @@ class Args(RunArgs):
     num_bins: Count = 40
     """Bins of each action dimension (paper, appendix G.1)."""
     proposal_pool: int = 1
-    """Sets of N proposals drawn ahead for each next state of the dataset, of which an update takes one at random; N
-    bytes for each member, set, action dimension and state. 0: drawn at each update, as for the vae always (ours)."""
+    """Sets of N proposals drawn ahead for each next state of the data, of which an update takes one at random (ours):
+    N bytes for each member, set, action dimension and state. 0: drawn at each update, as for the vae always."""
     pool_uses: Count = 8
     """The pool is drawn anew when a state of the dataset has been used this often on average (ours)."""
     screening: bool = True
     """On a CPU, where lambda is 1: leave out Q-functions of proposals that cannot be the best (ours)."""
     steps_per_iteration: Count = 1
-    """The paper's M: online, environment steps taken in a row, and as many updates after them; a signal ends these
-    early (paper, appendix F)."""
+    """The paper's M: online, environment steps in a row, then as many updates; a signal cuts them (appendix F)."""
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""
@@ -155,6 +157,122 @@ PRESETS = {
 }
 
 
+class SplitDense(nn.Module):
+    """Dense layer on states `[batch, s]` beside actions `[n, batch, a]`; the states' part of the sum is made once."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, states: jax.Array, actions: jax.Array) -> jax.Array:
+        split = states.shape[-1]
+        kernel = self.param("kernel", glorot, (split + actions.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return (states @ kernel[:split] + bias) + actions @ kernel[split:]
+
+
+class BinHead(nn.Module):
+    """Logits `[n, batch, num_bins]` of an action dimension, of `embedding [batch, dim]` and the ones before it."""
+
+    num_bins: int
+    hidden_dim: int
+    num_layers: int
+    prefix_dim: int
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array, prefix: jax.Array) -> jax.Array:
+        if self.prefix_dim and prefix.shape[-1]:
+            prefix = nn.Dense(self.prefix_dim, kernel_init=glorot)(prefix)
+        x = nn.relu(SplitDense(self.hidden_dim)(embedding, prefix))
+        for _ in range(self.num_layers - 1):
+            x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=glorot)(x))
+        return nn.Dense(self.num_bins, kernel_init=glorot)(x)
+
+
+class AutoregressivePolicy(nn.Module):
+    """Density of actions in [-1, 1], one dimension after the other, each uniform within one of `num_bins` equal bins.
+
+    p(a|s) = prod_i p(bin of a_i | s, a_0, ..., a_i-1) / width of a bin, each factor the softmax of an MLP of its own on
+    the state's embedding and the continuous values before it (appendix B): several modes, dependent dimensions.
+    """
+
+    action_dim: int
+    num_bins: int
+    hidden_dim: int  # of the state's embedding and its `num_layers` hidden layers
+    num_layers: int
+    head_dim: int
+    head_layers: int
+    prefix_dim: int = 0
+
+    def setup(self) -> None:
+        self.embed = MLP(self.hidden_dim, self.num_layers, self.hidden_dim, glorot)
+        sizes = (self.num_bins, self.head_dim, self.head_layers, self.prefix_dim)
+        self.heads = [BinHead(*sizes) for _ in range(self.action_dim)]
+
+    def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
+        """Log-density `[batch]` of `actions [batch, action_dim]`, those beyond [-1, 1] taken as on its edge."""
+        embedding, prefixes, bins = self.embed(observations), actions[None], self.bins_of(actions)
+        total = jnp.zeros(len(actions), jnp.float32)
+        for i, head in enumerate(self.heads):
+            log_probs = jax.nn.log_softmax(head(embedding, prefixes[..., :i])[0])
+            total += jnp.take_along_axis(log_probs, bins[:, i : i + 1], axis=-1)[:, 0]
+        return total + self.action_dim * jnp.log(self.num_bins / 2.0)
+
+    def sample(
+        self, observations: jax.Array, key: jax.Array, num_samples: int, temperature: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """Actions and their bins, `[num_samples, batch, action_dim]` each; logits are divided by the temperature."""
+        embedding, shape = self.embed(observations), (num_samples, len(observations))
+        actions, bins = jnp.zeros((*shape, 0), jnp.float32), []
+        for i, head in enumerate(self.heads):
+            bin_key, place_key = jax.random.split(jax.random.fold_in(key, i))
+            probs = jax.nn.softmax(head(embedding, actions) / temperature)  # of the first [1, ...]: it has no prefix
+            # By the distribution function: a random number for each sample, where jax.random.categorical takes one for
+            # each bin. XLA is slow at cumsum on a CPU.
+            below = jax.lax.associative_scan(jnp.add, probs, axis=-1)
+            place = jax.random.uniform(bin_key, (*shape, 1), jnp.float32) * below[..., -1:]
+            bins.append(jnp.sum(below[..., :-1] <= place, axis=-1))
+            actions = jnp.concatenate([actions, self.within(bins[-1], place_key)[..., None]], axis=-1)
+        return actions, jnp.stack(bins, axis=-1)
+
+    def bins_of(self, actions: jax.Array) -> jax.Array:
+        """The bin, from 0 on, of each number."""
+        return jnp.clip(jnp.floor((actions + 1.0) / 2.0 * self.num_bins), 0, self.num_bins - 1).astype(jnp.int32)
+
+    def within(self, bins: jax.Array, key: jax.Array) -> jax.Array:
+        """A number for each bin, uniform within it."""
+        return (bins + jax.random.uniform(key, bins.shape, jnp.float32)) * (2.0 / self.num_bins) - 1.0
+
+
+class VAEPolicy(nn.Module):
+    """Variational autoencoder of actions given states, as Wu et al. (2019) have it (BRAC's code).
+
+    A Gaussian latent of twice the actions' dimensions; the decoder's Gaussian has mean tanh(v) and unit variance.
+    """
+
+    action_dim: int
+    hidden_dim: int
+    num_layers: int
+
+    def setup(self) -> None:
+        self.encoder = MLP(self.hidden_dim, self.num_layers, 4 * self.action_dim, glorot)
+        self.decoder = MLP(self.hidden_dim, self.num_layers, self.action_dim, glorot)
+
+    def __call__(self, observations: jax.Array, actions: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Squared error of the reconstruction and KL divergence of the latent from the prior, `[batch]` each."""
+        mean, log_std = jnp.split(self.encoder(jnp.concatenate([observations, actions], axis=-1)), 2, axis=-1)
+        log_std = jnp.clip(log_std, -5.0, 5.0)
+        latent = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, jnp.float32)
+        decoded = jnp.tanh(self.decoder(jnp.concatenate([observations, latent], axis=-1)))
+        error = jnp.sum((decoded - actions) ** 2, axis=-1)
+        return error, 0.5 * jnp.sum(mean**2 + jnp.exp(2.0 * log_std) - 1.0 - 2.0 * log_std, axis=-1)
+
+    def sample(self, observations: jax.Array, key: jax.Array, num_samples: int) -> jax.Array:
+        """Actions `[num_samples, batch, action_dim]`: mean actions of latents clipped to [-0.5, 0.5]."""
+        latent = jax.random.normal(key, (num_samples, len(observations), 2 * self.action_dim), jnp.float32)
+        states = jnp.broadcast_to(observations, (num_samples, *observations.shape))
+        return jnp.tanh(self.decoder(jnp.concatenate([states, jnp.clip(latent, -0.5, 0.5)], axis=-1)))
+
+
 class State(NamedTuple):
     """Everything that training changes, of one member."""
 
@@ -170,17 +288,14 @@ class State(NamedTuple):
 ADAM = optax.scale_by_adam()
 
 
-def modules(
-    args: Args, action_dim: int
-) -> tuple[networks.AutoregressivePolicy | networks.VAEPolicy, networks.QEnsemble]:
+def modules(args: Args, action_dim: int) -> tuple[AutoregressivePolicy | VAEPolicy, QEnsemble]:
     """The behaviour model and the Q-functions."""
-    sizes = (args.embedding_dim, args.embedding_layers)
-    if args.behavior == "vae":
-        behavior = networks.VAEPolicy(action_dim, *sizes)
-    else:
-        heads = (args.head_dim, args.head_layers, args.prefix_dim)
-        behavior = networks.AutoregressivePolicy(action_dim, args.num_bins, *sizes, *heads)
-    return behavior, networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.glorot)
+    sizes, heads = (args.embedding_dim, args.embedding_layers), (args.head_dim, args.head_layers, args.prefix_dim)
+    is_vae = args.behavior == "vae"
+    behavior = (
+        VAEPolicy(action_dim, *sizes) if is_vae else AutoregressivePolicy(action_dim, args.num_bins, *sizes, *heads)
+    )
+    return behavior, QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, glorot)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -191,21 +306,13 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     inputs = (observations, actions, behavior_key) if args.behavior == "vae" else (observations, actions)
     behavior_params = behavior.init(behavior_key, *inputs)
     critic_params = critic.init(critic_key, observations, actions)
-    return State(
-        behavior=behavior_params,
-        critic=critic_params,
-        target_critic=jax.tree.map(jnp.copy, critic_params),
-        behavior_opt=ADAM.init(behavior_params),
-        critic_opt=ADAM.init(critic_params),
-        step=jnp.zeros((), jnp.int32),
-        key=key,
-    )
+    opts = {"behavior_opt": ADAM.init(behavior_params), "critic_opt": ADAM.init(critic_params)}
+    target = jax.tree.map(jnp.copy, critic_params)
+    return State(behavior_params, critic_params, target, **opts, step=jnp.zeros((), jnp.int32), key=key)
 
 
 # Maximum likelihood of Eq. (62); for the vae appendix H.1
-def behavior_loss(
-    params: Any, batch: Transitions, key: jax.Array, args: Args
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def behavior_loss(params: Any, batch: Transitions, key: jax.Array, args: Args) -> tuple[jax.Array, dict[str, Any]]:
     """Negative log-likelihood of the actions; for the vae squared error of reconstruction and half the divergence."""
     behavior, _ = modules(args, batch.actions.shape[-1])
     if args.behavior == "vae":
@@ -225,10 +332,7 @@ def propose(
     temperature: jax.Array | float = 1.0,
     bins: jax.Array | None = None,
 ) -> jax.Array:
-    """N actions `[N, batch, action_dim]` of the behaviour model for each state; the vae has no temperature.
-
-    With `bins [batch, N, action_dim]` drawn ahead, only their places within these.
-    """
+    """N actions `[N, batch, action_dim]` of mu for each state, or places within its `bins [batch, N, action_dim]`."""
     behavior, _ = modules(args, action_dim)
     if bins is not None:
         return behavior.within(jnp.swapaxes(bins, 0, 1), key)
@@ -237,18 +341,21 @@ def propose(
     return behavior.apply(params, observations, key, args.num_proposals, temperature, method="sample")[0]
 
 
-def draw_pool(state: State, hp: Hyperparameters, offline: Transitions, key: jax.Array, args: Args) -> jax.Array:
-    """Bins of proposals `[rows, sets, N, action_dim]` for the next states of all rows."""
-    behavior, _ = modules(args, offline.actions.shape[-1])
-    count = args.proposal_pool * args.num_proposals
+def draw_pool(state: State, hp: Hyperparameters, data: Replay, key: jax.Array, args: Args) -> jax.Array:
+    """Bins of proposals `[rows, sets, N, action_dim]`, uint8, for the next states of all offline rows."""
+    rows, action_dim = data.offline.actions.shape
+    (behavior, _), count = modules(args, action_dim), args.proposal_pool * args.num_proposals
+    size = min(rows, max(1, 10_000 // count))
 
-    def draw(observations: jax.Array, start: jax.Array) -> jax.Array:
-        key_of_block = jax.random.fold_in(key, start)
-        _, bins = behavior.apply(state.behavior, observations, key_of_block, count, method="sample")
-        shape = (len(observations), args.proposal_pool, args.num_proposals, -1)
-        return jnp.swapaxes(bins, 0, 1).reshape(shape).astype(jnp.uint8)
+    def fill(pool: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        states = jax.lax.dynamic_slice_in_dim(data.offline.next_observations, start, size)
+        bins = behavior.apply(state.behavior, states, jax.random.fold_in(key, start), count, method="sample")[1]
+        block = jnp.swapaxes(bins, 0, 1).reshape(size, *pool.shape[1:]).astype(jnp.uint8)
+        return jax.lax.dynamic_update_slice_in_dim(pool, block, start, axis=0), None
 
-    return buffers.map_blocks(draw, offline.next_observations, max(1, 10_000 // count))
+    empty = jnp.zeros((rows, args.proposal_pool, args.num_proposals, action_dim), jnp.uint8)
+    starts = jnp.minimum(jnp.arange(0, rows, size), rows - size)  # the last block may overlap the one before
+    return jax.lax.scan(fill, empty, starts)[0]
 
 
 def ensemble(q: jax.Array, weight: jax.Array | float) -> jax.Array:
@@ -256,33 +363,70 @@ def ensemble(q: jax.Array, weight: jax.Array | float) -> jax.Array:
     return weight * q.min(axis=0) + (1.0 - weight) * q.max(axis=0)
 
 
+def max_of_min(params: Any, critic: QEnsemble, states: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """max_n min_k Q_k(s, a_n) `[batch]`, and the share of all evaluations Q_k(s, a_n) that were done for it.
+
+    `states [batch, obs_dim]`, `actions [n, batch, action_dim]`. One Q-function is evaluated for all actions, then 1, 2,
+    4, ... more at a time for those whose bound, the minimum so far, is above the best minimum known for their state;
+    before each time, the action of highest bound in each state gets all that it lacks, which raises the best. The
+    Q-functions of lowest mean, over one action for each of 32 states, come first: theirs are the tightest bounds.
+    """
+    num_actions, batch, action_dim = actions.shape
+    num_critics, num_pairs, some = critic.num_critics, num_actions * batch, min(batch, 32)
+    order = jnp.argsort(critic.apply(params, states[:some], actions[0, :some]).mean(axis=1))
+    params = jax.tree.map(lambda p: p[order], params)
+    pairs = actions.reshape(num_pairs, action_dim)  # pair i is of state i % batch
+
+    def minimum(first: int, last: int, states: jax.Array, actions: jax.Array) -> jax.Array:
+        part = jax.tree.map(lambda p: p[first:last], params)
+        return critic.clone(num_critics=last - first).apply(part, states, actions).min(axis=0)
+
+    bounds, best = minimum(0, 1, states, actions), jnp.full(batch, -jnp.inf, jnp.float32)
+    done, evaluations = 1, jnp.float32(num_pairs + num_critics * some)
+    while done < num_critics:
+        leader = bounds.argmax(axis=0)[None]
+        exact = minimum(done, num_critics, states, jnp.take_along_axis(actions, leader[..., None], axis=0)[0])
+        exact = jnp.minimum(exact, jnp.take_along_axis(bounds, leader, axis=0)[0])
+        best = jnp.maximum(best, exact)
+        bounds = jnp.put_along_axis(bounds, leader, exact[None], axis=0, inplace=False)
+
+        group = min(done, num_critics - done)
+        is_open = (bounds > best).ravel()
+        size = num_pairs + batch  # so that the last block is a whole one
+        chosen = jnp.nonzero(is_open, size=size, fill_value=num_pairs)[0]
+
+        def block(i: jax.Array, flat: jax.Array, first: int = done, last: int = done + group) -> jax.Array:
+            own = jax.lax.dynamic_slice_in_dim(chosen, i * batch, batch)  # noqa: B023
+            q = minimum(first, last, states[own % batch], pairs.at[own].get(mode="clip"))
+            return flat.at[own].min(q, mode="drop")
+
+        blocks = -(-is_open.sum() // batch)
+        bounds = jax.lax.fori_loop(0, blocks, block, bounds.ravel()).reshape(num_actions, batch)
+        evaluations += batch * ((num_critics - done) + group * blocks)
+        done += group
+    return jnp.maximum(best, bounds.max(axis=0)), evaluations / (num_critics * num_pairs)
+
+
 # Eq. (11), and (71) with the discount
 def backup(
     target_critic: Any, batch: Transitions, proposals: jax.Array, hp: Hyperparameters, args: Args
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Targets `[batch]` from the proposals `[N, batch, action_dim]` for the next states."""
-    _, critic = modules(args, batch.actions.shape[-1])
-    states = batch.next_observations
+    (_, critic), states = modules(args, batch.actions.shape[-1]), batch.next_observations
 
     def all_values() -> tuple[jax.Array, jax.Array]:
         values = ensemble(critic.apply(target_critic, states, proposals), hp.ensemble_weight)
         if args.backup == "max":
-            return values.max(axis=0), jnp.ones(())
-        return jnp.sum(jax.nn.softmax(hp.softmax_scale * values, axis=0) * values, axis=0), jnp.ones(())
+            return values.max(axis=0), jnp.ones((), jnp.float32)
+        return jnp.sum(jax.nn.softmax(hp.softmax_scale * values, axis=0) * values, axis=0), jnp.ones((), jnp.float32)
 
-    # Not on a GPU: there both branches are computed, and many small steps are slow.
-    if (
-        args.screening
-        and args.backup == "max"
-        and min(proposals.shape[0], args.num_critics) > 1
-        and jax.default_backend() == "cpu"
-    ):
+    can_screen = args.screening and args.backup == "max" and min(len(proposals), args.num_critics) > 1
+    if can_screen and jax.default_backend() == "cpu":  # a GPU would compute both branches, and is slow at small steps
         screened = partial(max_of_min, target_critic, critic, states, proposals)
         value, share = jax.lax.cond(hp.ensemble_weight == 1.0, screened, all_values)
     else:
         value, share = all_values()
-    info = {"critic/evaluated_share": share}
-    return batch.rewards + hp.discount * (1.0 - batch.terminations) * value, info
+    return batch.rewards + hp.discount * (1.0 - batch.terminations) * value, {"critic/evaluated_share": share}
 
 
 # Eq. (10)
@@ -308,8 +452,7 @@ def update(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update of the Q-functions, then of their targets; proposals are in `bins [batch, N, action_dim]` or new."""
     key, proposal_key = jax.random.split(state.key)
-    action_dim = batch.actions.shape[-1]
-    proposals = propose(state.behavior, batch.next_observations, proposal_key, args, action_dim, bins=bins)
+    proposals = propose(state.behavior, batch.next_observations, proposal_key, args, batch.actions.shape[-1], bins=bins)
     return update_critic(state._replace(key=key), batch, proposals, hp, args)
 
 
@@ -344,74 +487,173 @@ def act(
     actions = propose(state.behavior, observations, key, args, action_dim, hp.temperature if sample else 1.0)
     q = critic.apply(state.critic, observations, actions)
     # Eq. (67), or algorithm 1
-    explore = q.mean(axis=0) + hp.exploration_bonus * q.std(axis=0)
-    values = explore if sample else ensemble(q, hp.ensemble_weight)
+    values = q.mean(axis=0) + hp.exploration_bonus * q.std(axis=0) if sample else ensemble(q, hp.ensemble_weight)
     return jnp.take_along_axis(actions, values.argmax(axis=0)[None, :, None], axis=0)[0]
 
 
 def train_behavior(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
-) -> tuple[State, populations.Metrics]:
+) -> tuple[State, Metrics]:
     """`num_updates` updates of the behaviour model, each on a fresh uniform minibatch; metrics are means over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
-        batch = buffers.sample(sample_key, data, args.batch_size)
-        return update_behavior(state._replace(key=key), batch, hp, args)
+        return update_behavior(state._replace(key=key), replay.sample(sample_key, data, args.batch_size), hp, args)
 
-    return populations.repeat(step, state, num_updates)
+    return repeat(step, state, num_updates)
 
 
 def train(
-    state: State,
-    hp: Hyperparameters,
-    data: Replay,
-    num_updates: jax.Array | int,
-    args: Args,
-    update: Callable = update,
-) -> tuple[State, populations.Metrics]:
+    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args, update: Callable = update
+) -> tuple[State, Metrics]:
     """`num_updates` updates, each on a fresh uniform minibatch of the data; online, of the behaviour model too."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key, set_key = jax.random.split(state.key, 3)
-        rows = buffers.sample_rows(sample_key, data, args.batch_size)
-        batch, bins, state = buffers.take(data, rows), None, state._replace(key=key)
-        if data.precomputed is not None:
+        rows = replay.sample_rows(sample_key, data, args.batch_size)
+        batch, bins, state = replay.take(data, rows), None, state._replace(key=key)
+        if data.extra is not None:
             sets = jax.random.randint(set_key, rows.shape, 0, args.proposal_pool)
-            bins = data.precomputed[data.member, rows, sets]
-        refitted = Sometimes(jnp.zeros(()), jnp.array(False))
-        if data.ring is not None:
+            bins = data.extra[data.member, rows, sets]
+        online, behavior_info = data.ring is not None, {"behavior/loss": jnp.float32(0.0)}
+        if online:
             state, behavior_info = update_behavior(state, batch, hp, args)
-            refitted = Sometimes(behavior_info["behavior/loss"], jnp.array(True))
         state, info = update(state, batch, hp, args, bins)
-        return state, info | {"behavior/loss": refitted}
+        return state, info | {"behavior/loss": Sometimes(behavior_info["behavior/loss"], jnp.array(online))}
 
-    return populations.repeat(step, state, num_updates)
+    return repeat(step, state, num_updates)
 
 
-def main(args: Args) -> None:
-    """Load, initialise, fit the behaviour model, train in chunks, evaluate, checkpoint, fine-tune online, report."""
-    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
-    more = {"pretrain": partial(train_behavior, args=args)}
-    if args.draws_ahead:
-        more |= {"precompute": partial(draw_pool, args=args), "precomputed_uses": args.pool_uses}
-    with Run("emaq", args, *functions, **more) as run:
-        path = args.behavior_checkpoint
-        state = run.begin({} if path is None else run.borrow(path, "behavior", "behavior_opt"))
-        if path is None and args.num_updates:
-            for num_updates in run.pretraining(args.behavior_updates):
-                state, metrics = run.train(state, num_updates)
-                state = run.record(state, metrics)
-        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
-            state, metrics = run.train(state, num_updates)
-            state = run.record(state, metrics)
-        for num_steps in run.online(None if args.steps_per_iteration == 1 else args.steps_per_iteration):
-            if args.steps_per_iteration == 1:
-                state, metrics = run.collect_and_train(state, num_steps)
-            else:
-                state, metrics = run.train(state, run.collect(state, num_steps, whole_episodes=False))
-            state = run.record(state, metrics)
-        run.finish(state)
+def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -> dict[str, Any]:
+    """Behaviour models, and their optimisers, of the run in the directory `path` for the members with these `seeds`.
+
+    Members take that of their seed (of the first combination, if that run had a grid), and those with other seeds take
+    them in turn. UsageError for a run that went wrong, has no such networks, or other `data`: hash, and if normalised.
+    """
+    arrays, about = read_tree(file := Path(path, "checkpoint", "state.npz"))
+    try:
+        identity, theirs, done = about["identity"], about["seeds"], about["done"]
+        places = [theirs.index(seed) if seed in theirs else seed % len(theirs) for seed in seeds.tolist()]
+        phase = "online" if done["online"] else "" if done["offline"] else "pretraining"
+        diverged = [theirs[place] for place in places if str(place) in about["diverged"]]
+        same_data = (identity["dataset_sha256"], identity["normalize_observations"]) == data
+    except (KeyError, TypeError, AttributeError):
+        raise UsageError(f"checkpoint {file} is damaged or was edited (its metadata)") from None
+    if not same_data:
+        raise UsageError(f"{path} is of a run on another dataset or with another --normalize-observations")
+    if phase or diverged:
+        what = f"checkpoint is of the {phase} phase" if phase else f"member with seed {diverged[0]} diverged"
+        raise UsageError(f"{path}: its {what}")
+    parts = {name: getattr(state, name) for name in ("behavior", "behavior_opt")}
+    like = jax.tree.map(lambda x: np.zeros((len(theirs), *x.shape[1:]), x.dtype), parts)
+    filled = {name: fill_tree(file, arrays, like[name], f"['state'].{name}") for name in parts}
+    return jax.tree.map(lambda x: x[places], filled)
+
+
+def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
+    """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
+    members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
+    dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
+    pool_bytes = len(members.seeds) * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
+    stats = members.mesh.devices.flat[0].memory_stats()  # none on a CPU
+    room = (stats["bytes_limit"] - stats["bytes_in_use"]) * members.mesh.size if stats else host_memory()
+    if args.draws_ahead and 2 * pool_bytes > room:
+        why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
+        print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)
+        args = args.replace(proposal_pool=0)
+    run = Run(name, args, members)
+    transform = fit_transform(dataset.transitions, args)
+    offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
+    warm_up = 0 if args.num_updates else args.random_steps
+
+    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
+        return act(state, hp, observations, key, args, action_dim, sample=False)
+
+    def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
+        key = jax.random.fold_in(key, step)
+        actions = act(state, hp, observations, key, args, action_dim, sample=True)
+        return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, actions.dtype, -1.0), actions)
+
+    def tune(state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
+        state, metrics = train(state, hp, data, num_updates, args, update)
+        return state, explore(state, hp, *now), metrics
+
+    fit_all, draw_all = members.map(partial(train_behavior, args=args)), members.map(partial(draw_pool, args=args))
+    train_all, explore_all = members.map(partial(train, args=args, update=update)), members.map(explore)
+    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
+    insert_all, tune_all = members.map(insert, batched=True, donate=(0,)), members.map(tune, donate=(0,))
+    make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
+    evaluator = Evaluator(make_env, members, transform)
+    state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+    if args.behavior_checkpoint and not run.checkpoint.exists():
+        data = (dataset.describe()["dataset_sha256"], args.normalize_observations)
+        state = state._replace(**members.shard(borrow(args.behavior_checkpoint, state, members.seeds, data)))
+
+    with run:
+        checkpoint = {"state": state}
+        if args.online_steps:
+            checkpoint["ring"] = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim))
+        checkpoint |= run.restore(checkpoint, dataset, transform)
+        state, ring = checkpoint["state"], checkpoint.get("ring")
+
+        def evaluate(episodes: int) -> Returns | None:
+            def policy(observations: np.ndarray, count: int) -> jax.Array:
+                keys = evaluation_keys(members.seeds, run.steps(), count)
+                return act_all(state, members.hp, observations, keys)
+
+            return evaluator.run(policy, episodes, run.stopping)
+
+        own_behavior = args.num_updates > 0 and not args.behavior_checkpoint
+        for start, stop in run.chunks("pretraining", args.behavior_updates * own_behavior):
+            new, metrics = fit_all(state, members.hp, Replay(offline), (stop - start) * run.alive)
+            state, finite = keep_finite_all(new, state, metrics)
+            run.record(stop, metrics, finite)
+            if run.checkpoint_due():
+                run.save({"state": state})
+
+        pool, drawn, pool_every = None, -1, -(-args.pool_uses * len(dataset.transitions.rewards) // args.batch_size)
+        for start, stop in run.chunks("offline", args.num_updates, every=pool_every * args.draws_ahead):
+            if run.evaluation_due():
+                run.save({"state": state})
+                run.record_evaluation(evaluate(args.eval_episodes))
+            if args.draws_ahead and drawn != start // pool_every:  # each state has been used --pool-uses times
+                pool, drawn = None, start // pool_every  # its memory first
+                keys = jax.vmap(jax.random.fold_in, (0, None))(members.keys(1), drawn)
+                pool = draw_all(state, members.hp, Replay(offline), keys)
+            due = (stop - start) * run.alive
+            new, metrics = train_all(state, members.hp, Replay(offline, None, members.places, pool), due)
+            state, finite = keep_finite_all(new, state, metrics)
+            run.record(stop, metrics, finite)
+            if run.checkpoint_due():
+                run.save({"state": state})
+
+        if args.online_steps:  # steps of every member's environment, then as many updates on old and new transitions
+            pool, rounds = None, args.steps_per_iteration > 1
+            envs = Collector(make_env, members, transform, done=run.done["online"])
+            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            actions = explore_all(state, members.hp, envs.observations, keys, run.done["online"] * everyone)
+            for start, stop in run.chunks("online", args.online_steps, args.steps_per_iteration * rounds, rounds):
+                if run.evaluation_due():
+                    run.save({"state": state, "ring": ring})
+                    run.record_evaluation(evaluate(args.eval_episodes))
+                before, parts, owed = jax.tree.map(jnp.copy, state), [], 0
+                for step in range(start, stop):
+                    ring = insert_all(ring, envs.step(actions))
+                    owed, last = owed + (step >= warm_up), step + 1 == stop or run.stopping()
+                    due, owed = (owed, 0) if last or not rounds else (0, owed)
+                    data, now = Replay(offline, ring, members.places), (envs.observations, keys, (step + 1) * everyone)
+                    state, actions, metrics = tune_all(state, members.hp, data, due * run.alive, *now)
+                    parts.append(metrics)
+                    if last:
+                        break
+                metrics = join(parts)
+                state, finite = keep_finite_all(state, before, metrics)
+                run.record(step + 1, metrics, finite)
+                if run.checkpoint_due():
+                    run.save({"state": state, "ring": ring})
+
+        run.finish(evaluate(args.final_eval_episodes))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,9 @@ import tyro
 
 from algorithms import emaq
 from common import networks
-from common.buffers import Transitions
-from common.errors import UsageError
-from common.experiment import Run
-from common.flags import NonNegative, Share, launch
-from common.optimization import descend
+from common.cli import NonNegative, Share, UsageError, launch
+from common.networks import descend
+from common.replay import Transitions
 
 
 class Hyperparameters(NamedTuple):
@@ -199,26 +197,7 @@ def act(
     return jnp.take_along_axis(actions, best[None, :, None], axis=0)[0]
 
 
-train = partial(emaq.train, update=update)
-
-
-def main(args: Args) -> None:
-    """Load, initialise, fit the behaviour model, train in chunks, evaluate, checkpoint, report."""
-    functions = (partial(init, args=args), partial(train, args=args), partial(act, args=args))
-    more = {"pretrain": partial(emaq.train_behavior, args=args)}
-    if args.draws_ahead:
-        more |= {"precompute": partial(emaq.draw_pool, args=args), "precomputed_uses": args.pool_uses}
-    with Run("bcq", args, *functions, **more) as run:
-        path = args.behavior_checkpoint
-        state = run.begin({} if path is None else run.borrow(path, "behavior", "behavior_opt"))
-        if path is None:
-            for num_updates in run.pretraining(args.behavior_updates):
-                state, metrics = run.train(state, num_updates)
-                state = run.record(state, metrics)
-        for num_updates in run.offline():  # up to the next log line, evaluation or checkpoint
-            state, metrics = run.train(state, num_updates)
-            state = run.record(state, metrics)
-        run.finish(state)
+main = partial(emaq.main, name="bcq", init=init, update=update, act=act)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ import numpy as np
 import tyro
 
 from algorithms import emaq
-from common import checkpoints, datasets, reporting, transforms
-from common.errors import UsageError, exit_status
-from common.experiment import use_compilation_cache
-from common.logging import write_json
-from common.provenance import provenance
+from benchmarks.tables import aligned
+from common.cli import UsageError, exit_status
+from common.data import load
+from common.members import use_compilation_cache
+from common.replay import fit_transform
+from common.report import fill_tree, provenance, read_tree, write_json
 
 
 def expected_max(values: np.ndarray, probabilities: np.ndarray | None, n: int) -> np.ndarray:
@@ -178,15 +179,15 @@ def read(directory: Path, dataset: str | None) -> Trained:
         raise UsageError(f"{config_file} is damaged or not of a run") from None
     if algorithm != "emaq":
         raise UsageError(f"{directory} holds a run of {algorithm}; this needs one of algorithms/emaq.py")
-    metadata = checkpoints.metadata(checkpoint)
+    arrays, about = read_tree(checkpoint)
     try:
         flags, members = config["flags"], config["members"]
         # A flag that is newer than the run stays at its default; that the sizes fit is checked with the checkpoint.
         hp = emaq.Hyperparameters(**{name: flags[name] for name in emaq.Hyperparameters._fields if name in flags})
         names = {field.name for field in dataclasses.fields(emaq.Args)} & flags.keys()
         args = emaq.Args(hp=hp, **{name: flags[name] for name in names | {"dataset"}})
-        digest = metadata["identity"]["dataset"].rpartition(" ")[2]
-        alive = [i for i in range(len(members)) if str(i) not in metadata["diverged"]]
+        digest = about["identity"]["dataset_sha256"]
+        alive = [i for i in range(len(members)) if str(i) not in about["diverged"]]
         discounts = [float(member["hyperparameters"]["discount"]) for member in members]
     except (KeyError, TypeError, AttributeError):
         raise UsageError(f"the run in {directory} is damaged or was made by another version of emaq.py") from None
@@ -195,17 +196,17 @@ def read(directory: Path, dataset: str | None) -> Trained:
     if max(discounts) >= 1:
         raise UsageError(f"the run in {directory} has discount 1, for which there is no bound")
 
-    raw = datasets.load(dataset or args.dataset, args.env).transitions
-    if datasets.digest(raw) != digest:
+    data = load(dataset or args.dataset, args.env)
+    if data.describe()["dataset_sha256"] != digest:
         raise UsageError(f"{dataset or args.dataset} is not the dataset of the run in {directory}; pass --dataset")
-    scaling = (args.normalize_observations, args.normalize_returns, args.reward_scale, args.reward_shift)
-    transitions = transforms.fit(raw, *scaling).transitions(raw)
-    sizes = {"obs_dim": raw.observations.shape[1], "action_dim": raw.actions.shape[1]}
+    transitions = fit_transform(data.transitions, args).transitions(data.transitions)
+    sizes = {"obs_dim": transitions.observations.shape[1], "action_dim": transitions.actions.shape[1]}
     shapes = jax.eval_shape(partial(emaq.init, args=args, **sizes), jax.random.key(0), hp)
 
     def part(name: str) -> list[Any]:
-        loaded = checkpoints.load_members(checkpoint, name, getattr(shapes, name), len(members))
-        return [jax.tree.map(lambda x: x[i], loaded) for i in alive]  # noqa: B023
+        like = jax.tree.map(lambda x: np.zeros((len(members), *x.shape), x.dtype), getattr(shapes, name))
+        filled = fill_tree(checkpoint, arrays, like, f"['state'].{name}")
+        return [jax.tree.map(lambda x: x[i], filled) for i in alive]  # noqa: B023
 
     return Trained(args, [members[i] for i in alive], part("behavior"), part("critic"), transitions)
 
@@ -306,7 +307,7 @@ def show(about: dict[str, Any], result: dict[str, Any]) -> None:
     columns = {"mean": "mean", "median": "quantile_50", "90 %": "quantile_90", "max": "max"}
     columns |= {"spreads": "mean_in_spreads", "left": "share_left", "Eq. 9": "bound_eq_9", "Eq. 8": "bound_eq_8"}
     rows = [[str(row["n"]), *(cell(row[name]) for name in columns.values())] for row in result["rows"]]
-    reporting.print_table(f"D(s, N) on {about['dataset']}, {name_of(result)}", ["N", *columns], rows)
+    print(f"D(s, N) on {about['dataset']}, {name_of(result)}", aligned(["N", *columns], rows), sep="\n")
     print(f"Q: mean {cell(result['q_mean'])}, spread over mu's proposals {cell(result['spread'])}")
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/emaq_screening.py
 
-With lambda = 1 EMaQ's target is max_n min_k Q_k(s', a_n). `common.screening.max_of_min` evaluates only the Q-functions
+With lambda = 1 EMaQ's target is max_n min_k Q_k(s', a_n). `algorithms.emaq.max_of_min` evaluates only the Q-functions
 that may decide it. Here EMaQ itself is trained on each dataset, and at each stage the share of the K x N evaluations
 that were done is measured, and the result compared with that of all. A row for each to `<output>.csv`, a table of them
 to `<output>.md`.
@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import tyro
 
 from algorithms import emaq
-from common import buffers, datasets
-from common.buffers import Replay
-from common.errors import UsageError, exit_status
-from common.experiment import use_compilation_cache
-from common.flags import Count, parse
-from common.logging import Table
-from common.provenance import commit_of, provenance
-from common.screening import max_of_min
+from benchmarks.tables import Table, commit_of
+from common import replay
+from common.cli import Count, UsageError, exit_status, parse
+from common.data import load
+from common.members import use_compilation_cache
+from common.replay import Replay
+from common.report import provenance
 
 
 @dataclass(frozen=True)
@@ -85,26 +84,26 @@ def run(args: Args) -> None:
     path.unlink(missing_ok=True)
     table = Table(path)
     for dataset in args.datasets:
-        data = jax.tree.map(jnp.asarray, datasets.load(dataset).transitions)
+        data = jax.tree.map(jnp.asarray, load(dataset).transitions)
         state = emaq.init(jax.random.key(args.seed), hp, script, data.observations.shape[1], data.actions.shape[1])
         _, critic = emaq.modules(script, data.actions.shape[1])
         state, _ = jax.jit(partial(emaq.train_behavior, args=script))(state, hp, Replay(data), args.behavior_updates)
         draw = jax.jit(partial(emaq.draw_pool, args=script))
-        pool = draw(state, hp, data, jax.random.key(args.seed + 1))
+        pool = draw(state, hp, Replay(data), jax.random.key(args.seed + 1))
 
         @jax.jit
         def train(state: emaq.State, count: int) -> emaq.State:
-            ahead = Replay(data, member=jnp.zeros((), jnp.int32), precomputed=pool[None])  # noqa: B023
+            ahead = Replay(data, member=jnp.zeros((), jnp.int32), extra=pool[None])  # noqa: B023
             return emaq.train(state, hp, ahead, count, script)[0]
 
         @jax.jit
         def share(state: emaq.State, key: jax.Array) -> jax.Array:
             key, sample_key = jax.random.split(key)
-            batch = buffers.sample(sample_key, Replay(data), args.batch_size)  # noqa: B023
+            batch = replay.sample(sample_key, Replay(data), args.batch_size)  # noqa: B023
             states = batch.next_observations
             actions = emaq.propose(state.behavior, states, key, script, batch.actions.shape[1])
             everywhere = critic.apply(state.target_critic, states, actions).min(axis=0).max(axis=0)  # noqa: B023
-            best, part = max_of_min(state.target_critic, critic, states, actions)  # noqa: B023
+            best, part = emaq.max_of_min(state.target_critic, critic, states, actions)  # noqa: B023
             return jnp.stack([part, jnp.abs(best - everywhere).max() / jnp.abs(everywhere).max()])
 
         for before, stage in zip((0, *args.stages), args.stages, strict=False):

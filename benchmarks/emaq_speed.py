@@ -38,14 +38,14 @@ import optax
 import tyro
 
 from algorithms import emaq
-from common import buffers, datasets, networks
-from common.buffers import Replay, Transitions
-from common.errors import exit_status
-from common.experiment import use_compilation_cache
-from common.flags import Count, parse
-from common.logging import Table
-from common.optimization import descend
-from common.provenance import commit_of, provenance
+from benchmarks.tables import Table, commit_of
+from common import replay
+from common.cli import Count, exit_status, parse
+from common.data import load
+from common.members import use_compilation_cache
+from common.networks import descend
+from common.replay import Replay, Transitions
+from common.report import provenance
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Args:
     """Without its endings .csv and .md."""
 
 
-class Categorical(networks.AutoregressivePolicy):
+class Categorical(emaq.AutoregressivePolicy):
     """The behaviour model with `jax.random.categorical`, a random number for each bin."""
 
     def sample(
@@ -150,7 +150,7 @@ def repeated(update: Callable[[emaq.State, Transitions], emaq.State], data: Tran
 
     def step(_: jax.Array, state: emaq.State) -> emaq.State:
         key, sample_key = jax.random.split(state.key)
-        return update(state._replace(key=key), buffers.sample(sample_key, Replay(data), args.batch_size))
+        return update(state._replace(key=key), replay.sample(sample_key, Replay(data), args.batch_size))
 
     return jax.jit(lambda state, count: jax.lax.fori_loop(0, count, step, state))
 
@@ -161,22 +161,22 @@ def run(args: Args) -> None:
     script = parse(emaq.Args, emaq.PRESETS, ["--preset", args.preset])
     hp = script.hp
     everywhere = script.replace(screening=False)
-    raw = datasets.load(args.dataset).transitions
+    raw = load(args.dataset).transitions
     data = jax.tree.map(lambda x: jnp.asarray(x[: args.rows]), raw)
     state = emaq.init(jax.random.key(args.seed), hp, script, data.observations.shape[1], data.actions.shape[1])
     train_behavior = jax.jit(partial(emaq.train_behavior, args=script))
     state, _ = train_behavior(state, hp, Replay(data), 2 * args.warm_up)
     draw = jax.jit(partial(emaq.draw_pool, args=script))
-    pool = jax.block_until_ready(draw(state, hp, data, jax.random.key(1)))
+    pool = jax.block_until_ready(draw(state, hp, Replay(data), jax.random.key(1)))
 
     def product(script: emaq.Args) -> Any:
-        ahead = Replay(data, member=jnp.zeros((), jnp.int32), precomputed=pool[None])
+        ahead = Replay(data, member=jnp.zeros((), jnp.int32), extra=pool[None])
         return jax.jit(lambda state, count: emaq.train(state, hp, ahead, count, script))
 
     train = product(script)
     state, _ = jax.block_until_ready(train(state, args.warm_up))
     state, metrics = train(state, args.updates)
-    share = float(metrics.means.get("critic/evaluated_share", jnp.nan))
+    share = float(metrics.sums["critic/evaluated_share"]) / args.updates
 
     def whole(**flags: bool) -> Any:
         return repeated(lambda state, batch: whole_update(state, batch, hp, everywhere, **flags), data, script)
@@ -206,9 +206,9 @@ def run(args: Args) -> None:
     for repeat in range(-1, args.repeats):  # the first one compiles and is not counted
         for name, version in [
             *versions.items(),
-            ("drawing the pool", lambda state, _: draw(state, hp, data, state.key)),
+            ("drawing the pool", lambda state, _: draw(state, hp, Replay(data), state.key)),
         ]:
-            load, start = os.getloadavg()[0], time.perf_counter()
+            busy, start = os.getloadavg()[0], time.perf_counter()
             jax.block_until_ready(version(state, args.updates if repeat >= 0 else 1))
             seconds = time.perf_counter() - start
             if name == "drawing the pool":  # for as many updates as there are until it is drawn again
@@ -216,7 +216,7 @@ def run(args: Args) -> None:
             else:
                 seconds /= args.updates
             if repeat >= 0:
-                row = {"version": name, "repeat": repeat, "seconds_per_update": seconds, "load_average": load}
+                row = {"version": name, "repeat": repeat, "seconds_per_update": seconds, "load_average": busy}
                 table.append([row | shared])
                 print(f"{name}, repeat {repeat}: {seconds:.4g} s for each update", flush=True)
     args.output.with_name(args.output.name + ".md").write_text(report(path, args, script))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import means
 from test_iql import numpy_mlp, random_batch
 
 from algorithms import emaq
 from benchmarks.complexity import expected_max
-from common.buffers import Replay, Transitions
+from common.replay import Replay, Transitions, empty_ring
 
 OBS, ACT, BATCH, NUM, BINS = 4, 2, 16, 6, 5
 SIZES = {"embedding_dim": 8, "embedding_layers": 1, "head_dim": 6, "head_layers": 2, "num_bins": BINS}
@@ -231,6 +232,34 @@ def test_members_are_screened_by_their_own_lambda(monkeypatch: pytest.MonkeyPatc
     assert "while" in str(jax.make_jaxpr(partial(emaq.update, args=ARGS))(state, batch, HP))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert "while" not in str(jax.make_jaxpr(partial(emaq.update, args=ARGS))(state, batch, HP))
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "vae"])
+def test_numbers_stay_float32_where_jax_has_64_bits(kind: str) -> None:
+    """With JAX_ENABLE_X64=1: parameters, actions and the pool have the types that they have without."""
+    args, batch = ARGS.replace(behavior=kind), random_batch()
+
+    def kinds(tree: Any) -> list[tuple]:
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    with jax.enable_x64(True):
+        state = emaq.init(jax.random.key(0), HP, args, OBS, ACT)
+        data, member = Replay(batch), jnp.zeros((), jnp.int32)
+        if kind == "autoregressive":
+            pool = jax.eval_shape(partial(emaq.draw_pool, args=args), state, HP, data, jax.random.key(1))
+            assert pool.dtype == np.uint8
+            data = Replay(batch, None, member, jnp.zeros((1, *pool.shape), pool.dtype))
+        for function in (emaq.train_behavior, emaq.train):
+            after, _ = jax.eval_shape(partial(function, args=args), state, HP, data, 3)
+            assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+                lambda x: (x.shape, x.dtype), state
+            )
+        online = data._replace(ring=jax.tree.map(lambda x: x[None], empty_ring(5, OBS, ACT)), member=member, extra=None)
+        jax.eval_shape(partial(emaq.train, args=args), state, HP, online, 3)
+        for sample in (False, True):
+            acted = partial(emaq.act, args=args, action_dim=ACT, sample=sample)
+            assert jax.eval_shape(acted, state, HP, batch.observations, jax.random.key(0)).dtype == np.float32
+    assert {x.dtype for x in jax.tree.leaves((state.behavior, state.critic))} == {np.dtype(np.float32)}
 
 
 # ---- targets by hand ----
@@ -461,7 +490,7 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
     observations = np.pad(ONE_HOT, ((0, 0), (0, OBS - STATES)))
     data = data._replace(observations=observations[next_states], next_observations=observations[next_states])
     state = fresh()
-    pool = np.asarray(draw_pool(state, HP, data, jax.random.key(1), args))
+    pool = np.asarray(draw_pool(state, HP, Replay(data), jax.random.key(1), args))
     assert pool.shape == (rows, sets, num, ACT) and pool.dtype == np.uint8 and pool.max() < BINS
     draws = 20_000
     bins = fresh_bins(state.behavior, observations, jax.random.key(2), draws, PLAIN, ACT)
@@ -481,7 +510,8 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
 
     tabular = TABULAR.replace(num_proposals=num, proposal_pool=sets)
     by_hand = state_of(behavior_by_hand(over_bins(MU)), critics_by_hand(np.zeros((2, STATES, 3))))
-    pool = np.asarray(draw_pool(by_hand, HP, tabular_batch(next_states, np.zeros(rows)), jax.random.key(1), tabular))
+    rows_by_hand = Replay(tabular_batch(next_states, np.zeros(rows)))
+    pool = np.asarray(draw_pool(by_hand, HP, rows_by_hand, jax.random.key(1), tabular))
     for s in range(STATES):
         drawn = pool[next_states == s].ravel()
         found = np.bincount(drawn, minlength=MANY) / len(drawn)
@@ -519,7 +549,7 @@ def test_every_set_of_a_members_own_pool_is_used() -> None:
     wrong = np.full_like(own, SUPPORT[2])
     replay = Replay(data, None, jnp.int32(1), jnp.asarray(np.stack([wrong, own])))
     _, metrics = train(state, HP._replace(discount=1.0), replay, 1, args)
-    loss = float(metrics.means["critic/loss"]) / 2
+    loss = float(means(metrics)["critic/loss"]) / 2
     assert loss == pytest.approx(101 / 3, abs=5 * np.std([0, 1, 100]) / np.sqrt(4000))
 
 

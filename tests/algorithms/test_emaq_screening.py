@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from algorithms.emaq import max_of_min
 from common.networks import QEnsemble
-from common.screening import max_of_min
 
 OBS, ACT, BATCH, NUM = 3, 2, 40, 12
 every_size = pytest.mark.parametrize("num_critics", [1, 2, 3, 8])

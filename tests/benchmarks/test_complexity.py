@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, Outcome, arrays_of, hopper_like, smaller
-from test_iql import numpy_mlp
 
 from algorithms import emaq
 from benchmarks import complexity
 from benchmarks.complexity import difficulty_of_pool, expected_max, expected_max_of_pool
-from common.errors import exit_status
-from common.flags import parse
+from common.cli import exit_status, parse
 
 # ---- the estimate from a pool ----
 
@@ -79,6 +77,13 @@ def test_numbers_of_proposals() -> None:
 
 
 # ---- the command ----
+
+
+def numpy_mlp(layers: dict, x: np.ndarray) -> np.ndarray:
+    for i in range(len(layers)):
+        x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+        x = np.maximum(x, 0.0) if i < len(layers) - 1 else x
+    return x
 
 
 @pytest.fixture
@@ -153,7 +158,7 @@ def test_command_measures_each_member(run: Path, command: Callable[..., Outcome]
             actions = np.asarray(propose(tree("behavior"), state, key))
             inputs = np.concatenate([np.broadcast_to(state, (5, 4)), actions], axis=1)
             critics = [jax.tree.map(lambda p, k=k: np.asarray(p[k], float), layers) for k in range(3)]
-            pools.append(np.min([numpy_mlp(critic, inputs)[0][:, 0] for critic in critics], axis=0))
+            pools.append(np.min([numpy_mlp(critic, inputs)[:, 0] for critic in critics], axis=0))
         pools = np.array(pools)
         assert member["spread"] == pytest.approx(np.sqrt(pools[:7].var(axis=1).mean()), rel=1e-3)
         assert [row["n"] for row in member["rows"]] == [1, 2, 4, 5]

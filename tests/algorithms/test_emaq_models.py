@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from common.networks import AutoregressivePolicy, SplitDense, VAEPolicy, glorot
+from algorithms.emaq import AutoregressivePolicy, SplitDense, VAEPolicy
 
 STATES = np.random.default_rng(1).standard_normal((5, 3), np.float32)
 
@@ -25,7 +25,7 @@ def fresh(policy: AutoregressivePolicy, scale: float = 3.0) -> Any:
 
 
 def test_split_dense_is_a_dense_layer_on_both_side_by_side() -> None:
-    layer, actions = SplitDense(7, glorot), jax.random.normal(jax.random.key(2), (4, 5, 2))
+    layer, actions = SplitDense(7), jax.random.normal(jax.random.key(2), (4, 5, 2))
     params = layer.init(jax.random.key(0), STATES, actions)
     params["params"]["bias"] = jnp.arange(7.0)
     rows = np.concatenate([np.broadcast_to(STATES, (4, 5, 3)), actions], axis=-1)
