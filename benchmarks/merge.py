@@ -74,6 +74,8 @@ def merge(run_dir: Path) -> list[str]:
         plot_curves(run_dir, config)
         if finished:
             write_json(run_dir / "final.json", _final(list(finished.values())))
+        else:
+            (run_dir / "final.json").unlink(missing_ok=True)
     missing = {part: "has not begun" if part not in parts else "has not finished" for part in range(total)}
     return [f"part {part} of {total} {what}" for part, what in missing.items() if part not in finished]
 

@@ -513,7 +513,7 @@ def of_run(run_dir: Path) -> None:
     title = f"{config['algorithm']}, {config['flags']['dataset']}"
     if final["members"][0]["swept"]:
         grid.plot(run_dir / "grid.png", final["members"], title)
-        print(f"{title}\n{grid.ranking(final['members'])}")
+        print(f"{title}: interquartile mean over the seeds, and its 95 % interval\n{grid.ranking(final['members'])}")
     else:
         scored = final["aggregate"]["score"]["iqm"] is not None
         print(table_of_run(title, final, config["dataset_returns"].get("score_mean" if scored else "mean")))

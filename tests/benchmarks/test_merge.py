@@ -1,0 +1,131 @@
+"""Runs in parts: put together they are the files of one process, and what is missing is said."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, rows_of
+
+from benchmarks import merge, report
+from common.cli import UsageError
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        ("benchmarks/bc.py", ["--grid", "actor_learning_rate=1e-4,1e-3,1e-2"]),
+        pytest.param("algorithms/iql.py", ["--grid", "beta=1,3,10", "--online-steps", "20"], marks=pytest.mark.slow),
+    ],
+)
+def test_parts_of_two_processes_are_the_files_of_one(
+    script: str, more: list[str], tmp_path: Path, small_run: list[str], spawn: Callable, capsys: Any
+) -> None:
+    flags = [*small_run, "--num-updates", "20", "--eval-every", "10", "--max-episode-steps", "50", *more]
+    shared = tmp_path / "parts"
+    runs = [["--run-dir", shared, "--shard", "0/2"], ["--run-dir", shared, "--shard", "1/2"]]
+    runs.append(["--run-dir", tmp_path / "one"])
+    for process in [spawn(ROOT / script, *flags, *where) for where in runs]:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    report.main([str(shared)])
+    out, err = capsys.readouterr()
+    assert err == "" and more[1].partition("=")[0] in out
+    for name in ("metrics.csv", "evaluations.csv", "returns.csv"):
+        assert (shared / name).read_text() == (tmp_path / "one" / name).read_text(), name
+        assert {row["member"] for row in rows_of(shared / name)} == {"0", "1", "2"}
+    ours, theirs = (json.loads((folder / "final.json").read_text()) for folder in (shared, tmp_path / "one"))
+    measured = ("wall_clock_seconds", "updates_per_second", "online_steps_per_second")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] == theirs[name] for name in ours if name not in measured)
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (shared, tmp_path / "one"))
+    assert ours["members"] == theirs["members"] and ours["flags"]["shard"] == ""
+    for name in ("curves.png", "grid.png"):
+        assert (shared / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def member(index: int, score: float | None) -> dict[str, Any]:
+    """An entry of final.json; without a score it diverged."""
+    scores = {"score_mean": score, "score_std": score and 1.0, "return_mean": score, "return_std": score and 1.0}
+    diverged = {"step": 3, "metric": "actor/loss"} if score is None else None
+    return {"member": index, "seed": index, "swept": {}, "diverged": diverged, "episodes": 2} | scores
+
+
+def write_part(run_dir: Path, part: int, scores: dict[int, float | None], finished: bool = True, **flags: Any) -> Path:
+    """A part of two of a run, whose members are numbered by `scores`."""
+    path = run_dir / f"part-{part}"
+    path.mkdir(parents=True)
+    flags = {"shard": f"{part}/2", "dataset": "easy", "num_updates": 10, "quiet": part == 0} | flags
+    config = {"algorithm": "emaq", "flags": flags, "dataset_sha256": "abc", "git_commit": "1", "git_dirty": False}
+    config |= {"members": [{"member": i} for i in scores], "dataset_returns": {"score_mean": 1.0, "mean": 2.0}}
+    (path / "config.json").write_text(json.dumps(config))
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in merge.ORDER}
+    for i, score in scores.items():
+        for phase, step in (("offline", 0), ("offline", 10), ("online", 0)):
+            row = {"phase": phase, "step": step, "member": i, "return_mean": step, "score_mean": step}
+            rows["evaluations.csv"].append(row)
+        for name in ("metrics.csv", "pretraining.csv"):
+            rows[name] += [{"step": step, "member": i, "loss": 0.5} for step in (9, 10)]
+        rows["returns.csv"] += [{"member": i, "episode": episode, "return": score} for episode in (0, 1)]
+    for name, lines in rows.items():
+        with open(path / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    if finished:
+        final = {"members": [member(i, score) for i, score in scores.items()], "updates": 10, "online_steps": 0}
+        final |= {"wall_clock_seconds": 5.0 + part, "updates_per_second": 7.0, "online_steps_per_second": None}
+        (path / "final.json").write_text(json.dumps(final))
+    return path
+
+
+def test_rows_are_by_phase_step_and_member(tmp_path: Path) -> None:
+    write_part(tmp_path, 0, {0: 1.0, 2: 3.0})
+    write_part(tmp_path, 1, {1: 2.0, 10: None})
+    assert merge.merge(tmp_path) == []
+    rows = {name: rows_of(tmp_path / name) for name in merge.ORDER}
+    evaluations = [(row["phase"], row["step"], row["member"]) for row in rows["evaluations.csv"]]
+    points = [("offline", "0"), ("offline", "10"), ("online", "0")]
+    assert evaluations == [(*point, index) for point in points for index in ("0", "1", "2", "10")]
+    steps = [(row["step"], row["member"]) for row in rows["metrics.csv"]]
+    assert steps == [(step, index) for step in ("9", "10") for index in ("0", "1", "2", "10")]
+    assert rows["pretraining.csv"] == rows["metrics.csv"]
+    assert [row["member"] for row in rows["returns.csv"]] == ["0", "0", "1", "1", "2", "2", "10", "10"]
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert [entry["member"] for entry in final["members"]] == [0, 1, 2, 10]
+    assert final["aggregate"]["score"]["iqm"] == 2.0 and final["aggregate"]["score"]["count"] == 3
+    assert (final["wall_clock_seconds"], final["updates_per_second"]) == (6.0, 14.0)
+    assert final["online_steps_per_second"] is None
+
+
+def test_what_is_missing_is_said_and_the_rest_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = write_part(tmp_path / "a", 1, {1: 2.0}, finished=False)
+    with open(half / "metrics.csv", "a") as file:
+        file.write("11,1,0.")  # a row that is being written
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path / "a")])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("part 0 of 2 has not begun") and lines[1].endswith("part 1 of 2 has not finished")
+    assert lines[2].startswith("error: there is no ") and len(lines) == 3
+    assert [row["step"] for row in rows_of(tmp_path / "a" / "metrics.csv")] == ["9", "10"]
+    assert (tmp_path / "a" / "curves.png").exists()
+
+    write_part(tmp_path / "a", 0, {0: 1.0})
+    report.main([str(tmp_path / "a")])
+    out, err = capsys.readouterr()
+    assert err.endswith("part 1 of 2 has not finished\n") and err.count("\n") == 1
+    assert "seed 0" in out and "seed 1" not in out
+    assert {row["member"] for row in rows_of(tmp_path / "a" / "evaluations.csv")} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"), [({"num_updates": 20}, "num_updates 20"), ({"shard": "1/3"}, "shard 3"), ({"beta": 1}, "beta 1")]
+)
+def test_parts_of_different_runs_are_refused(tmp_path: Path, flags: dict[str, Any], what: str) -> None:
+    write_part(tmp_path, 0, {0: 1.0})
+    write_part(tmp_path, 1, {1: 2.0}, **flags)
+    with pytest.raises(UsageError, match=f"part-1 has {what} and .*part-0 .*: not one run"):
+        merge.merge(tmp_path)
+    assert not (tmp_path / "final.json").exists()
