@@ -329,6 +329,25 @@ def test_temperature_and_actor_losses_in_numpy() -> None:
     assert slope(0.3, -4.0, -3.0) < 0 < slope(0.3, -2.0, -3.0)  # a descent raises alpha below the target entropy
 
 
+def test_squashed_density_integrates_to_one() -> None:
+    """The density at tanh(u), by change of variables from u, integrates to one over (-1, 1)."""
+    mean, log_std = jnp.array([0.4]), jnp.array([-0.3])
+    keys = jax.random.split(jax.random.key(0), 4000)
+    actions, log_prob = jax.vmap(lambda key: cql.squashed_sample(key, mean, log_std))(keys)
+    order = np.argsort(np.asarray(actions)[:, 0])
+    a, density = np.asarray(actions)[order, 0], np.exp(np.asarray(log_prob))[order]
+    assert np.abs(a).max() < 1.0
+    assert abs(np.trapezoid(density, a) - 1.0) < 0.02
+    expected = stats.norm(0.4, np.exp(-0.3)).pdf(np.arctanh(a)) / (1 - a**2)
+    inner = np.abs(a) < 0.99  # arctanh in float32 is coarse beyond
+    np.testing.assert_allclose(density[inner], expected[inner], rtol=1e-3)
+
+
+def test_squashed_density_stays_finite_where_tanh_saturates() -> None:
+    actions, log_prob = cql.squashed_sample(jax.random.key(0), jnp.full((3,), 40.0), jnp.zeros(3))
+    assert np.isfinite(log_prob) and np.abs(actions).max() <= 1.0
+
+
 def test_likelihood_of_given_actions() -> None:
     mean, std = np.array([0.3, -1.2]), np.array([0.5, 1.5])
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import rows_of
 
-from common import reporting
-from common.errors import UsageError
-from common.logging import Table, Tracker, write_json
+from common import report, runs
+from common.cli import RunArgs
+from common.report import Tracker, append_rows, write_json
 
 # Tables
 
@@ -28,62 +29,18 @@ def content(path: Path) -> list[list[str]]:
 
 def test_rows_are_on_disk_at_once_and_numbers_survive(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    table = Table(path)
-    table.append([{"step": 10, "loss": 0.1, "note": None}, {"step": 20, "loss": float("nan"), "note": "a,b"}])
+    append_rows(path, [{"step": 10, "loss": 0.1, "note": None}, {"step": 20, "loss": float("nan"), "note": "a,b"}])
     assert content(path) == [["step", "loss", "note"], ["10", "0.1", ""], ["20", "nan", "a,b"]]
-    table.append([{"step": 30, "loss": 1 / 3}])
+    append_rows(path, [{"step": 30, "loss": 1 / 3}])
     assert content(path)[-1] == ["30", "0.3333333", ""]
-    assert float(Table(path).rows[-1]["loss"]) == pytest.approx(1 / 3, rel=1e-6)
 
 
-def test_a_column_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_the_first_row_fixes_the_columns(tmp_path: Path) -> None:
+    """An environment that reports success only later on must not shift what is in the table."""
     path = tmp_path / "table.csv"
-    Table(path).append([{"step": 10}])
-    with pytest.raises(UsageError, match="without the column loss"):
-        Table(path).append([{"step": 20, "loss": 1.0}])
-    assert content(path) == [["step"], ["10"]]
-
-
-def test_rewinding_drops_what_came_after_and_writing_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    Table(path).append([{"step": step, "loss": step / 10} for step in (10, 20, 30)])
-    again = Table(path)
-    again.rewind(lambda row: int(row["step"]) <= 20)
-    again.append([{"step": 25, "loss": 2.5}])
-    assert content(path) == [["step", "loss"], ["10", "1"], ["20", "2"], ["25", "2.5"]]
-    assert [row["step"] for row in again.rows] == ["10", "20", "25"]
-
-
-def test_a_reader_follows_the_writers_rows_and_leaves_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    writer = Table(path)
-    writer.append([{"step": 10, "loss": 0.1}])
-    reader, before = Table(path, write=False), path.read_bytes()
-    for table in (reader, writer):
-        table.append([{"step": 20, "loss": 0.25}])
-        table.rewind(lambda row: row["step"] == "20")
-        assert table.rows == [{"step": "20", "loss": "0.25"}]
-        assert (path.read_bytes() == before) == (table is reader)
-    reader.clear()
-    assert reader.rows == [] and path.exists()
-
-
-WRITTEN = b"step,member,episodes\n10,0,10\n20,0,10\n"
-
-
-@pytest.mark.parametrize("length", range(len(WRITTEN) + 1))
-def test_a_table_cut_anywhere_goes_on_with_its_whole_rows(tmp_path: Path, length: int) -> None:
-    """A kill or a full disk may leave any prefix; even `10,0,1` of a last row `10,0,10` looks complete."""
-    path = tmp_path / "table.csv"
-    path.write_bytes(WRITTEN[:length])
-    whole = WRITTEN[:length].decode().rpartition("\n")[0].split("\n")[1:]
-    table = Table(path)
-    table.rewind(lambda row: True)
-    table.append([{"step": 30, "member": 0, "episodes": 10}])
-    header, *rows = content(path)
-    assert header == ["step", "member", "episodes"]
-    assert [",".join(row) for row in rows] == [*whole, "30,0,10"]
-    assert [row["step"] for row in Table(path).rows] == [row[0] for row in rows]
+    append_rows(path, [{"step": 10, "loss": 0.5}])
+    append_rows(path, [{"loss": 1.5, "step": 20, "success": 1.0}])
+    assert content(path) == [["step", "loss"], ["10", "0.5"], ["20", "1.5"]]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
@@ -100,30 +57,78 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 
 
 def test_interquartile_mean_by_hand() -> None:
-    assert reporting.interquartile_mean([5.0]) == 5
-    assert reporting.interquartile_mean([1, 2, 6]) == 3  # a quarter of three, rounded down, is none
-    assert reporting.interquartile_mean([100, 1, 3, -50]) == 2
-    assert reporting.interquartile_mean([0, 1, 2, 3, 4, 5, 6, 70]) == 3.5
+    for values, mean in (
+        ([5.0], 5),
+        ([1, 2, 6], 3),  # a quarter of three, rounded down, is none
+        ([100, 1, 3, -50], 2),
+        ([0, 1, 2, 3, 4, 5, 6, 70], 3.5),
+    ):
+        assert report.aggregate(values)["iqm"] == mean
 
 
-def test_bootstrap_interval_of_two_values_and_of_strata() -> None:
+def test_bootstrap_interval() -> None:
     # Two draws of {0, 1}: means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4.
-    assert reporting.bootstrap_interval([[0.0, 1.0]]) == (0.0, 1.0)
-    # Each task is resampled by itself, so equal runs of a task never vary: 0, 0, 1, 1 in the middle.
-    assert reporting.bootstrap_interval([[0.0] * 3, [1.0] * 3]) == (0.5, 0.5)
-    # For many runs of one task: mean +- 1.96 standard errors of the interquartile mean, by simulation.
+    found = report.aggregate([0.0, 1.0])
+    assert (found["ci_low"], found["ci_high"], found["count"]) == (0.0, 1.0, 2)
+    # For many runs: mean +- 1.96 standard errors of the interquartile mean, by simulation.
     rng = np.random.default_rng(1)
     values = rng.normal(size=200)
     middle = np.sort(rng.normal(size=(4000, 200)), axis=1)[:, 50:150].mean(axis=1)
-    low, high = reporting.bootstrap_interval([values])
-    assert high - low == pytest.approx(2 * 1.96 * middle.std(), rel=0.2)
-    assert low < reporting.interquartile_mean(values) < high
+    found = report.aggregate(values)
+    assert found["ci_high"] - found["ci_low"] == pytest.approx(2 * 1.96 * middle.std(), rel=0.2)
+    assert found["ci_low"] < found["iqm"] < found["ci_high"]
+    assert report.aggregate(values) == found, "the same values give the same interval"
+
+
+def test_equal_values_have_an_interval_of_no_width() -> None:
+    assert report.aggregate([3.0, 3.0, 3.0]) == {"iqm": 3.0, "ci_low": 3.0, "ci_high": 3.0, "count": 3}
 
 
 def test_aggregate_leaves_out_what_is_missing() -> None:
-    assert reporting.aggregate([None, math.nan]) == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
+    assert report.aggregate([None, math.nan]) == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
     # One value says nothing about the spread: no interval of width zero.
-    assert reporting.aggregate([3.0, None]) == {"iqm": 3.0, "ci_low": None, "ci_high": None, "count": 1}
+    assert report.aggregate([3.0, None]) == {"iqm": 3.0, "ci_low": None, "ci_high": None, "count": 1}
+
+
+def members_of(scores: dict[float, list[float | None]]) -> list[dict[str, Any]]:
+    """Members of a sweep of beta: for each value a list of scores, returns ten times as large; None diverged."""
+    return [
+        {"seed": seed, "swept": {"beta": beta}, "score_mean": score, "return_mean": score and 10 * score}
+        for beta, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+
+
+def test_members_are_summarised_by_their_setting() -> None:
+    summary = report.summarise(members_of({1.0: [1, 2, 3], 2.0: [10, None, 30], 3.0: [None] * 3}))
+    assert [c["swept"] for c in summary["combinations"]] == [{"beta": 1.0}, {"beta": 2.0}, {"beta": 3.0}]
+    assert [c["score"]["iqm"] for c in summary["combinations"]] == [2, 20, None]
+    assert [c["return"]["count"] for c in summary["combinations"]] == [3, 2, 0]
+    assert summary["aggregate"]["score"]["count"] == 5
+
+
+def test_the_table_ranks_the_settings_of_a_sweep() -> None:
+    members = members_of({1.0: [1, 2], 2.0: [None, None], 3.0: [50, 70]})
+    text = report.table("iql, data", {"members": members} | report.summarise(members), 33.3)
+    order = [text.index(word) for word in ("beta=3", "beta=1", "beta=2", "33.3")]
+    assert order == sorted(order) and "60.0" in text
+    for member in members:
+        member["swept"] = {}
+    seeds = report.table("iql, data", {"members": members[:2]} | report.summarise(members[:2]), None)
+    assert "seed 0" in seeds and "seed 1" in seeds and "1.5" in seeds
+
+
+def curve(phase: str, step: int, member: int, score: float | None) -> dict[str, Any]:
+    return {"phase": phase, "step": step, "member": member, "score_mean": score, "return_mean": 7.0}
+
+
+@pytest.mark.parametrize("score", [1.0, None])
+def test_curves_of_both_phases_and_of_members_that_end_early(tmp_path: Path, score: float | None) -> None:
+    rows = [curve("offline", step, member, score) for step, member in ((0, 0), (0, 1), (10, 0))]
+    report.plot_curves(tmp_path / "a.png", [*rows, curve("online", 0, 0, score)], "title", 3.0)
+    report.plot_curves(tmp_path / "b.png", rows, "title", None)
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 # Weights & Biases
@@ -195,7 +200,7 @@ def test_one_run_for_each_member_in_one_group(
     assert (outcome.status, outcome.err) == (0, "")
     assert len(wandb.runs) == 4
     final = json.loads((tmp_path / "run/final.json").read_text())
-    rows = Table(tmp_path / "run/metrics.csv").rows
+    rows = rows_of(tmp_path / "run/metrics.csv")
     for i, run in enumerate(wandb.runs):
         assert [run.options[name] for name in ("project", "group", "entity")] == ["p", "g", "e"]
         assert (run.options["config"]["beta"], run.options["config"]["seed"]) == ([1, 1, 2, 2][i], [0, 1, 0, 1][i])
@@ -220,7 +225,7 @@ def test_under_a_sweep_agent_one_run_reports_the_population(
     assert run.final["final_score_iqm"] == final["aggregate"]["score"]["iqm"]
     assert run.final["final_score_iqm"] == pytest.approx(np.mean([m["score_mean"] for m in final["members"]]))
     (losses,) = [row["value/loss"] for _, row in run.logged if "value/loss" in row]
-    rows = Table(tmp_path / "run/metrics.csv").rows
+    rows = rows_of(tmp_path / "run/metrics.csv")
     assert losses == pytest.approx(np.mean([float(row["value/loss"]) for row in rows]), rel=1e-5)
 
 
@@ -273,7 +278,7 @@ def test_an_error_closes_the_runs_as_failed(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Table, "append", full)
+    monkeypatch.setattr(runs, "append_rows", full)
     assert iql(*short, "--track", "True", "--run-dir", tmp_path / "run").status == 2
     assert [run.exit_code for run in wandb.runs] == [1, 1]
 
@@ -287,7 +292,7 @@ def test_a_crash_under_an_agent_leaves_nothing_that_a_sweep_could_take_for_a_res
     def crash(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(reporting, "summarise", crash)
+    monkeypatch.setattr(report, "summarise", crash)
     with pytest.raises(RuntimeError, match="out of memory"):
         iql(*short, "--run-dir", tmp_path / "run")
     (run,) = wandb.runs
@@ -302,7 +307,7 @@ def test_offline_mode_writes_a_run_for_each_member(
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
-    tracker = Tracker(True, "project", "the-group-of-both", None)
+    tracker = Tracker(RunArgs(track=True, wandb_project="project", wandb_group="the-group-of-both"), "label")
     tracker.start([{"beta": 1.0}, {"beta": 2.0}], ["first", "second"], tmp_path)
     tracker.log(10, [{"loss": 1.0}, {"loss": 2.0, "missing": None}])
     tracker.finish([{"final_score": 3.0}, {"final_score": None}], {}, 0)

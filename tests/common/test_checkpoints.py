@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import checkpoints
-from common.errors import UsageError
+from common import report
+from common.cli import UsageError
 
 
 class Pair(NamedTuple):
@@ -39,7 +39,18 @@ def tree() -> Any:
 
 
 def as_arrays(content: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in checkpoints._named_leaves(content).items()}
+    def data(leaf: Any) -> np.ndarray:
+        return np.asarray(jax.random.key_data(leaf) if report.is_key(leaf) else leaf)
+
+    return {jax.tree_util.keystr(name): data(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(content)}
+
+
+def load(path: Path, like: Any, prefix: str = "") -> Any:
+    return report.fill_tree(path, report.read_tree(path)[0], like, prefix)
+
+
+def metadata(path: Path) -> Any:
+    return report.read_tree(path)[1]
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -53,7 +64,7 @@ def assert_same(one: Any, other: Any) -> None:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint" / "state.npz"
-    checkpoints.save(path, tree(), METADATA)
+    report.save_tree(path, tree(), METADATA)
     return path
 
 
@@ -70,25 +81,25 @@ def test_round_trip_is_exact_and_leaves_one_file(path: Path) -> None:
         "pair": Pair(jnp.zeros(3, jnp.int32), np.zeros((2, 2), np.float32)),
         "keys": jax.random.split(jax.random.key(0), 2),
     }
-    loaded = checkpoints.load(path, zeros)
+    loaded = load(path, zeros)
     assert_same(loaded, tree())
     assert jax.tree.structure(loaded) == jax.tree.structure(tree())
     # The restored keys are keys: they draw what the saved ones draw.
     drawn = jax.vmap(lambda key: jax.random.normal(key, (3,)))
     np.testing.assert_array_equal(drawn(loaded["keys"]), drawn(tree()["keys"]))
-    assert checkpoints.metadata(path) == METADATA
+    assert metadata(path) == METADATA
     assert [file.name for file in path.parent.iterdir()] == ["state.npz"]
 
 
 def test_a_part_alone_is_read_whatever_else_begins_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "state.npz"
     parts = {"low": {"a": np.arange(3.0), "b": np.float32(2)}, "low_opt": {"a": np.ones(3)}, "lower": np.zeros(2)}
-    checkpoints.save(path, parts, METADATA)
-    assert_same(checkpoints.load(path, jax.tree.map(np.zeros_like, parts["low"]), "['low']"), parts["low"])
+    report.save_tree(path, parts, METADATA)
+    assert_same(load(path, jax.tree.map(np.zeros_like, parts["low"]), "['low']"), parts["low"])
     state = Behavior({"a": np.arange(2.0)}, Pair(np.zeros(1), np.ones(1)))
-    checkpoints.save(path, {"state": state}, METADATA)
-    assert_same(checkpoints.load(path, {"a": np.zeros(2)}, "['state'].behavior"), state.behavior)
-    assert "on one side only" in refusal(lambda: checkpoints.load(path, {"a": np.zeros(2)}, "['state'].behav"))
+    report.save_tree(path, {"state": state}, METADATA)
+    assert_same(load(path, {"a": np.zeros(2)}, "['state'].behavior"), state.behavior)
+    refusal(lambda: load(path, {"a": np.zeros(2)}, "['state'].behav"))
 
 
 def test_nothing_in_it_is_pickled(path: Path) -> None:
@@ -110,21 +121,21 @@ def test_nothing_in_it_is_pickled(path: Path) -> None:
     ],
 )
 def test_other_shapes_dtypes_and_names_are_refused(path: Path, change: Callable[[Any], Any], leaf: str) -> None:
-    message = refusal(lambda: checkpoints.load(path, change(tree())))
+    message = refusal(lambda: load(path, change(tree())))
     assert leaf in message and str(path) in message
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    assert "no checkpoint" in refusal(lambda: checkpoints.load(tmp_path / "none.npz", tree()))
-    assert "no checkpoint" in refusal(lambda: checkpoints.metadata(tmp_path / "none.npz"))
+    assert "no checkpoint" in refusal(lambda: load(tmp_path / "none.npz", tree()))
+    assert "no checkpoint" in refusal(lambda: metadata(tmp_path / "none.npz"))
 
 
 def test_every_truncation_is_noticed(path: Path) -> None:
     content = path.read_bytes()
     for length in [*range(0, len(content), 29), *range(len(content) - 30, len(content))]:
         path.write_bytes(content[:length])
-        assert "damaged" in refusal(lambda: checkpoints.load(path, tree()))
-        assert "damaged" in refusal(lambda: checkpoints.metadata(path))
+        assert "damaged" in refusal(lambda: load(path, tree()))
+        assert "damaged" in refusal(lambda: metadata(path))
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(path: Path) -> None:
@@ -134,8 +145,8 @@ def test_every_flipped_byte_is_noticed_or_harmless(path: Path) -> None:
     for at in range(len(content)):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
         try:
-            assert_same(checkpoints.load(path, tree()), tree())
-            assert checkpoints.metadata(path) == METADATA
+            assert_same(load(path, tree()), tree())
+            assert metadata(path) == METADATA
         except UsageError as error:
             noticed += 1
             assert "\n" not in str(error)
@@ -159,7 +170,7 @@ def test_another_programs_file(tmp_path: Path, write: Callable[[Any], Any]) -> N
     path = tmp_path / "state.npz"
     with open(path, "wb") as file:
         write(file)
-    assert str(path) in refusal(lambda: checkpoints.metadata(path))
+    assert str(path) in refusal(lambda: metadata(path))
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -169,9 +180,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(path: Path, monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints.os, function, full)
+    monkeypatch.setattr(report.os, function, full)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.save(path, tree() | {"scalar": jnp.float32(3)}, METADATA)
+        report.save_tree(path, tree() | {"scalar": jnp.float32(3)}, METADATA)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["state.npz"]
 
@@ -185,5 +196,5 @@ def test_a_write_that_fails_half_way_leaves_the_previous_checkpoint(tmp_path: Pa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match="No space"):
-        checkpoints.write_atomically(path, write)
+        report.write_atomically(path, write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

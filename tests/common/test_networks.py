@@ -1,8 +1,12 @@
-"""Densities of the policy heads against numerical integration and scipy."""
+"""Densities against scipy, ensembles against their members alone, initial kernels against flax."""
 
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import stats
 
 from common import networks
@@ -13,25 +17,6 @@ def test_gaussian_log_prob_is_scipys() -> None:
     x, mean, log_std = rng.standard_normal((3, 7, 4))
     expected = stats.norm(mean, np.exp(log_std)).logpdf(x).sum(axis=-1)
     np.testing.assert_allclose(networks.gaussian_log_prob(x, mean, log_std), expected, rtol=1e-4)
-
-
-def test_squashed_density_integrates_to_one() -> None:
-    """The density at tanh(u), by change of variables from u, integrates to one over (-1, 1)."""
-    mean, log_std = jnp.array([0.4]), jnp.array([-0.3])
-    keys = jax.random.split(jax.random.key(0), 4000)
-    actions, log_prob = jax.vmap(lambda key: networks.squashed_sample(key, mean, log_std))(keys)
-    order = np.argsort(np.asarray(actions)[:, 0])
-    a, density = np.asarray(actions)[order, 0], np.exp(np.asarray(log_prob))[order]
-    assert np.abs(a).max() < 1.0
-    assert abs(np.trapezoid(density, a) - 1.0) < 0.02
-    expected = stats.norm(0.4, np.exp(-0.3)).pdf(np.arctanh(a)) / (1 - a**2)
-    inner = np.abs(a) < 0.99  # arctanh in float32 is coarse beyond
-    np.testing.assert_allclose(density[inner], expected[inner], rtol=1e-3)
-
-
-def test_squashed_density_stays_finite_where_tanh_saturates() -> None:
-    actions, log_prob = networks.squashed_sample(jax.random.key(0), jnp.full((3,), 40.0), jnp.zeros(3))
-    assert np.isfinite(log_prob) and np.abs(actions).max() <= 1.0
 
 
 def test_ensemble_members_are_independent_networks() -> None:
@@ -59,3 +44,19 @@ def test_many_actions_for_each_state_equal_one_by_one() -> None:
     assert together.shape == (3, 7, 5)
     for n in range(7):
         np.testing.assert_allclose(together[:, n], critic.apply(params, observations, actions[n]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(17, 64), (64, 6), (64, 64), (5, 1)])
+def test_orthogonal_is_that_of_flax(shape: tuple[int, int]) -> None:
+    ours = networks.orthogonal(jax.random.key(3), shape)
+    theirs = nn.initializers.orthogonal(math.sqrt(2.0))(jax.random.key(3), shape)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_orthogonal_has_orthonormal_columns_times_the_gain_under_vmap() -> None:
+    kernels = jax.jit(jax.vmap(lambda key: networks.orthogonal(key, (256, 256))))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel.T @ kernel, 2.0 * np.eye(256), atol=1e-5)

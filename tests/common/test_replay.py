@@ -1,15 +1,17 @@
 """Buffers and transforms against Python lists, frequencies and constants worked out by hand."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import buffers, transforms
-from common.buffers import Replay, Ring, Transitions
-from common.errors import UsageError
+from common import replay
+from common.cli import RunArgs, UsageError
+from common.replay import Replay, Ring, Transform, Transitions, episode_returns
 
-insert = jax.jit(buffers.insert)
+insert = jax.jit(replay.insert)
 
 
 def rows(values: list[float]) -> Transitions:
@@ -26,7 +28,7 @@ def assert_rows(found: Transitions, values: list[float]) -> None:
 
 
 def filled(capacity: int, values: list[float]) -> Ring:
-    ring = buffers.empty_ring(capacity, 2, 1)
+    ring = replay.empty_ring(capacity, 2, 1)
     for value in values:
         ring = insert(ring, rows([value]))
     return ring
@@ -38,7 +40,7 @@ def filled(capacity: int, values: list[float]) -> Ring:
 @pytest.mark.parametrize("capacity", [1, 5, 8])
 def test_ring_keeps_the_newest_as_a_list_would(capacity: int) -> None:
     rng = np.random.default_rng(capacity)
-    ring, slots, position, newest = buffers.empty_ring(capacity, 2, 1), [None] * capacity, 0, []
+    ring, slots, position, newest = replay.empty_ring(capacity, 2, 1), [None] * capacity, 0, []
     value = 1.0
     for _ in range(12):
         new = [value + i for i in range(rng.integers(1, capacity + 1))]
@@ -52,21 +54,21 @@ def test_ring_keeps_the_newest_as_a_list_would(capacity: int) -> None:
         written = [item for item in slots if item is not None]
         assert_rows(jax.tree.map(lambda x: x[: len(written)], ring.data), written)  # noqa: B023
         assert sorted(written) == newest
-    assert not np.any(buffers.empty_ring(capacity, 2, 1).data.rewards)
+    assert not np.any(replay.empty_ring(capacity, 2, 1).data.rewards)
 
 
 def test_more_rows_than_capacity_are_refused() -> None:
     with pytest.raises(AssertionError, match="do not fit"):
-        buffers.insert(buffers.empty_ring(2, 2, 1), rows([1, 2, 3]))
+        replay.insert(replay.empty_ring(2, 2, 1), rows([1, 2, 3]))
 
 
 @pytest.mark.parametrize("capacity", [5, 8])
 def test_a_part_of_a_block_is_written_as_if_it_were_all(capacity: int) -> None:
     """Members of a population write 0 to 5 rows each of blocks of 5, through several wraps; as lists would."""
     rng, value = np.random.default_rng(capacity), 1.0
-    rings = jax.tree.map(lambda x: jnp.stack([x, x]), buffers.empty_ring(capacity, 2, 1))
+    rings = jax.tree.map(lambda x: jnp.stack([x, x]), replay.empty_ring(capacity, 2, 1))
     slots, written = [[None] * capacity, [None] * capacity], [0, 0]
-    insert_members = jax.jit(jax.vmap(buffers.insert))
+    insert_members = jax.jit(jax.vmap(replay.insert))
     for counts in [(0, 0), (0, 3), *rng.integers(0, 6, (12, 2)), (5, 5)]:
         blocks = [rows([value + i for i in range(5)]), rows([-value - i for i in range(5)])]
         rings = insert_members(rings, jax.tree.map(lambda *x: np.stack(x), *blocks), jnp.array(counts))
@@ -84,23 +86,23 @@ def test_a_part_of_a_block_is_written_as_if_it_were_all(capacity: int) -> None:
 
 def test_ending_episodes_marks_each_members_newest_row() -> None:
     """Wrapped, terminated, and empty: rows 3 (odd: truncated by its making), 4 (even: terminated), none."""
-    members = [filled(2, [1, 2, 5]), filled(4, [1, 3, 4]), buffers.empty_ring(4, 2, 1), filled(4, [1, 3])]
+    members = [filled(2, [1, 2, 5]), filled(4, [1, 3, 4]), replay.empty_ring(4, 2, 1), filled(4, [1, 3])]
     members = [ring._replace(data=ring.data._replace(truncations=ring.data.truncations * 0)) for ring in members]
     for ring, row in zip(members, (0, 2, None, 1), strict=True):
-        ended = buffers.end_episodes(jax.tree.map(lambda x: x[None], ring)).data
+        ended = replay.end_episode(ring).data
         expected = np.zeros(len(ring.data.rewards))
         if row is not None:
             expected[row] = 1 - ring.data.terminations[row]
-        np.testing.assert_array_equal(ended.truncations[0], expected)
+        np.testing.assert_array_equal(ended.truncations, expected)
 
 
 # Sampling
 
 
-def counts_of(replay: Replay, values: list[float], batches: int = 60, size: int = 500) -> np.ndarray:
+def counts_of(data: Replay, values: list[float], batches: int = 60, size: int = 500) -> np.ndarray:
     """How often each row was drawn; every column of a drawn row must belong to the same row."""
-    replay, keys = jax.tree.map(jnp.asarray, replay), jax.random.split(jax.random.key(3), batches)
-    drawn = jax.jit(jax.vmap(lambda key: buffers.sample(key, replay, size)))(keys)
+    data, keys = jax.tree.map(jnp.asarray, data), jax.random.split(jax.random.key(3), batches)
+    drawn = jax.jit(jax.vmap(lambda key: replay.sample(key, data, size)))(keys)
     flat = jax.tree.map(lambda x: np.asarray(x).reshape(batches * size, *x.shape[2:]), drawn)
     found = (flat.rewards / 100).tolist()
     assert set(found) <= set(values)
@@ -129,7 +131,7 @@ def test_the_union_is_drawn_uniformly_and_unwritten_rows_never(inserted: int) ->
 
 def test_before_the_first_insertion_the_union_is_the_offline_data() -> None:
     old = list(range(1, 31))
-    assert_uniform(counts_of(Replay(rows(old), buffers.empty_ring(10, 2, 1)), old))
+    assert_uniform(counts_of(Replay(rows(old), replay.empty_ring(10, 2, 1)), old))
 
 
 @pytest.mark.parametrize("inserted", [1, 7, 25])
@@ -149,9 +151,9 @@ def test_row_numbers_count_the_dataset_and_then_the_ring_as_it_is_stored() -> No
     both = jax.tree.map(lambda *x: jnp.stack(x), *rings)
 
     @jax.jit
-    def draw(replay: Replay, numbers: jax.Array) -> tuple[Transitions, jax.Array, Transitions]:
+    def draw(data: Replay, numbers: jax.Array) -> tuple[Transitions, jax.Array, Transitions]:
         key = jax.random.key(0)
-        return buffers.take(replay, numbers), buffers.sample_rows(key, replay, 200), buffers.sample(key, replay, 200)
+        return replay.take(data, numbers), replay.sample_rows(key, data, 200), replay.sample(key, data, 200)
 
     for m, values in enumerate([[9, 10, 7, 8], [21, 22]]):
         for ring, member in ((rings[m], None), (both, jnp.int32(m))):
@@ -162,38 +164,23 @@ def test_row_numbers_count_the_dataset_and_then_the_ring_as_it_is_stored() -> No
                 assert_rows(found, [every[number] for number in numbers])
                 assert set(drawn.tolist()) == set(range(len(every)))
                 assert_rows(batch, [every[number] for number in drawn])
-    np.testing.assert_array_equal(buffers.take(Replay(rows(old)), np.array([2, 0])).rewards, [300, 100])
-
-
-@pytest.mark.parametrize(("values", "start"), [([], 0), ([5, 6], 2), ([5, 6, 7, 8], 0), ([5, 6, 7, 8, 9, 10, 11], 3)])
-def test_parts_are_in_the_order_of_time_from_their_start(values: list[float], start: int) -> None:
-    ring, other = filled(4, values), filled(4, [31])
-    rings = jax.tree.map(lambda *x: jnp.stack(x), other, ring)
-    for replay in (Replay(rows([1, 2]), ring), Replay(None, ring), Replay(rows([1, 2]), rings, jnp.int32(1))):
-        *first, part = buffers.parts(replay)
-        assert len(first) == (replay.offline is not None)
-        for dataset in first:
-            assert_rows(dataset.data, [1, 2])
-            assert (dataset.start, dataset.written, dataset.online) == (0, 2, False)
-        assert (int(part.start), int(part.written), part.online) == (start, len(values), True)
-        in_time = jax.tree.map(lambda x: np.roll(x, -int(part.start), axis=0), part.data)  # noqa: B023
-        newest = values[-4:]
-        if newest:
-            assert_rows(jax.tree.map(lambda x: x[4 - len(newest) :], in_time), newest)  # noqa: B023
-        assert not np.any(in_time.rewards[: 4 - len(newest)])
-    (alone,) = buffers.parts(Replay(rows([1, 2])))
-    assert not alone.online
+    np.testing.assert_array_equal(replay.take(Replay(rows(old)), np.array([2, 0])).rewards, [300, 100])
 
 
 def test_a_row_may_be_drawn_twice_and_keys_decide() -> None:
     data = Replay(rows([1, 2, 3]))
-    batch = buffers.sample(jax.random.key(0), data, 64)
+    batch = replay.sample(jax.random.key(0), data, 64)
     assert batch.rewards.shape == (64,) and batch.observations.shape == (64, 2)
-    np.testing.assert_array_equal(batch.rewards, buffers.sample(jax.random.key(0), data, 64).rewards)
-    assert np.any(batch.rewards != buffers.sample(jax.random.key(1), data, 64).rewards)
+    np.testing.assert_array_equal(batch.rewards, replay.sample(jax.random.key(0), data, 64).rewards)
+    assert np.any(batch.rewards != replay.sample(jax.random.key(1), data, 64).rewards)
 
 
 # Transforms
+
+
+def fit(data: Transitions, observations: bool, returns: bool, scale: float, shift: float) -> Transform:
+    flags = {"normalize_observations": observations, "normalize_returns": returns}
+    return replay.fit_transform(data, RunArgs(**flags, reward_scale=scale, reward_shift=shift))
 
 
 def two_episodes() -> Transitions:
@@ -211,7 +198,7 @@ def two_episodes() -> Transitions:
 
 def test_observations_are_centred_and_scaled_by_the_dataset() -> None:
     data = two_episodes()
-    fitted = transforms.fit(data, True, False, 1.0, 0.0)
+    fitted = fit(data, True, False, 1.0, 0.0)
     # Mean (1 + 3 + 5 + 7) / 4 = 4, variance (9 + 1 + 1 + 9) / 4 = 5; next observations take no part.
     np.testing.assert_allclose(fitted.observation_mean, [4, 5], rtol=1e-6)
     np.testing.assert_allclose(fitted.observation_std, [5**0.5 + 1e-3, 1e-3], rtol=1e-6)
@@ -226,7 +213,7 @@ def test_observations_are_centred_and_scaled_by_the_dataset() -> None:
 
 def test_rewards_are_scaled_by_the_range_of_returns() -> None:
     data = two_episodes()
-    fitted = transforms.fit(data, False, True, 1.0, 0.0)
+    fitted = fit(data, False, True, 1.0, 0.0)
     assert fitted.reward_scale == pytest.approx(1000 / (6 - -2))
     np.testing.assert_allclose(fitted.transitions(data).rewards, [250, 500, 125, -375])
     np.testing.assert_array_equal(fitted.transitions(data).observations, data.observations)
@@ -234,23 +221,47 @@ def test_rewards_are_scaled_by_the_range_of_returns() -> None:
 
 def test_scale_and_shift_compose() -> None:
     data = two_episodes()
-    plain = transforms.fit(data, False, False, 3.0, -1.0)
+    plain = fit(data, False, False, 3.0, -1.0)
     np.testing.assert_allclose(plain.rewards(data.rewards), [5, 11, 2, -10])
-    both = transforms.fit(data, False, True, 0.1, -1.0)
+    both = fit(data, False, True, 0.1, -1.0)
     np.testing.assert_allclose(both.rewards(data.rewards), [24, 49, 11.5, -38.5])  # 12.5 r - 1
 
 
 def test_equal_returns_cannot_be_scaled() -> None:
     data = two_episodes()._replace(rewards=np.float32([1, 1, 1, 1]))
     with pytest.raises(UsageError, match="same return"):
-        transforms.fit(data, False, True, 1.0, 0.0)
+        fit(data, False, True, 1.0, 0.0)
 
 
 def test_sampled_rows_keep_both_flags() -> None:
     data = jax.tree.map(jnp.asarray, two_episodes())
-    batch = buffers.sample(jax.random.key(0), Replay(data), 200)
+    batch = replay.sample(jax.random.key(0), Replay(data), 200)
     for reward, ends in ((4, (1, 0)), (-3, (0, 1)), (2, (0, 0))):
         picked = np.asarray(batch.rewards) == reward
         assert picked.any()
         assert set(np.asarray(batch.terminations)[picked]) == {ends[0]}
         assert set(np.asarray(batch.truncations)[picked]) == {ends[1]}
+
+
+def test_without_rows_nothing_is_normalised() -> None:
+    """What training online from scratch needs."""
+    none = jax.tree.map(lambda x: x[:0], two_episodes())
+    fitted = fit(none, True, True, 2.0, 1.0)
+    np.testing.assert_array_equal(fitted.observations(np.array([3.0, -7.0])), [3, -7])
+    np.testing.assert_array_equal(fitted.rewards([1.0]), [3])
+
+
+def test_constants_can_be_read_back_exactly() -> None:
+    about = json.loads(json.dumps(fit(two_episodes(), True, True, 1.0, 0.0).describe()))
+    fitted = fit(two_episodes(), True, True, 1.0, 0.0)
+    for name, value in fitted._asdict().items():
+        np.testing.assert_array_equal(np.asarray(about[name], np.asarray(value).dtype), value)
+
+
+def test_episodes_end_at_flags_and_at_the_end_of_the_data() -> None:
+    zeros = np.zeros((6, 1), np.float32)
+    terminations, truncations = np.float32([0, 1, 0, 0, 0, 0]), np.float32([0, 0, 0, 1, 0, 0])
+    data = Transitions(zeros, zeros, np.float32([1, 2, 3, 4, 5, 6]), zeros, terminations, truncations)
+    assert episode_returns(data).tolist() == [3, 7, 11]
+    assert episode_returns(jax.tree.map(lambda x: x[:4], data)).tolist() == [3, 7]
+    assert episode_returns(jax.tree.map(lambda x: x[:0], data)).tolist() == []

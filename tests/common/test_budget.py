@@ -1,0 +1,87 @@
+"""The shape of the code: how small common/ stays, and who imports whom."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+LINES, MODULES, LONGEST = 1_450, 8, 300
+COMMON = sorted(path for path in (ROOT / "common").rglob("*.py") if path.name != "__init__.py")
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it, `common.cli` for `from common import cli` too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def files_of(path: Path) -> set[Path]:
+    """The files of this repository that a file imports, itself and those that they import included."""
+    found, new = set(), {path}
+    while new:
+        found |= new
+        candidates = {ROOT / f"{name.replace('.', '/')}.py" for one in new for name in imported(one)}
+        new = {candidate for candidate in candidates if candidate.is_file()} - found
+    return found
+
+
+def test_common_is_small() -> None:
+    """Whoever copies an algorithm's file takes it along, and reads it."""
+    lengths = {path.name: lines_of(path) for path in COMMON}
+    assert len(COMMON) <= MODULES, sorted(lengths)
+    assert max(lengths.values()) <= LONGEST, lengths
+    assert sum(lengths.values()) <= LINES, lengths
+
+
+def test_an_algorithm_brings_along_common_alone() -> None:
+    found = files_of(ROOT / "algorithms" / "iql.py") - {ROOT / "algorithms" / "iql.py"}
+    assert found <= set(COMMON)
+    assert sum(map(lines_of, found)) <= LINES
+
+
+@pytest.mark.parametrize("path", COMMON, ids=lambda path: path.name)
+def test_a_module_of_common_has_a_name_of_its_own(path: Path) -> None:
+    """Beside a copied script, or on a path that leads into the folder, it must not hide another."""
+    assert path.stem not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", COMMON, ids=lambda path: path.name)
+def test_common_imports_neither_algorithms_nor_benchmarks(path: Path) -> None:
+    """But for the sets' builder, which data.py looks for when one is missing and does without."""
+    assert not {name.partition(".")[0] for name in imported(path)} & {"algorithms", "benchmarks", "tests"}
+    named = path.read_text().count('import_module("benchmarks')
+    assert named == (1 if path.name == "data.py" else 0)
+
+
+def test_nothing_runs_at_import(tmp_path: Path, spawn: Callable[..., subprocess.Popen]) -> None:
+    scripts = sorted((ROOT / "algorithms").glob("[a-z]*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in [*COMMON, *scripts]]
+    assert "common.runs" in names and "algorithms.iql" in names
+    code = f"""
+import importlib, signal, sys
+sys.argv = ["script", "--no-such-flag", "--help"]
+handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+from jax._src import xla_bridge
+for name in {names}:
+    importlib.import_module(name)
+    assert not xla_bridge.backends_are_initialized(), name
+assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+assert "wandb" not in sys.modules
+"""
+    process = spawn("-c", code, cwd=tmp_path)
+    assert process.communicate(timeout=120) == ("", "")
+    assert process.returncode == 0 and list(tmp_path.iterdir()) == []

@@ -1,0 +1,206 @@
+"""The contract of the command line: flags, presets, ranges, help, and every bad flag in one line."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from algorithms.iql import PRESETS, Args
+from common import cli
+from common.cli import UsageError, parse, preset_name
+
+CONTRACT = [
+    *("dataset", "env", "seed", "num-seeds", "grid", "shard", "num-updates", "online-steps", "eval-every"),
+    *("eval-episodes", "final-eval-episodes", "checkpoint-every", "run-dir", "resume", "track", "wandb-project"),
+    *("wandb-group", "wandb-entity", "quiet"),
+]
+
+
+def test_every_flag_of_the_contract_in_both_spellings() -> None:
+    values = dict.fromkeys(
+        ("dataset", "env", "run-dir", "wandb-project", "wandb-group", "wandb-entity", "shard"), "word"
+    )
+    values |= dict.fromkeys(("resume", "track", "quiet"), "True") | {"grid": "beta=1,2"}
+    for flag in CONTRACT:
+        value = values.get(flag, "17")
+        expected = {"True": True, "17": 17}.get(value, value)
+        for spelled in (flag, flag.replace("-", "_")):
+            for argv in ([f"--{spelled}", value], [f"--{spelled}={value}"]):
+                assert getattr(parse(Args, PRESETS, argv), flag.replace("-", "_")) == expected, argv
+    assert parse(Args, PRESETS, ["--quiet=False", "--resume", "False"]).quiet is False
+
+
+def test_hyperparameters_are_flat_flags() -> None:
+    args = parse(Args, PRESETS, ["--beta=0.5", "--actor_learning_rate", "1e-4", "--preset", "none"])
+    assert args.hp == args.hp._replace(beta=0.5, actor_learning_rate=1e-4)
+
+
+def test_defaults_of_the_contract() -> None:
+    args = parse(Args, PRESETS, [])
+    assert args.dataset == "offax/hopper/medium-expert-v0"
+    assert (args.track, args.resume, args.quiet, args.online_steps, args.grid) == (False, False, False, 0, "")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--no-such-flag", "1"],
+        ["--num-seeds", "three"],
+        ["--num-seeds", "1.5"],
+        ["--quiet"],
+        ["--quiet", "maybe"],
+        ["--beta", "large"],
+        ["--dataset"],
+        ["stray"],
+    ],
+)
+def test_bad_flags_are_one_line(argv: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(Args, PRESETS, argv)
+    message = str(caught.value)
+    assert "\n" not in message and argv[0].lstrip("-") in message
+
+
+def chosen(*argv: str) -> Args:
+    return parse(Args, PRESETS, list(argv))
+
+
+def test_presets_follow_the_names_and_flags_win() -> None:
+    assert chosen("--dataset", "offax/walker2d/medium-v0").normalize_returns is True
+    assert chosen("--dataset", "D4RL/antmaze/umaze-v1").reward_shift == -1
+    assert chosen("--dataset", "D4RL/antmaze/umaze-v1").hp.expectile == 0.9
+    assert chosen("--dataset", "D4RL/antmaze/umaze-v1", "--expectile", "0.8").hp.expectile == 0.8
+    assert chosen("--dataset", "D4RL/door/human-v2").dropout == 0.1
+    assert chosen("--dataset", "mine.npz", "--env", "Hopper-v5").normalize_returns is True
+    assert chosen("--dataset", "mine.npz", "--env", "Hopper-v5", "--preset", "none").normalize_returns is False
+    assert chosen("--dataset", "mine.npz").hp == Args().hp
+
+
+def test_the_preset_is_on_record() -> None:
+    assert chosen("--dataset", "offax/walker2d/medium-v0").preset == "locomotion"
+    assert chosen("--dataset", "mine.npz").preset == "none"
+    assert chosen("--dataset", "mine.npz", "--preset", "adroit").preset == "adroit"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "env", "expected"),
+    [
+        ("/data/Ant_maze_u-maze_noisy.hdf5", None, "antmaze"),
+        ("/home/anthony/x.npz", None, "none"),
+        ("/home/penny/ant/x.npz", None, "none"),
+        ("files/hopper_medium-v2.hdf5", None, "locomotion"),
+        ("mujoco/ant/medium-v0", None, "locomotion"),
+        ("x.npz", "AdroitHandPen-v1", "adroit"),
+        ("x.npz", "FrankaKitchen-v1", "kitchen"),
+        ("x.npz", "Pendulum-v1", "none"),
+        ("x.npz", "AntMaze_UMaze-v4", "antmaze"),
+        ("x.npz", "gymnasium.envs.mujoco:Hopper-v5", "locomotion"),
+        ("x.npz", "gymnasium_robotics:AdroitHandDoor-v1", "adroit"),
+        ("D4RL/kitchen/mixed-v2", "gymnasium_robotics:FrankaKitchen-v1", "kitchen"),
+    ],
+)
+def test_presets_match_whole_names(dataset: str, env: str | None, expected: str) -> None:
+    assert preset_name(dataset, env) == expected
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(UsageError, match="choose from auto, none"):
+        chosen("--preset", "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-seeds", "0"], "--num-seeds 0"),
+        (["--num-seeds", "-1"], "--num-seeds -1"),
+        (["--num-updates", "-5"], "--num-updates -5"),
+        (["--num-updates", "0"], "nothing to do"),
+        (["--online-steps", "-1"], "--online-steps -1"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--eval-every", "-1"], "--eval-every -1"),
+        (["--eval-episodes", "0"], "--eval-episodes 0"),
+        (["--final-eval-episodes", "0"], "--final-eval-episodes 0"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every -1"),
+        (["--max-episode-steps", "-1"], "--max-episode-steps -1"),
+        (["--num-critics", "0"], "--num-critics 0"),
+        (["--expectile", "1.5"], "--expectile 1.5: must be at most 1"),
+        (["--grid", "expectile=0.7,-0.1"], "--expectile -0.1: must be at least 0"),
+        (["--weight-clip", "0"], "--weight-clip 0.0: must be above 0"),
+        (["--actor-learning-rate", "-1e-3"], "--actor-learning-rate -0.001: must be at least 0"),
+        (["--hidden-dim", "0"], "--hidden-dim 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--seed", str(2**31 - 1), "--num-seeds", "2"], "--seed"),
+        (["--reward-scale", "nan"], "--reward-scale nan"),
+        (["--beta", "nan"], "--beta nan"),
+        (["--discount", "inf"], "--discount inf"),
+        (["--resume", "True"], "--run-dir"),
+        (["--shard", "0/2"], "--run-dir"),
+        (["--grid", "alpha=1,2"], "alpha"),
+        (["--grid", "hidden_dim=8,16"], "hidden_dim"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(flags: list[str], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        chosen(*flags).validate()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [0, 20241126, 2**31 - 1])
+def test_seeds_are_31_bits(seed: int) -> None:
+    chosen("--seed", str(seed)).validate()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("two\nlines"), 2, "error: two lines\n"),
+        (OSError(28, "No space left on device"), 2, "error: writing results: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "x.csv"), 2, "error: x.csv: Permission denied\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_statuses(error: BaseException, status: int, line: str, monkeypatch: Any, capsys: Any) -> None:
+    def main(_: Args) -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["iql.py"])
+    with pytest.raises(SystemExit) as caught:
+        cli.launch(main, Args, PRESETS)
+    assert (caught.value.code, capsys.readouterr().err) == (status, line)
+
+
+def test_what_no_user_can_mend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("a bug"), ConnectionResetError(104, "reset")):
+
+        def main(_: Args, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("sys.argv", ["iql.py"])
+        with pytest.raises(type(error)):
+            cli.launch(main, Args, PRESETS)
+
+
+def test_help_is_quick_and_documents_every_flag(spawn: Callable[..., subprocess.Popen]) -> None:
+    process = spawn(
+        ROOT / "algorithms" / "iql.py", "--help", env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    )
+    out, err = process.stdout.read(), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert (process.returncode, err) == (0, "")
+    assert usage.ru_utime + usage.ru_stime < 3.0  # the processor's time: the clock's depends on what else runs
+    entries = re.split(r"\n\s+(?=--\w|-h)", out)
+    documented = {}
+    for entry in entries[1:]:
+        text = re.sub(r"[\s│|]+", " ", entry)
+        match = re.match(r"(?:-h, )?--([\w-]+)(?: (?:\{[^}]*\}(?:\|\w+)?|[A-Z]\w*))? (.*)", text)
+        assert match, text
+        documented[match[1]] = re.sub(r"\(default.*", "", match[2])
+    flags = {field.name for field in Args.__dataclass_fields__.values()} - {"hp"} | set(Args().hp._fields)
+    for name in flags | {flag.replace("-", "_") for flag in CONTRACT}:
+        assert len(documented[name.replace("_", "-")]) > 8, name

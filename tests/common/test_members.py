@@ -1,0 +1,289 @@
+"""Populations: who the members are; that they depend neither on each other nor on how they are shared out."""
+
+import os
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import means
+
+from algorithms import iql
+from common import cli, members
+from common.cli import UsageError
+from common.replay import Replay, Transitions, empty_ring, insert
+
+NAMES = iql.Hyperparameters._fields
+
+
+# Members
+
+
+def test_grid_is_every_combination_the_last_name_fastest() -> None:
+    assert cli.parse_grid("", NAMES) == [{}]
+    assert cli.parse_grid("beta=1,3 actor-learning-rate=0.5,1e-3", NAMES) == [
+        {"beta": 1.0, "actor_learning_rate": 0.5},
+        {"beta": 1.0, "actor_learning_rate": 0.001},
+        {"beta": 3.0, "actor_learning_rate": 0.5},
+        {"beta": 3.0, "actor_learning_rate": 0.001},
+    ]
+
+
+def test_members_are_combinations_times_seeds() -> None:
+    six = members.make_members(iql.Args(grid="beta=1,2", seed=7, num_seeds=3))
+    assert (six.count, six.total, six.indices) == (6, 6, list(range(6)))
+    assert six.seeds.tolist() == [7, 8, 9, 7, 8, 9] and six.hp.beta.tolist() == [1, 1, 1, 2, 2, 2]
+    assert six.hp.expectile.tolist() == [np.float32(0.7)] * 6
+    assert six.swept == [{"beta": 1.0}] * 3 + [{"beta": 2.0}] * 3
+    assert six.label(4) == "member 4 (seed 8, beta=2)"
+
+
+def test_a_shard_is_every_nth_member() -> None:
+    args = iql.Args(grid="beta=1,2", seed=7, num_seeds=3, run_dir="x")
+    found = {}
+    for i in range(4):
+        part = members.make_members(args.replace(shard=f"{i}/4"))
+        assert part.total == 6
+        found |= {number: (int(part.seeds[j]), float(part.hp.beta[j])) for j, number in enumerate(part.indices)}
+    assert found == {0: (7, 1), 1: (8, 1), 2: (9, 1), 3: (7, 2), 4: (8, 2), 5: (9, 2)}
+    for shard in ("4/4", "1/7", "-1/2", "1", "a/b", "1/0"):
+        with pytest.raises(UsageError, match="--shard") as caught:
+            members.make_members(args.replace(shard=shard))
+        assert "\n" not in str(caught.value)
+
+
+def test_the_padding_repeats_the_last_member() -> None:
+    three = members.make_members(iql.Args(num_seeds=3))
+    assert three.mesh.size == 2 and three.seeds.tolist() == [0, 1, 2, 2]
+    whole = three.shard({"x": jnp.arange(3), "keys": jax.random.split(jax.random.key(0), 3)})
+    assert np.asarray(whole["x"]).tolist() == [0, 1, 2, 2] and whole["keys"].shape == (4,)
+    assert np.asarray(three.broadcast({"y": jnp.arange(2)})["y"]).tolist() == [[0, 1]] * 4
+    assert three.places.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "grid",
+    ["alpha=1", "beta=1,x", "beta=", "beta=1,,2", "beta", "beta=1 beta=2", "beta=1,2,1.0", "beta=nan", "beta=1,inf",
+     "beta=1, 2", "_fields=1"],
+)  # fmt: skip
+def test_bad_grids(grid: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse_grid(grid, NAMES)
+    assert "\n" not in str(caught.value) and "--grid" in str(caught.value)
+
+
+def test_members_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says how many would fit."""
+    nine = members.make_members(iql.Args(num_seeds=9))
+    init = partial(iql.init, args=iql.Args(hidden_dim=4096), obs_dim=11, action_dim=3)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 4 * 2**30 // 4096))
+    with pytest.raises(UsageError, match="9 members") as caught:
+        nine.start(init)
+    assert "\n" not in str(caught.value) and "about 1 " in str(caught.value)
+
+
+# repeat
+
+
+def counting_step(state: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """Integer state, so that sums are exact; `bad` is not finite at states 5 and 7, `worse` always."""
+    count, key = state
+    key, draw = jax.random.split(key)
+    metrics = {
+        "count": count.astype(jnp.float32),
+        "square": (count**2).astype(jnp.float32),
+        "noise": jax.random.normal(draw),
+        "bad": jnp.where((count == 5) | (count == 7), jnp.inf, 1.0),
+        "worse": jnp.float32(jnp.nan),
+    }
+    return (count + 1, key), metrics
+
+
+def test_repeat_is_a_python_loop() -> None:
+    state = (jnp.int32(3), jax.random.key(0))
+    final, metrics = jax.jit(partial(members.repeat, counting_step))(state, 8)
+    history = []
+    for _ in range(8):
+        state, one = counting_step(state)
+        history.append({name: float(value) for name, value in one.items()})
+    assert int(final[0]) == 11
+    np.testing.assert_array_equal(jax.random.key_data(final[1]), jax.random.key_data(state[1]))
+    assert float(means(metrics)["count"]) == 6.5  # mean of 3 ... 10
+    assert float(means(metrics)["square"]) == (9 + 16 + 25 + 36 + 49 + 64 + 81 + 100) / 8
+    assert float(means(metrics)["noise"]) == pytest.approx(np.mean([one["noise"] for one in history]), rel=1e-5)
+    first = {name: int(value) for name, value in metrics.first_nonfinite.items()}
+    assert first == {"count": -1, "square": -1, "noise": -1, "bad": 2, "worse": 0}
+
+
+def test_repeat_in_chunks_is_repeat_at_once() -> None:
+    run = jax.jit(partial(members.repeat, counting_step))
+    whole = run((jnp.int32(0), jax.random.key(1)), 9)
+    state, parts = (jnp.int32(0), jax.random.key(1)), []
+    for _ in range(9):
+        state, metrics = run(state, 1)
+        parts.append(jax.tree.map(lambda x: x[None], metrics))  # of a population of one
+    np.testing.assert_array_equal(jax.random.key_data(state[1]), jax.random.key_data(whole[0][1]))
+    joined = members.join(parts)
+    for name in ("count", "square", "noise"):
+        assert means(joined)[name][0] == pytest.approx(float(means(whole[1])[name]), abs=1e-6)
+    assert {name: int(value[0]) for name, value in joined.first_nonfinite.items()} == {
+        name: int(value) for name, value in whole[1].first_nonfinite.items()
+    }
+    assert {int(value[0]) for value in joined.counts.values()} == {9}
+
+
+def test_repeat_without_updates_changes_nothing() -> None:
+    state, metrics = jax.jit(partial(members.repeat, counting_step))((jnp.int32(4), jax.random.key(1)), 0)
+    assert int(state[0]) == 4 and {int(count) for count in metrics.counts.values()} == {0}
+    assert {int(first) for first in metrics.first_nonfinite.values()} == {-1}
+
+
+def test_metric_that_exists_at_some_updates_is_averaged_over_those() -> None:
+    def step(count: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        odd = count % 2 == 1
+        value = jnp.where(odd, count, jnp.nan).astype(jnp.float32)  # what is not there must not count
+        never = members.Sometimes(jnp.float32(jnp.inf), jnp.array(False))
+        broken = members.Sometimes(jnp.where(count == 3, jnp.inf, 1.0), odd)
+        return count + 1, {"odd": members.Sometimes(value, odd), "never": never, "broken": broken}
+
+    _, metrics = jax.jit(partial(members.repeat, step))(jnp.int32(0), 6)
+    assert float(means(metrics)["odd"]) == 3.0  # mean of 1, 3, 5
+    assert {name: int(count) for name, count in metrics.counts.items()} == {"odd": 3, "never": 0, "broken": 3}
+    assert np.isnan(float(means(metrics)["never"]))
+    assert {name: int(x) for name, x in metrics.first_nonfinite.items()} == {"odd": -1, "never": -1, "broken": 3}
+
+
+def test_join_finds_the_first_update_of_each_member() -> None:
+    def part(*first: int) -> members.Metrics:
+        return members.Metrics({"x": np.ones(2)}, {"x": np.ones(2, int)}, {"x": np.array(first)})
+
+    joined = members.join([part(-1, -1), part(0, -1), part(0, -1), part(-1, 0)])
+    assert joined.first_nonfinite["x"].tolist() == [1, 3]
+
+
+def test_a_state_is_kept_where_a_number_of_it_or_of_its_metrics_is_not_finite() -> None:
+    def metrics(first: int) -> members.Metrics:
+        return members.Metrics({"x": jnp.zeros(())}, {"x": jnp.ones((), int)}, {"x": jnp.int32(first)})
+
+    old, new = ({"w": jnp.full(2, x), "count": jnp.int32(x)} for x in (1.0, 2.0))
+    broken = new | {"w": jnp.array([2.0, jnp.nan])}
+    for state, first, fine in ((new, -1, True), (new, 3, False), (broken, -1, False)):
+        kept, finite = members.keep_finite(state, old, metrics(first))
+        assert bool(finite) == fine
+        jax.tree.map(np.testing.assert_array_equal, kept, new if fine else old)
+
+
+# Independence
+
+
+class Given(NamedTuple):
+    """A population's states and metrics after training, on the host."""
+
+    states: Any
+    metrics: Any
+
+    def __getitem__(self, i: int) -> Any:
+        return jax.tree.map(lambda x: x[i], (self.states, self.metrics))
+
+
+def batch_of_data() -> Transitions:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 4)).astype(np.float32)
+    flags = [(rng.random(64) < p).astype(np.float32) for p in (0.1, 0.1)]
+    actions, rewards = rng.uniform(-1, 1, (64, 2)).astype(np.float32), rng.normal(size=64).astype(np.float32)
+    return Transitions(x, actions, rewards, np.roll(x, -1, 0), *flags)
+
+
+ARGS = iql.Args(hidden_dim=8, batch_size=16, actor_decay_updates=0, dropout=0.1, grid="beta=3,0.5", num_seeds=2)
+
+
+def trained(args: iql.Args = ARGS, due: Any = 1, batched: bool = False, updates: int = 20) -> Given:
+    population = members.make_members(args)
+    train = population.map(partial(iql.train, args=ARGS), batched=batched)
+    state = population.start(partial(iql.init, args=ARGS, obs_dim=4, action_dim=2))
+    counts = np.int32(updates) * np.ones(len(population.seeds), np.int32) * np.int32(due)
+    data = Replay(population.replicate(batch_of_data()))
+    return Given(*members.to_host(train(state, population.hp, data, counts)))
+
+
+@pytest.fixture(scope="module")
+def four() -> Given:
+    return trained()
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    """Numpy leaves, of keys their data."""
+    flat = jax.tree.leaves(tree)
+    keys = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in flat]
+    return [np.asarray(jax.random.key_data(x) if key else x) for x, key in zip(flat, keys, strict=True)]
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def assert_close(one: Any, other: Any) -> None:
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_member_is_the_same_seed_and_hyperparameters_alone(four: Given) -> None:
+    """Not bit for bit: alone, a matrix product may be split over threads and so be summed in another order."""
+    hp = iql.Hyperparameters(beta=0.5)
+    state = iql.init(jax.random.key(1), hp, ARGS, 4, 2)
+    assert_close(four[3], jax.jit(partial(iql.train, args=ARGS))(state, hp, Replay(batch_of_data()), 20))
+    assert int(four.states.step[3]) == 20
+    first, second = leaves(four[0][0].actor), leaves(four[1][0].actor)
+    assert max(np.abs(a - b).max() for a, b in zip(first, second, strict=True)) > 0.01, "members differ"
+
+
+def test_what_else_is_in_the_population_does_not_matter(four: Given) -> None:
+    """Nor how the members are shared out over processes; nor that one breaks."""
+    others = trained(ARGS.replace(grid="beta=0.5 critic_learning_rate=1e30,3e-4"))
+    assert any(not np.isfinite(x).all() for x in leaves(others[0]) if x.dtype == np.float32)
+    assert_equal(others[2], four[2])
+    assert_equal(others[3], four[3])
+    part = trained(ARGS.replace(shard="1/4"))
+    assert_equal(part[0], four[1])
+
+
+def test_members_may_do_different_numbers_of_updates(four: Given) -> None:
+    result = trained(due=np.array([1, 0, 1, 1]))
+    for i in (0, 2, 3):
+        assert_equal(result[i], four[i])
+    assert int(result.states.step[1]) == 0
+
+
+def test_vmapped_members_as_on_a_gpu_are_those_that_take_turns(four: Given) -> None:
+    assert_close(trained(batched=True), four)
+
+
+def test_each_member_draws_from_its_own_ring() -> None:
+    """The rings of a device are not cut up; a member finds its own by its place."""
+    three = members.make_members(iql.Args(num_seeds=3))
+    ring = three.broadcast(empty_ring(4, 1, 1))
+    values = np.float32([[10], [20], [30], [30]])
+    row = Transitions(values[..., None], values[..., None], values, values[..., None], values * 0, values * 0)
+    ring = three.map(insert, batched=True)(ring, row)
+
+    def drawn(key: jax.Array, data: Replay) -> jax.Array:
+        return iql.replay.sample(key, data, 5).rewards
+
+    found = three.map(drawn)(three.keys(0), Replay(None, ring, three.places))
+    assert np.asarray(found).tolist() == [[10] * 5, [20] * 5, [30] * 5, [30] * 5]
+
+
+def test_keys_are_of_the_member_the_number_and_the_step() -> None:
+    three = members.make_members(iql.Args(num_seeds=3))
+    keys = [
+        three.keys(0),
+        three.keys(1),
+        *(members.evaluation_keys(three.seeds, *at) for at in ((0, 0), (0, 1), (1, 0))),
+    ]
+    data = np.concatenate([np.asarray(jax.random.key_data(key))[:3] for key in keys])
+    assert len(np.unique(data, axis=0)) == 15
+    again = members.evaluation_keys(three.seeds, 1, 0)
+    np.testing.assert_array_equal(jax.random.key_data(again)[:3], data[-3:])

@@ -1,0 +1,621 @@
+"""The run directory: files, columns, exit statuses, bad input, signals, resuming, two processes at once."""
+
+import errno
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import (
+    ROOT,
+    arrays_of,
+    assert_refused,
+    assert_same_arrays,
+    assert_same_tables,
+    done_in,
+    hopper_like,
+    rows_of,
+    signalled_after,
+)
+
+from algorithms.iql import Args
+from common import environments, members, report, runs
+from common.runs import Run
+
+IQL = ROOT / "algorithms" / "iql.py"
+EVALUATIONS = "phase,step,member,seed,return_mean,return_std,score_mean,score_std,episodes"
+HOPPER_LOW, HOPPER_HIGH = -20.272305, 3234.3  # D4RL's reference returns
+
+
+# A finished run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path, spawn: Callable[..., subprocess.Popen]) -> Path:
+    """Five members with evaluations and checkpoints along the way, in a process of its own."""
+    directory = tmp_path_factory.mktemp("finished") / "new" / "run"
+    flags = ["--dataset", tiny, "--env", "Hopper-v5", "--hidden-dim", 8, "--batch-size", 16, "--grid", "beta=1,2"]
+    flags += ["--num-seeds", 3, "--seed", 4, "--num-updates", 50, "--eval-every", 20, "--checkpoint-every", 30]
+    process = spawn(IQL, *flags, "--eval-episodes", 2, "--final-eval-episodes", 3, "--run-dir", directory)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, ""), err
+    assert str(directory) in out
+    return directory
+
+
+def test_files_of_a_run(finished: Path) -> None:
+    names = {"config.json", "metrics.csv", "evaluations.csv", "final.json", "returns.csv", "curves.png"}
+    assert {path.name for path in finished.iterdir()} - {".lock"} == {*names, "checkpoint"}
+    assert [path.name for path in (finished / "checkpoint").iterdir()] == ["state.npz"]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_a_row_for_each_chunk_and_member(finished: Path) -> None:
+    header = (finished / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert header[:3] == ["step", "member", "seed"] and len(header) > 3
+    rows = rows_of(finished / "metrics.csv")
+    found = [(int(row["step"]), int(row["member"]), int(row["seed"])) for row in rows]
+    assert found == [(step, i, 4 + i % 3) for step in (20, 30, 40, 50) for i in range(6)]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+
+
+def test_evaluations_are_at_their_steps(finished: Path) -> None:
+    assert (finished / "evaluations.csv").read_text().split("\n")[0] == EVALUATIONS
+    rows = rows_of(finished / "evaluations.csv")
+    found = [(row["phase"], int(row["step"]), int(row["member"]), int(row["seed"]), row["episodes"]) for row in rows]
+    steps = [(0, "2"), (20, "2"), (40, "2"), (50, "3")]
+    assert found == [("offline", step, i, 4 + i % 3, episodes) for step, episodes in steps for i in range(6)]
+    for row in rows:
+        score = 100 * (float(row["return_mean"]) - HOPPER_LOW) / (HOPPER_HIGH - HOPPER_LOW)
+        assert float(row["score_mean"]) == pytest.approx(score, rel=1e-5)
+        spread = 100 * float(row["return_std"]) / (HOPPER_HIGH - HOPPER_LOW)
+        assert float(row["score_std"]) == pytest.approx(spread, rel=1e-5)
+
+
+def test_config_tells_how_it_was_made(finished: Path, tiny: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["algorithm"] == "iql" and config["environment"] == "Hopper-v5" and config["transitions"] == 400
+    flags = config["flags"]
+    assert {*Args.__dataclass_fields__, *Args().hp._fields} - {"hp"} <= flags.keys()
+    assert (flags["dataset"], flags["num_updates"], flags["grid"]) == (str(tiny), 50, "beta=1,2")
+    members = config["members"]
+    assert [(m["member"], m["seed"]) for m in members] == [(i, 4 + i % 3) for i in range(6)]
+    assert [m["hyperparameters"]["beta"] for m in members] == [1, 1, 1, 2, 2, 2]
+    assert all(m["hyperparameters"].keys() == set(Args().hp._fields) for m in members)
+    assert [m["swept"] for m in members] == [{"beta": 1.0}] * 3 + [{"beta": 2.0}] * 3
+    for package in ("jax", "flax", "gymnasium", "mujoco"):
+        assert config["versions"][package] == importlib.metadata.version(package)
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (config["git_commit"] or "") == head.stdout.strip() or len(config["git_commit"]) == 40
+    assert config["device"]["platform"] == os.environ["JAX_PLATFORMS"]
+    returns = hopper_like()["rewards"].reshape(20, 20).sum(axis=1, dtype=float)  # the preset of locomotion
+    assert config["transform"]["reward_scale"] == pytest.approx(1000 / (returns.max() - returns.min()), rel=1e-5)
+
+
+def test_final_json_follows_from_its_members(finished: Path) -> None:
+    final = json.loads((finished / "final.json").read_text())
+    last = [row for row in rows_of(finished / "evaluations.csv") if row["step"] == "50"]
+    for member, row in zip(final["members"], last, strict=True):
+        for name in ("return_mean", "return_std", "score_mean", "score_std", "episodes"):
+            assert member[name] == pytest.approx(float(row[name]), rel=1e-5)
+        assert member["diverged"] is None
+    for what in ("score", "return"):
+        values = sorted(member[f"{what}_mean"] for member in final["members"])
+        aggregate = final["aggregate"][what]
+        assert aggregate["iqm"] == pytest.approx(sum(values[1:5]) / 4)  # a quarter of six, rounded down, is one
+        assert values[0] <= aggregate["ci_low"] <= aggregate["iqm"] <= aggregate["ci_high"] <= values[-1]
+        assert aggregate["count"] == 6
+        for i, combination in enumerate(final["combinations"]):
+            assert combination["swept"] == {"beta": i + 1.0}
+            three = [member[f"{what}_mean"] for member in final["members"][3 * i : 3 * i + 3]]
+            assert combination[what]["iqm"] == pytest.approx(sum(three) / 3)
+    assert len(final["combinations"]) == 2
+    episodes = rows_of(finished / "returns.csv")
+    assert [(row["member"], row["episode"]) for row in episodes] == [
+        (str(m), str(e)) for m in range(6) for e in range(3)
+    ]
+    for member in final["members"]:
+        own = [float(row["return"]) for row in episodes if row["member"] == str(member["member"])]
+        assert member["return_mean"] == pytest.approx(np.mean(own), rel=1e-5)
+    assert final["updates"] == 50 and final["online_steps"] == 0
+    assert final["wall_clock_seconds"] > 0 and final["updates_per_second"] > 0
+
+
+# Interruption and resuming
+
+LONG = ["--num-updates", "120", "--eval-every", "50", "--checkpoint-every", "20", "--num-seeds", "2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, small_run: list[str], spawn: Callable[..., subprocess.Popen]
+) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = spawn(IQL, *small_run, *LONG, "--run-dir", directory)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    return directory
+
+
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
+    tmp_path: Path, small_run: list[str], iql: Any, uninterrupted: Path
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # Python's own, but for a job in the background, which ignores it
+    run = tmp_path / "run"
+    with signalled_after(3, signal.SIGINT):
+        outcome = iql(*small_run, *LONG, "--run-dir", run)
+    assert outcome.status == 130
+    assert outcome.err.count("\n") == 1 and "--resume True" in outcome.err
+    assert done_in(run)["offline"] == 50, "between two regular checkpoints"
+    assert not (run / "final.json").exists()
+    outcome = iql(*small_run, *LONG, "--run-dir", run, "--resume", "True")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert_same_arrays(run, uninterrupted)
+    assert_same_tables(run, uninterrupted)
+    assert signal.getsignal(signal.SIGINT) is handler, "handlers are given back"
+
+
+def test_a_signal_in_an_evaluation_ends_it(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
+) -> None:
+    """In the last one too: without it the run is not finished."""
+    run, original, calls = tmp_path / "run", environments.Evaluator.run, []
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (2, 5):
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environments.Evaluator, "run", interrupted)
+        for done in (50, 120):
+            outcome = iql(*small_run, *LONG, "--run-dir", run, "--resume", "True")
+            assert (outcome.status, done_in(run)["offline"]) == (143, done)
+            assert not (run / "final.json").exists()
+    assert iql(*small_run, *LONG, "--run-dir", run, "--resume", "True").status == 0
+    assert_same_arrays(run, uninterrupted)
+    assert_same_tables(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_signal_from_outside_ends_the_process(
+    tmp_path: Path, small_run: list[str], spawn: Callable[..., subprocess.Popen]
+) -> None:
+    run = tmp_path / "run"
+    process = spawn(IQL, *small_run, "--num-updates", 10**8, "--eval-every", 0, "--run-dir", run)
+    until = time.monotonic() + 200
+    while not (run / "metrics.csv").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert err.count("\n") == 1 and "Traceback" not in err
+    done = done_in(run)["offline"]
+    assert done > 0 and done == int(rows_of(run / "metrics.csv")[-1]["step"])
+
+
+def test_where_chunks_end_does_not_matter(tmp_path: Path, small_run: list[str], iql: Any, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    others = ["--num-updates", "120", "--eval-every", "0", "--checkpoint-every", "7", "--num-seeds", "2"]
+    assert iql(*small_run, *others, "--run-dir", run).status == 0
+    assert_same_arrays(run, uninterrupted)
+    final = [json.loads((path / "final.json").read_text())["members"] for path in (run, uninterrupted)]
+    assert final[0] == final[1]
+    assert [row["step"] for row in rows_of(run / "evaluations.csv")] == ["120", "120"]
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    tmp_path: Path, small_run: list[str], iql: Any, uninterrupted: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    assert iql(*small_run, *LONG, "--run-dir", run, "--resume", "True").status == 0
+    assert_same_arrays(run, uninterrupted)
+    assert_same_tables(run, uninterrupted)
+
+
+def test_a_failing_evaluation_leaves_a_checkpoint_of_the_state(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
+) -> None:
+    """Of the step to be evaluated at, which is no multiple of --checkpoint-every; and rows of it are not doubled."""
+    run, original, calls = tmp_path / "run", environments.Evaluator.run, []
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the simulation is unstable")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(environments.Evaluator, "run", failing)
+    with pytest.raises(RuntimeError, match="unstable"):
+        iql(*small_run, *LONG, "--run-dir", run)
+    assert done_in(run)["offline"] == 50
+    assert iql(*small_run, *LONG, "--run-dir", run, "--resume", "True").status == 0
+    assert_same_arrays(run, uninterrupted)
+    assert_same_tables(run, uninterrupted)
+
+
+def test_what_died_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    short = [*small_run, "--num-updates", "10", "--eval-every", "0"]
+
+    def dies(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", dies)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            iql(*short, "--run-dir", run)
+    assert not (run / "checkpoint").exists()
+    assert_refused(iql(*short, "--run-dir", run), "--resume True")
+    assert iql(*short, "--run-dir", run, "--resume", "True").status == 0
+    assert iql(*short, "--run-dir", fresh).status == 0
+    assert_same_arrays(run, fresh)
+    assert_same_tables(run, fresh)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_share_a_directory(
+    tmp_path: Path, small_run: list[str], iql: Any, spawn: Callable[..., subprocess.Popen], resume: bool
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--num-updates", "10", "--eval-every", "0", "--run-dir", run, "--resume", str(resume)]
+    code = f"""
+import sys
+from algorithms.iql import Args
+from common.members import make_members
+from common.runs import Run
+args = Args(run_dir={str(run)!r}, resume={resume})
+run = Run("iql", args, make_members(args))
+print("held", flush=True)
+sys.stdin.read()
+"""
+    holder = spawn("-c", code, stdin=subprocess.PIPE)
+    assert holder.stdout.readline() == "held\n"
+    before = snapshot(run)
+    assert_refused(iql(*small_run, *flags), "another process", str(run))
+    assert snapshot(run) == before
+    holder.communicate("")
+    assert iql(*small_run, *flags).status == 0, "the other one has ended"
+
+
+def test_without_a_checkpoint_the_tables_start_anew(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    """What a run killed before its first checkpoint left behind may be of other seeds."""
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    short = [*small_run, "--num-updates", "10"]
+    assert iql(*short, "--seed", "7", "--run-dir", run).status == 0
+    shutil.rmtree(run / "checkpoint")
+    before = snapshot(run)
+    assert_refused(iql(*short, "--run-dir", run), "--resume True", str(run))
+    assert snapshot(run) == before, "results without a checkpoint are not overwritten unasked"
+    for directory in (run, fresh):
+        assert iql(*short, "--run-dir", directory, "--resume", "True").status == 0
+    assert_same_tables(run, fresh)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
+) -> None:
+    run, original, calls = tmp_path / "run", runs.save_tree, []
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save(*arguments: Any) -> None:
+        calls.append(1)
+        with monkeypatch.context() as third:
+            if len(calls) == 3:
+                third.setattr(os, "fsync", full)
+            original(*arguments)
+
+    monkeypatch.setattr(runs, "save_tree", save)
+    outcome = iql(*small_run, *LONG, "--run-dir", run)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1 and "No space left" in outcome.err
+    assert done_in(run)["offline"] == 40
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["state.npz"]
+    assert iql(*small_run, *LONG, "--run-dir", run, "--resume", "True").status == 0
+    assert_same_arrays(run, uninterrupted)
+    assert_same_tables(run, uninterrupted)
+
+
+# Divergence
+
+
+def test_divergence_is_remembered_after_a_resume(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    flags = [
+        *small_run,
+        "--grid",
+        "critic_learning_rate=3e-4,1e7",
+        "--actor-decay-updates",
+        "40",
+        "--run-dir",
+        tmp_path / "run",
+    ]
+    assert iql(*flags, "--num-updates", "20").status == 0
+    outcome = iql(*flags, "--num-updates", "40", "--resume", "True")
+    assert (outcome.status, outcome.err) == (0, "")
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    assert final["members"][1]["diverged"] == {"step": 2, "metric": "critic/loss"}
+    assert [row["member"] for row in rows_of(tmp_path / "run/metrics.csv")] == ["0", "1", "0"]
+
+
+# The online phase
+
+
+def test_online_after_offline(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    run = tmp_path / "run"
+    flags = [*small_run, "--num-updates", "20", "--online-steps", "30", "--num-seeds", "3", "--reward-shift", "-1"]
+    outcome = iql(*flags, "--eval-every", "10", "--checkpoint-every", "25", "--run-dir", run)
+    assert (outcome.status, outcome.err) == (0, "")
+    found = [(row["phase"], row["step"]) for row in rows_of(run / "evaluations.csv")][::3]
+    offline, online = [("offline", str(s)) for s in (0, 10)], [("online", str(s)) for s in (0, 10, 20, 30)]
+    assert found == offline + online
+    assert [row["step"] for row in rows_of(run / "metrics.csv")][::3] == ["10", "20", "30", "40", "45", "50"]
+    final = json.loads((run / "final.json").read_text())
+    assert (final["updates"], final["online_steps"]) == (20, 30)
+    arrays = arrays_of(run)
+    assert next(array for name, array in arrays.items() if name.endswith(".step")).tolist() == [50, 50, 50]
+    ring = {name.rpartition(".")[2]: array for name, array in arrays.items() if "'ring'" in name}
+    assert ring["written"].tolist() == [30, 30, 30]
+    # Rows follow each other but where an episode ended, and no two members share an environment.
+    for i in range(3):
+        ended = (ring["terminations"][i] + ring["truncations"][i]) > 0
+        follows = (ring["observations"][i, 1:] == ring["next_observations"][i, :-1]).all(axis=1)
+        assert (follows | ended[:-1]).all() and (~follows | ~ended[:-1]).all()
+        assert (np.abs(ring["actions"][i]) <= 1).all() and ring["actions"][i].std() > 0.05
+        assert (ring["rewards"][i] < 3).all(), "the shift: Hopper's reward is about 1 a step"
+    assert not np.array_equal(ring["observations"][0], ring["observations"][1])
+
+
+def test_a_signal_within_a_row_ends_it_early(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    """At a stretch of 100 updates, though a row is due after 1,000 only."""
+    flags = [*small_run, "--num-updates", "250", "--eval-every", "0", "--resume", "True"]
+    with signalled_after(1, signal.SIGINT):
+        assert iql(*flags, "--run-dir", tmp_path / "run").status == 130
+    assert done_in(tmp_path / "run")["offline"] == 100
+    assert iql(*flags, "--run-dir", tmp_path / "run").status == 0
+    assert [row["step"] for row in rows_of(tmp_path / "run/metrics.csv")] == ["100", "250"]
+    assert iql(*flags, "--run-dir", tmp_path / "whole").status == 0
+    assert_same_arrays(tmp_path / "whole", tmp_path / "run")
+
+
+def test_once_the_online_phase_has_begun_lengths_are_fixed(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    flags = [*small_run, "--num-updates", "10", "--eval-every", "0", "--run-dir", tmp_path / "run"]
+    assert iql(*flags, "--online-steps", "5").status == 0
+    assert_refused(iql(*flags, "--online-steps", "9", "--resume", "True"), "--online-steps", "5")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--nonsense", "1"], "--nonsense"),
+        (["--num-seeds", "0"], "--num-seeds 0"),
+        (["--grid", "alpha=1,2"], "alpha"),
+        (["--shard", "2/2", "--num-seeds", "2"], "--shard"),
+        (["--dataset", "no/such/file.npz"], "no/such/file.npz"),
+        (["--dataset", "offax/hopper/excellent-v0"], "offax/hopper/excellent-v0"),
+        (["--dataset", "offax/../x"], "offax/../x"),
+        (["--dataset", "what is this?"], "what is this?"),
+        (["--dataset", ""], "Minari id"),
+        (["--env", "Walker2d-v5"], "actions"),
+        (["--env", "CartPole-v1"], "Discrete"),
+        (["--env", "NoSuchThing-v3"], "NoSuchThing"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, tiny: Path, iql: Any, monkeypatch: pytest.MonkeyPatch, flags: list[str], word: str
+) -> None:
+    """But perhaps for an empty directory, in which the next try starts."""
+    monkeypatch.chdir(tmp_path)
+    given = {"--dataset": str(tiny), "--env": "Hopper-v5", "--num-updates": "10"}
+    given = [part for name, value in given.items() if name not in flags for part in (name, value)]
+    for _ in range(2):
+        assert_refused(iql(*given, *flags, "--run-dir", "run"), word)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_data_with_nan_says_where(tmp_path: Path, iql: Any, bad: float) -> None:
+    arrays = hopper_like()
+    arrays["rewards"][123] = bad
+    np.savez(tmp_path / "bad.npz", **arrays)
+    run = tmp_path / "run"
+    assert_refused(iql("--dataset", tmp_path / "bad.npz", "--env", "Hopper-v5", "--run-dir", run), "rewards", "123")
+    assert not (run / "config.json").exists()
+
+
+def test_data_without_an_environment(tmp_path: Path, tiny: Path, iql: Any) -> None:
+    assert_refused(iql("--dataset", tiny, "--run-dir", tmp_path / "run"), "--env")
+
+
+def test_stderr_has_that_line_alone(tmp_path: Path, spawn: Callable[..., subprocess.Popen]) -> None:
+    """In a process of its own, where first imports may speak too."""
+    arrays = hopper_like()
+    arrays["observations"][5, 2] = np.nan
+    np.savez(tmp_path / "bad.npz", **arrays)
+    process = spawn(IQL, "--dataset", "bad.npz", "--env", "Hopper-v5", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_unwritable_run_directory(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    (tmp_path / "file").write_text("a file")
+    for run in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "file" / "further" / "below"):
+        assert_refused(iql(*small_run, "--num-updates", "10", "--run-dir", run), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "a file"
+    if os.geteuid() != 0:  # to root everything is writable
+        (tmp_path / "locked").mkdir(mode=0o500)
+        run = tmp_path / "locked" / "run"
+        assert_refused(iql(*small_run, "--num-updates", "10", "--run-dir", run), "locked")
+
+
+@pytest.fixture
+def taken(tmp_path: Path, uninterrupted: Path) -> Path:
+    """A run directory with a finished run in it."""
+    shutil.copytree(uninterrupted, tmp_path / "taken")
+    return tmp_path / "taken"
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_run_directory_is_not_overwritten(small_run: list[str], iql: Any, taken: Path) -> None:
+    before = snapshot(taken)
+    assert_refused(iql(*small_run, *LONG, "--run-dir", taken), "--resume True", str(taken))
+    assert snapshot(taken) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--seed", "3"], "--seed"),
+        (["--beta", "5"], "--beta"),
+        (["--hidden-dim", "16"], "--hidden-dim"),
+        (["--grid", "beta=1,2"], "--grid"),
+        (["--normalize-observations", "True"], "--normalize-observations"),
+    ],
+)
+def test_another_configurations_checkpoint(
+    small_run: list[str], iql: Any, taken: Path, flags: list[str], word: str
+) -> None:
+    before = snapshot(taken)
+    given = [part for i, part in enumerate(small_run) if small_run[i - i % 2] not in flags]
+    assert_refused(iql(*given, *LONG, *flags, "--run-dir", taken, "--resume", "True"), word, str(taken))
+    assert snapshot(taken) == before
+
+
+def test_two_runs_of_one_second_get_two_directories(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    for _ in range(2):
+        assert iql(*small_run, "--num-updates", "5", "--eval-every", "0").status == 0
+    assert [path.parent.name for path in sorted(Path("runs").rglob("final.json"))] == ["now", "now-1"]
+
+
+def test_a_parameter_that_breaks_in_the_last_update_counts_as_divergence(
+    tmp_path: Path, small_run: list[str], iql: Any
+) -> None:
+    """Losses are those before the update: an infinite step of the critic, which moves last, shows in no metric."""
+    outcome = iql(*small_run, "--num-updates", "1", "--critic-learning-rate", "1e39", "--run-dir", tmp_path / "run")
+    assert outcome.status == 3 and "diverged" in outcome.err
+
+
+def test_another_dataset_of_the_same_name(tmp_path: Path, tiny: Path, small_run: list[str], iql: Any) -> None:
+    data, run = tmp_path / "data.npz", tmp_path / "run"
+    shutil.copy(tiny, data)
+    flags = ["--num-updates", "10", "--dataset", data, "--run-dir", run, "--resume", "True"]
+    assert iql(*small_run, *flags).status == 0
+    with np.load(tiny) as file:
+        np.savez(data, **dict(file) | {"rewards": file["rewards"] + np.float32(1)})
+    assert_refused(iql(*small_run, *flags), "--dataset", "sha256")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other shapes", "other names", "no steps"])
+def test_a_damaged_checkpoint(small_run: list[str], iql: Any, taken: Path, damage: str) -> None:
+    path = taken / "checkpoint" / "state.npz"
+    content = path.read_bytes()
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    largest = max((name for name in arrays if "'state'" in name), key=lambda name: arrays[name].size)
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        middle = content.index(arrays[largest].tobytes()) + arrays[largest].nbytes // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "no steps":
+        metadata = json.loads(arrays["metadata"].tobytes())
+        del metadata["done"]
+        np.savez(path, **arrays | {"metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)})
+    else:
+        changed = {largest: arrays[largest][..., :1]} if damage == "other shapes" else {"odd": arrays[largest]}
+        np.savez(path, **arrays | changed)
+    before = snapshot(taken)
+    assert_refused(iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True"), "checkpoint", str(path))
+    assert snapshot(taken) == before
+
+
+# Surroundings
+
+
+def test_a_run_directory_in_the_users_home(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert iql(*small_run, "--num-updates", "5", "--eval-every", "0", "--run-dir=~/x").status == 0
+    assert (tmp_path / "x" / "final.json").exists() and not (tmp_path / "~").exists()
+
+
+def test_without_a_home_directory_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither HOME nor an entry in the system's list of users, as in some containers: `~` stays as it is."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    args = Args(run_dir="run")
+    Run("iql", args, members.make_members(args)).lock.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "closed"])
+def test_a_terminal_that_cannot_show_what_is_printed(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Letters that it does not have; nobody who reads."""
+
+    class Closed(io.TextIOWrapper):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    kind = Closed if encoding == "closed" else io.TextIOWrapper
+    run = tmp_path / "gelände"
+    flags = [*small_run, "--num-updates", "5", "--eval-every", "0", "--run-dir", run]
+    if encoding == "closed":  # from the report on
+        original = report.table
+        monkeypatch.setattr(
+            report, "table", lambda *a: monkeypatch.setattr(sys, "stdout", kind(io.BytesIO())) or original(*a)
+        )
+    else:
+        monkeypatch.setattr(sys, "stdout", kind(io.BytesIO(), encoding="ascii"))
+    assert iql(*flags).status == 0
+    assert (run / "final.json").exists() and (run / "curves.png").exists()
+
+
+def test_a_copied_file_runs_beside_common(
+    tmp_path: Path, small_run: list[str], spawn: Callable[..., subprocess.Popen]
+) -> None:
+    shutil.copy(IQL, tmp_path / "iql.py")
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import sys; sys.modules.update(algorithms=None, benchmarks=None); import runpy; sys.argv = sys.argv[1:];"
+    code += "sys.path[0] = ''; runpy.run_path('iql.py', run_name='__main__'); import common; print(common.__path__)"
+    process = spawn("-c", code, "iql.py", *small_run, "--num-updates", "10", cwd=tmp_path, env=env)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert str(tmp_path) in out.splitlines()[-1], "its own common, whatever is installed"
+    (config,) = tmp_path.glob("runs/iql/**/config.json")
+    assert json.loads(config.read_text())["algorithm"] == "iql"
+    assert {path.name for path in tmp_path.iterdir()} >= {"iql.py", "common", "runs"}
