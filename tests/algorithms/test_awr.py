@@ -621,7 +621,7 @@ ITERATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", ITERATIONS)
+@pytest.mark.parametrize("case", ["offline", pytest.param("adam", marks=pytest.mark.slow), "both", "online"])
 def test_an_iteration_equals_an_independent_numpy_version(case: str) -> None:
     changes, offline, online, num_updates = ITERATIONS[case]
     args = ARGS.replace(**changes)
@@ -1070,19 +1070,20 @@ def test_there_is_an_episode_before_the_first_update(
     """However short the iterations; and each has its row, wherever it ends. No dataset is needed."""
     run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--samples-per-iteration", "3", "--num-environments", "1", "--num-seeds", "2"]
-    arguments += ["--dataset", tmp_path / "none.npz", "--online-steps", "100"]
+    arguments += ["--dataset", tmp_path / "none.npz", "--online-steps", "50"]
     outcome = script("awr", *arguments, "--run-dir", run)
     assert (outcome.status, outcome.err) == (0, "")
     steps = [int(row["step"]) for row in rows_of(run / "metrics.csv") if row["member"] == "0"]
-    assert steps[0] > 3 and set(np.diff(steps[:-1])) == {3} and steps[-1] == 100
+    assert steps[0] > 3 and set(np.diff(steps[:-1])) == {3} and steps[-1] == 50
     for written, rows in rings_of(run):
         assert written > 4
         assert_whole_episodes(rows)
     assert all(np.isfinite(float(value)) for row in rows_of(run / "metrics.csv") for value in row.values())
-    last = -(-4 * (100 - steps[-2]) // 3)
+    last = -(-4 * (50 - steps[-2]) // 3)
     assert column_of(run, ".step") == 2 * [4 * len(steps) - 4 + last], "never more than an iteration has"
 
 
+@pytest.mark.slow
 def test_both_phases_resumed_equal_training_through(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], interrupted: Callable[..., Any]
 ) -> None:
@@ -1104,6 +1105,7 @@ def test_both_phases_resumed_equal_training_through(
     assert column_of(through, "normalizer", ".count") == [400 + written for written, _ in rings_of(through)]
 
 
+@pytest.mark.slow
 def test_evaluations_and_checkpoints_do_not_cut_iterations(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:
