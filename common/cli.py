@@ -133,10 +133,11 @@ class RunArgs:
                     continue
                 ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
                 low, high, above = (ranges or [Range(0 if isinstance(value, int) else -np.inf)])[0]
-                if not (np.isfinite(value) and low <= value <= high and not (above and value == low)):
+                finite = value - value == 0  # also for whole numbers beyond any float
+                if not (finite and low <= value <= high and not (above and value == low)):
                     limit = f"at most {high:g}" if value > high else f"{'above' if above else 'at least'} {low:g}"
                     flag = name.replace("_", "-")
-                    raise UsageError(f"--{flag} {value}: must be {limit if np.isfinite(value) else 'finite'}")
+                    raise UsageError(f"--{flag} {value}: must be {limit if finite else 'finite'}")
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:

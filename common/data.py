@@ -221,7 +221,7 @@ def ensure(dataset_id: str) -> Path:
         parse_dataset_id(dataset_id)
         if ours:  # the builder is no part of what a copied algorithm needs
             return importlib.import_module("benchmarks.offax_sets").ensure(dataset_id)
-    except ValueError:
+    except (ValueError, TypeError):  # the latter for an id without a version
         raise UsageError(f"{dataset_id!r} is neither a Minari id like offax/hopper/medium-v0, .npz nor .hdf5") from None
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("benchmarks"):

@@ -78,7 +78,9 @@ def action_bounds(name: str, observations: gym.Space, actions: gym.Space) -> tup
         raise UsageError(f"{name} has actions in {actions}; Offax handles vectors of floats only")
     low, high = actions.low.astype(np.float64), actions.high.astype(np.float64)
     if len(
-        bad := np.flatnonzero((low < -LARGEST_BOUND) | (low >= high) | (high > LARGEST_BOUND) | np.isnan(low + high))
+        bad := np.flatnonzero(
+            (low < -LARGEST_BOUND) | (low >= high) | (high > LARGEST_BOUND) | np.isnan(low) | np.isnan(high)
+        )
     ):
         found = f"dimension {bad[0]} of the actions is bounded by {low[bad[0]]:g} and {high[bad[0]]:g}"
         raise UsageError(f"{name}: {found}, no range to scale by; give the action space the range that actions have")
@@ -115,7 +117,7 @@ def make_raw(spec: Any, **options: Any) -> gym.Env:
                     gym.register_envs(importlib.import_module("gymnasium_robotics"))
                 return gym.make(spec, disable_env_checker=True, **options)
     except ModuleNotFoundError as error:
-        reason = f"there is no module {error.name}; install it, or put its folder on PYTHONPATH"
+        reason = f"{one_line(error)}; install what is missing, or put its folder on PYTHONPATH"
     except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
         reason = (
             f'{one_line(error)} Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
@@ -137,6 +139,7 @@ def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> g
         env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
     if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.TransformReward(env, scalar)  # some give arrays of one number
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
@@ -196,7 +199,7 @@ class Evaluator:
                 for m, j in running:
                     env = self.environments[m * width + j]
                     observations[m, j], reward, terminated, truncated, info = env.step(actions[m, j])
-                    returns[m, columns[j]] += scalar(reward)
+                    returns[m, columns[j]] += reward
                     success = scalar(info.get("success"))
                     successes[m, columns[j]] = np.fmax(successes[m, columns[j]], success)
                     if not (terminated or truncated):

@@ -175,7 +175,8 @@ def make_members(args: RunArgs) -> Members:
         jax.config.update("jax_num_cpu_devices", max(1, min(len(indices), usable_cores())))
     devices = jax.local_devices()[: len(indices)]
     padded = indices + indices[-1:] * (-len(indices) % len(devices))
-    hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**everyone[i][0]) for i in padded))
+    with np.errstate(over="ignore"):  # infinity: that member diverges, and is named
+        hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**everyone[i][0]) for i in padded))
     seeds = np.array([everyone[i][1] for i in padded])
     swept = [everyone[i][0] for i in indices]
     return Members(indices, len(everyone), seeds, hp, swept, Mesh(np.array(devices), ("members",)))

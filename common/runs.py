@@ -57,7 +57,7 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
         self.timing: dict[str, list[tuple[int, int, float]]] = {}
-        self.phase, self.signal, self.row, self.note, self.shown = "offline", 0, None, "", 0.0
+        self.phase, self.signal, self.row, self.note, self.shown = "offline", 0, None, "", time.time()
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != "hp"}
         self.flags |= dict(args.hp._asdict())
         self.tracker = report.Tracker(args, self.label)
