@@ -111,6 +111,7 @@ def two_modes(key: jax.Array, count: int) -> jax.Array:
     return 0.5 * signs + 0.05 * jax.random.normal(noise_key, (count, 2))
 
 
+@pytest.mark.slow
 def test_autoregressive_model_keeps_two_correlated_modes_and_the_vae_does_not() -> None:
     """The paper's case for the autoregressive model: share of the samples within 3 standard deviations of a mode in
     both dimensions, at least 0.95 against less than 0.5 with the VAE, whose latents are clipped as published."""

@@ -125,7 +125,7 @@ def test_command_measures_each_member(run: Path, command: Callable[..., Outcome]
     content = json.loads((run / "complexity.json").read_text())
     assert (run / "complexity.png").read_bytes().startswith(b"\x89PNG")
     assert content["pool"] == 5 and content["states"] == 7 and content["num_proposals_of_run"] == 4
-    assert [member["discount"] for member in content["members"]] == [0.9, 0.95]
+    assert [member["discount"] for member in content["members"]] == pytest.approx([0.9, 0.95])
     assert outcome.out.count("D(s, N) on") == 2 and "discount=0.95" in outcome.out
 
     with np.load(run.parent / "data.npz") as file:
