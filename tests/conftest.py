@@ -162,14 +162,14 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 @contextmanager
 def signalled_after(stretch: int, number: int = signal.SIGTERM) -> Iterator[None]:
-    """Runs in this context are signalled after their n-th stretch of training."""
+    """Runs in this context are signalled after the updates of their n-th stretch, before it is recorded."""
     original, calls = Run.record, []
 
     def interrupted(self: Run, *arguments: Any) -> None:
-        original(self, *arguments)
         calls.append(self)
         if len(calls) == stretch:
             signal.raise_signal(number)
+        original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "record", interrupted)

@@ -25,7 +25,7 @@ from conftest import (
     done_in,
     hopper_like,
     rows_of,
-    signalled_in,
+    signalled_after,
 )
 
 from algorithms.iql import Args
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path, spawn: Callab
     process = spawn(IQL, *flags, "--eval-episodes", 2, "--final-eval-episodes", 3, "--run-dir", directory)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert all(line.startswith(("iql offline 50/50", "--normalize-returns")) for line in err.splitlines()), err
+    assert all(line.startswith(("iql offline ", "--normalize-returns")) for line in err.splitlines()), err
     assert str(directory) in out
     return directory
 
@@ -153,7 +153,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
 ) -> None:
     handler = signal.getsignal(signal.SIGINT)  # Python's own, but for a job in the background, which ignores it
     run = tmp_path / "run"
-    with signalled_in(3, signal.SIGINT):
+    with signalled_after(3, signal.SIGINT):
         outcome = iql(*small_run, *LONG, "--run-dir", run)
     assert outcome.status == 130
     assert outcome.err.count("\n") == 1 and "--resume True" in outcome.err
@@ -317,16 +317,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
     def save(*arguments: Any) -> None:
         calls.append(1)
-        with monkeypatch.context() as third:
-            if len(calls) == 3:
-                third.setattr(os, "fsync", full)
+        with monkeypatch.context() as this:
+            if len(calls) == 4:  # after those of steps 0, 20 and 40
+                this.setattr(os, "fsync", full)
             original(*arguments)
 
     monkeypatch.setattr(runs, "save_tree", save)
     outcome = iql(*small_run, *LONG, "--run-dir", run)
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1 and "No space left" in outcome.err
-    assert done_in(run)["offline"] == 20  # saved before the evaluation at 0 and at 20; at 40 the disk was full
+    assert done_in(run)["offline"] == 40
     assert [path.name for path in (run / "checkpoint").iterdir()] == ["state.npz"]
     assert iql(*small_run, *LONG, "--run-dir", run, "--resume", "True").status == 0
     assert_same_arrays(run, uninterrupted)
@@ -386,7 +386,7 @@ def test_online_after_offline(tmp_path: Path, small_run: list[str], iql: Any) ->
 def test_a_signal_within_a_row_ends_it_early(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     """At a stretch of 100 updates, though a row is due after 1,000 only."""
     flags = [*small_run, "--num-updates", "250", "--eval-every", "0", "--resume", "True"]
-    with signalled_in(1, signal.SIGINT):
+    with signalled_after(1, signal.SIGINT):
         assert iql(*flags, "--run-dir", tmp_path / "run").status == 130
     assert done_in(tmp_path / "run")["offline"] == 100
     assert iql(*flags, "--run-dir", tmp_path / "run").status == 0
