@@ -169,6 +169,7 @@ class Run:
         about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
         about |= {"tables": {file.name: file.stat().st_size for file in self.path.glob("*.csv")}}
         about |= {"seconds": time.time() - self.started}
+        trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}  # as in `restore`
         save_tree(self.checkpoint, jax.tree.map(lambda x: x[: self.members.count], trees), about)
         self.saved = dict(self.done)
 
@@ -178,20 +179,19 @@ class Run:
         A stretch ends after STRETCH steps, and where a row, an evaluation, a checkpoint or a multiple of `every` is
         due; with `whole` it is `every` steps. After a signal the process ends here, where the state was saved.
         """
-        dues = [LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
-        self.phase, self.total, self.dues = phase, total, [n for n in (every, *([] if whole else dues)) if n]
+        dues = [every, LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
+        # A whole stretch has its row wherever it ends.
+        self.phase, self.total, self.dues = phase, total, [1] if whole else [n for n in dues if n]
         while True:
             if self.signal:
-                print(f"stopped; go on with the same flags, --run-dir {self.path} --resume True", file=sys.stderr)
+                again = f"--run-dir {self.args.run_dir or self.path} --resume True"
+                print(f"stopped; go on with the same flags, {again}", file=sys.stderr)
                 sys.exit(128 + self.signal)
             self.start, began = self.done[phase], time.time()
             if self.start >= total:
                 break
-            ends = [
-                self.start + n - (0 if whole else self.start % n)
-                for n in (self.dues if whole else (STRETCH, *self.dues))
-            ]
-            yield self.start, min(total, *ends)
+            lengths = [every] if whole else [n - self.start % n for n in (STRETCH, *self.dues)]
+            yield self.start, min(total, self.start + min(lengths))
             steps, timed = self.done[phase] - self.start, self.timing.setdefault(phase, [])
             timed.append((steps, steps * int(self.alive.sum()), time.time() - began))
             del timed[1 : len(timed) - 1000]  # the first one, which compiles, does not count
