@@ -29,6 +29,7 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
+from algorithms.cql import GaussianHead, squashed_sample
 from benchmarks.tables import Table
 from common import networks, replay
 from common.cli import NonNegative, Share, exit_status
@@ -106,9 +107,9 @@ class State(NamedTuple):
 ADAM = optax.scale_by_adam()
 
 
-def modules(args: Args, action_dim: int) -> tuple[networks.GaussianHead, networks.QEnsemble]:
+def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
     """Actor (state-dependent log std in [-5, 2], CleanRL's range) and critics."""
-    actor = networks.GaussianHead(action_dim, args.hidden_dim, args.num_layers, -5.0, 2.0, networks.uniform_fan_in)
+    actor = GaussianHead(action_dim, args.hidden_dim, args.num_layers, log_std_min=-5.0, log_std_max=2.0)
     critic = networks.QEnsemble(
         args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.critic_layer_norm
     )
@@ -163,7 +164,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     alpha = jnp.exp(state.log_alpha)
     next_key, actor_key, key = jax.random.split(state.key, 3)
 
-    next_actions, next_log_prob = networks.squashed_sample(next_key, *actor.apply(state.actor, batch.next_observations))
+    next_actions, next_log_prob = squashed_sample(next_key, *actor.apply(state.actor, batch.next_observations))
     next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * (next_q - alpha * next_log_prob)
 
@@ -174,7 +175,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        actions, log_prob = networks.squashed_sample(actor_key, *actor.apply(params, batch.observations))
+        actions, log_prob = squashed_sample(actor_key, *actor.apply(params, batch.observations))
         q = critic.apply(critic_params, batch.observations, actions).min(axis=0)
         return actor_loss(log_prob, q, alpha)
 
@@ -201,7 +202,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
 def act(state: State, observations: jax.Array, key: jax.Array, args: Args, action_dim: int) -> jax.Array:
     """Sampled actions `[batch, action_dim]` in [-1, 1]."""
     mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
-    return networks.squashed_sample(key, mean, log_std)[0]
+    return squashed_sample(key, mean, log_std)[0]
 
 
 def train(

@@ -1,4 +1,4 @@
-"""The figure of a run's sweep, `grid.png`."""
+"""What a sweep found: the ranking of its settings, and the figure `grid.png`."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from common import reporting
-from common.reporting import Sweep
+from benchmarks import grid, intervals, report
+from benchmarks.grid import Sweep
+from common.report import summarise
 
 
 def entry(swept: dict[str, float], seed: int, score: float | None, diverged: bool = False) -> dict[str, Any]:
@@ -32,7 +33,7 @@ MEMBERS = [
 
 
 def test_members_are_grouped_by_each_swept_value() -> None:
-    panels = reporting.sweeps_of(MEMBERS, "score_mean")
+    panels = grid.sweeps_of(MEMBERS, "score_mean")
     assert list(panels) == ["beta", "rate"]
     assert panels["beta"] == Sweep(
         points={
@@ -45,7 +46,7 @@ def test_members_are_grouped_by_each_swept_value() -> None:
     )
     assert panels["rate"].line == [(1e-4, 6.0), (1e-2, pytest.approx(133 / 3))]
     assert panels["rate"].diverged == [1e-2] and panels["rate"].log_scale
-    returns = reporting.sweeps_of(MEMBERS, "return_mean")["beta"]
+    returns = grid.sweeps_of(MEMBERS, "return_mean")["beta"]
     assert returns.line == [(0.5, 75.0), (1.0, 600.0)]
 
 
@@ -54,11 +55,11 @@ def test_members_are_grouped_by_each_swept_value() -> None:
 )
 def test_the_scale_follows_the_values(values: tuple[float, ...], log_scale: bool) -> None:
     members = [entry({"beta": value}, 0, 1.0) for value in values]
-    assert reporting.sweeps_of(members, "score_mean")["beta"].log_scale is log_scale
+    assert grid.sweeps_of(members, "score_mean")["beta"].log_scale is log_scale
 
 
 def test_a_value_at_which_all_diverged_has_no_mean() -> None:
-    panel = reporting.sweeps_of([MEMBERS[0], MEMBERS[3]], "score_mean")["rate"]
+    panel = grid.sweeps_of([MEMBERS[0], MEMBERS[3]], "score_mean")["rate"]
     assert (panel.line, panel.diverged, panel.points) == ([(1e-4, 10.0)], [1e-2], {0: [(1e-4, 10.0)]})
 
 
@@ -69,7 +70,7 @@ def drawn(members: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **options: (figures.append(self), save(self, *args, **options))
     )
-    reporting.plot_grid(path, members, "iql")
+    grid.plot(path, members, "iql")
     assert path.read_bytes().startswith(b"\x89PNG")
     return figures[0]
 
@@ -96,15 +97,38 @@ def test_returns_are_drawn_where_there_is_no_score(tmp_path: Path, monkeypatch: 
     assert line.get_xydata().tolist() == [[0.5, 75.0], [1.0, 600.0]]
 
 
-def test_a_run_whose_members_all_diverged_has_its_figure(tmp_path: Path, small_run: list[str], iql: Any) -> None:
-    run = tmp_path / "run"
-    grid = ["--grid", "critic_learning_rate=1e7,1e6", "--eval-every", "0"]
-    outcome = iql(*small_run, "--num-updates", "20", *grid, "--run-dir", run)
-    assert outcome.status == 3 and outcome.err.count("\n") == 3, outcome.err
-    assert (run / "grid.png").exists() and (run / "final.json").exists()
+def test_settings_are_ranked_by_the_seeds_that_are_left() -> None:
+    header, *rows = [line.split() for line in grid.ranking(MEMBERS).splitlines()]
+    assert header == ["setting", "score", "from", "to", "seeds", "diverged"]
+    assert [row[:3] for row in rows] == [
+        ["beta=0.5", "rate=0.01", "51.5"],
+        ["beta=1", "rate=0.01", "30.0"],
+        ["beta=1", "rate=0.0001", "15.0"],
+        ["beta=0.5", "rate=0.0001", "1.5"],
+    ]
+    assert rows[0][3:] == ["3.0", "100.0", "2", "0"] and rows[1][3:] == ["1", "1"]
+    lost = grid.ranking([MEMBERS[1], MEMBERS[3]]).splitlines()[-1].split()
+    assert lost == ["beta=1", "rate=0.01", "0", "1"], "where all diverged comes last"
 
 
-def test_a_run_without_a_sweep_has_no_figure(tmp_path: Path, small_run: list[str], iql: Any) -> None:
-    assert iql(*small_run, "--num-updates", "20", "--num-seeds", "2", "--run-dir", tmp_path / "run").status == 0
-    assert not (tmp_path / "run" / "grid.png").exists()
-    assert json.loads((tmp_path / "run" / "final.json").read_text())["members"][0]["swept"] == {}
+def test_the_report_of_a_run_with_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of members that all diverged, too; a run without a grid has no such figure."""
+    config = {"algorithm": "iql", "flags": {"dataset": "easy"}, "dataset_returns": {"score_mean": 55.5, "mean": 1.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain = [member | {"swept": {}} for member in MEMBERS]
+    for members, first in ((MEMBERS, "beta=0.5"), (MEMBERS[3:4], "beta=1"), (plain, "seed")):
+        (tmp_path / "final.json").write_text(json.dumps({"members": members} | summarise(members)))
+        report.main([str(tmp_path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("iql, easy: ") and lines[-1] == f"results in {tmp_path}"
+        assert any(line.split()[0] == first for line in lines)
+        assert (tmp_path / "grid.png").exists() == (members is not plain)
+        (tmp_path / "grid.png").unlink(missing_ok=True)
+    assert any(line.split() == ["dataset", "55.5"] for line in lines)
+
+
+def test_the_interval_is_over_seeds_within_each_task() -> None:
+    assert intervals.interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
+    assert intervals.bootstrap_interval([[1.0], [5.0]]) == (3.0, 3.0), "a stratum of one seed has no spread"
+    low, high = intervals.bootstrap_interval([[0.0, 10.0]])
+    assert (low, high) == (0.0, 10.0) == intervals.bootstrap_interval([[10.0, 0.0]])

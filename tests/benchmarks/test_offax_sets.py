@@ -15,10 +15,13 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+from conftest import ROOT, hopper_like
 
-from benchmarks import behavior_policies
-from common import datasets, offax_sets
-from common.errors import UsageError
+from benchmarks import behavior_policies, datasets, offax_sets
+from common.cli import UsageError
+from common.data import load
+from common.environments import quiet_mujoco
+from common.replay import episode_returns
 
 TRANSITIONS = 2000
 RANDOM = "offax/hopper/random-v0"
@@ -70,8 +73,8 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 def child(code: str, **env: str) -> subprocess.Popen:
     """Another process that has the small size."""
-    text = f"from common import offax_sets\noffax_sets.TRANSITIONS = {TRANSITIONS}\n{code}"
-    path = os.pathsep.join([str(Path(offax_sets.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    text = f"from benchmarks import offax_sets\noffax_sets.TRANSITIONS = {TRANSITIONS}\n{code}"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", text],
         stdout=subprocess.PIPE,
@@ -127,24 +130,23 @@ def test_replaying_the_actions_gives_the_recorded_observations_rewards_and_endin
 
 
 def test_time_limit_is_a_truncation() -> None:
-    with offax_sets.without_deprecations():
+    with quiet_mujoco():
         episodes = offax_sets.collect("HalfCheetah-v5", None, 1500, [1])
     assert [(len(e.rewards), e.terminated, e.truncated) for e in episodes] == [(1000, False, True), (500, False, True)]
 
 
 def test_set_has_every_row_and_is_the_same_when_made_again(root: Path, tmp_path: Path, monkeypatch) -> None:
-    first = datasets.load(RANDOM)
-    assert first.env_id == "Hopper-v5" and first.domain == "hopper"
+    first = load(RANDOM)
+    assert first.env_spec.id == "Hopper-v5" and first.domain == "hopper"
     assert all(len(array) == TRANSITIONS and array.dtype == np.float32 for array in first.transitions)
-    slices = datasets.episode_slices(first.transitions)
-    ends = slices[:, 1] - 1
-    assert np.array_equal(np.flatnonzero(first.transitions.terminations + first.transitions.truncations), ends)
+    ends = np.flatnonzero(first.transitions.terminations + first.transitions.truncations)
+    assert ends[-1] == TRANSITIONS - 1
     inside = np.setdiff1d(np.arange(TRANSITIONS), ends)
     np.testing.assert_array_equal(
         first.transitions.next_observations[inside], first.transitions.observations[inside + 1]
     )
     manifest = json.loads((root / RANDOM / "manifest.json").read_text())
-    returns = datasets.episode_returns(first.transitions)
+    returns = episode_returns(first.transitions)
     assert manifest["statistics"]["episodes"] == len(returns)
     assert manifest["statistics"]["return_mean"] == pytest.approx(returns.mean(), rel=1e-5)
     assert set(manifest["versions"]) >= {"gymnasium", "minari", "mujoco", "numpy"} and len(manifest["sha256"]) == 5
@@ -158,7 +160,7 @@ def test_set_has_every_row_and_is_the_same_when_made_again(root: Path, tmp_path:
 def test_minari_knows_the_set(root: Path) -> None:
     import minari
 
-    datasets.load(RANDOM)
+    load(RANDOM)
     assert list(minari.list_local_datasets()) == [RANDOM]
     loaded = minari.load_dataset(RANDOM)
     assert loaded.total_steps == TRANSITIONS and loaded.env_spec.id == "Hopper-v5"
@@ -170,29 +172,30 @@ def test_qualities_are_made_by_their_policies(root: Path, policies: Path) -> Non
     assert offax_sets.parts_of("hopper", "medium-expert", 100) == [("mixed_7", 50), ("expert", 50)]
     assert offax_sets.parts_of("hopper", "mixed", 800) == [(f"mixed_{i}", 100) for i in range(8)]
     assert offax_sets.parts_of("hopper", "medium", 9) == [("mixed_7", 9)]
-    data = datasets.load("offax/hopper/mixed-v0").transitions
+    data = load("offax/hopper/mixed-v0").transitions
     for stop in range(250, TRANSITIONS + 1, 250):  # each part ends with the end of an episode
         assert data.terminations[stop - 1] or data.truncations[stop - 1]
     assert len(data.rewards) == TRANSITIONS
 
 
-def test_set_of_older_policies_is_made_again(root: Path, policies: Path) -> None:
+def test_set_of_older_policies_is_made_again(root: Path, policies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offax_sets, "TRANSITIONS", 200)
     dataset_id = "offax/hopper/expert-v0"
     old = arrays_of(offax_sets.ensure(dataset_id))
     stamp = (root / dataset_id / "manifest.json").stat().st_mtime_ns
     offax_sets.ensure(dataset_id)
     assert (root / dataset_id / "manifest.json").stat().st_mtime_ns == stamp
-    before = datasets.load(dataset_id).transitions.actions
+    before = load(dataset_id).transitions.actions
     write_policies(policies, seed=2)
-    after = datasets.load(dataset_id).transitions.actions
+    after = load(dataset_id).transitions.actions
     assert not np.array_equal(before, after)
     assert not same(old, arrays_of(root / dataset_id))
     write_policies(policies, seed=1)
     assert same(old, arrays_of(offax_sets.ensure(dataset_id)))
-    assert not list((root / dataset_id).glob("flat-*"))  # nothing of the old set is left
     assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert.lock"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_set(root: Path) -> None:
     slow = (
         "import time\noriginal = offax_sets._write\noffax_sets._write = lambda *a: (time.sleep(2), original(*a))[1]\n"
@@ -203,7 +206,7 @@ def test_two_processes_at_once_make_one_set(root: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     waited = ["another process is collecting" in error for _, error in outputs]
     assert sorted(waited) == [False, True]
-    assert len(datasets.load(RANDOM).transitions.rewards) == TRANSITIONS
+    assert len(load(RANDOM).transitions.rewards) == TRANSITIONS
     assert len(arrays_of(root / RANDOM)["episode_0/rewards"]) > 0
 
 
@@ -216,7 +219,7 @@ def test_killed_build_leaves_no_set_and_is_made_again(root: Path) -> None:
     process.communicate()
     assert not (root / RANDOM).exists()
     assert (root / ".offax-building" / "hopper-random").exists()
-    assert len(datasets.load(RANDOM).transitions.rewards) == TRANSITIONS
+    assert len(load(RANDOM).transitions.rewards) == TRANSITIONS
     assert not (root / ".offax-building" / "hopper-random").exists()
 
 
@@ -263,7 +266,7 @@ def test_what_is_not_ours_is_left_alone(root: Path) -> None:
 )
 def test_unknown_set_names_the_sets_there_are(name: str) -> None:
     with pytest.raises(UsageError, match=r"medium-expert") as caught:
-        datasets.load(name)
+        load(name)
     assert "\n" not in str(caught.value) and "walker2d" in str(caught.value)
 
 
@@ -279,6 +282,7 @@ def test_shipped_policies_are_complete_and_small() -> None:
         assert path.with_name(f"{path.stem}_training.csv").exists()
 
 
+@pytest.mark.slow
 def test_collection_is_fast_enough() -> None:
     """A third of what a free core does, in time of the processor, so that a busy machine passes too."""
     start = time.process_time()
@@ -319,7 +323,7 @@ def test_export_chooses_expert_medium_and_mixed(tmp_path: Path, root: Path, monk
         for i, (w, b) in enumerate(stored):
             np.testing.assert_array_equal(w, file[f"w{i}"].astype(np.float16))
             np.testing.assert_array_equal(b, file[f"b{i}"].astype(np.float16))
-    assert len(datasets.load("offax/hopper/medium-expert-v0").transitions.rewards) == TRANSITIONS
+    assert len(load("offax/hopper/medium-expert-v0").transitions.rewards) == TRANSITIONS
 
 
 def test_export_refuses_what_is_not_a_run(tmp_path: Path) -> None:
@@ -330,3 +334,43 @@ def test_export_refuses_what_is_not_a_run(tmp_path: Path) -> None:
     make_run(tmp_path / "Hopper-v5", [1.0, 2.0])
     with pytest.raises(UsageError, match="2 snapshots, at least 9"):
         behavior_policies.main(behavior_policies.Args(tmp_path / "Hopper-v5", out_dir=tmp_path))
+
+
+# The command line
+
+
+def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == offax_sets.ids()
+    assert all(line.endswith("collected on first use") for line in lines)
+    arrays = hopper_like(40) | {"rewards": np.ones(40)}  # an episode that is truncated, and one that terminates
+    np.savez(tmp_path / "mine.npz", env="Hopper-v5", **arrays)
+    datasets.main(["stats", str(tmp_path / "mine.npz")])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == list(datasets.STATISTICS)
+    assert row.split()[1:] == ["Hopper-v5", "40", "2", "20.0", "20.0", "20.0", "1.2", "0.500"]
+
+
+def test_the_command_line_builds_and_refuses(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets.main(["build", RANDOM])
+    assert capsys.readouterr().out == f"{root / RANDOM}\n"
+    datasets.main(["list"])
+    assert f"{RANDOM:36}on disk" in capsys.readouterr().out
+    for words, message in (
+        (["stats", "x/y"], "'x/y' is neither"),
+        (["build", "offax/x-v0"], "no dataset"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            datasets.main(words)
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_help_is_quick() -> None:
+    """In time of the processor: a busy machine is no fault of ours."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "benchmarks.datasets", "stats", "--help"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3

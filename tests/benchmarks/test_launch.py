@@ -34,11 +34,12 @@ def launched(script: str, arguments: list[str], folder: Path) -> list[dict[str, 
         "print(json.dumps({'words': sys.argv[1:], 'env': dict(os.environ)}))\n"
     )
     fake.chmod(0o755)
-    env = os.environ | {"PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    env = os.environ | {"PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env |= {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "8"}
     done = subprocess.run(
         ["bash", str(LAUNCH / script), *arguments], cwd=folder, env=env, capture_output=True, text=True, check=True
     )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def agent_options(words: list[str]) -> dict[str, Any]:
@@ -62,9 +63,11 @@ def test_the_page_has_five_commands_and_is_linked() -> None:
 
 
 def test_the_runs_of_the_page_parse() -> None:
-    one, population = [parsed(shlex.split(command)) for command in COMMANDS if command.startswith("python")]
+    runs = [line for command in COMMANDS for line in command.splitlines() if line.startswith("python algorithms/")]
+    one, population = [parsed(shlex.split(line)) for line in runs]
     assert (one.num_seeds, one.grid) == (1, "")
     assert (population.num_seeds, population.grid) == (2, "beta=1,3,10 expectile=0.7,0.9")
+    assert COMMANDS[1].endswith(f" python -m benchmarks.report {population.run_dir}")
 
 
 def test_the_page_keeps_the_name_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +148,26 @@ def test_a_population_gets_its_flags_and_a_directory_to_resume_from(tmp_path: Pa
     (call,) = launched("population.sbatch", shlex.split(example[1]), tmp_path)
     words = call["words"]
     args = parsed(words)
-    assert args.distributed
-    assert (args.run_dir, args.resume, args.num_seeds) == ("runs/population-17", True, 4)
-    assert args.grid == "beta=1,3,10 expectile=0.7,0.9"
+    assert (args.run_dir, args.resume, args.shard) == ("runs/population-17", True, "2/8")
+    assert (args.grid, args.num_seeds) == ("beta=1,3,10 expectile=0.7,0.9", 4)
+
+
+def test_a_task_of_a_population_ends_with_the_runs_status_and_a_report(tmp_path: Path) -> None:
+    for name, code in (("srun", "exit 3"), ("python", 'echo "$@" >> called')):
+        fake = tmp_path / "bin" / name
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text(f"#!/bin/sh\n{code}\n")
+        fake.chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "17"}
+    env |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
+    done = subprocess.run(["bash", str(LAUNCH / "population.sbatch"), "algorithms/iql.py"], cwd=tmp_path, env=env)
+    assert done.returncode == 3
+    assert (tmp_path / "called").read_text() == "-m benchmarks.report runs/population-17\n"
+
+
+def test_a_population_is_an_array_that_counts_from_zero() -> None:
+    """A shard of --shard I/N has I below N."""
+    arrays = re.findall(r"^#SBATCH --array=(\S+)$", (LAUNCH / "population.sbatch").read_text(), re.MULTILINE)
+    assert len(arrays) == 1 and re.fullmatch(r"0-\d+", arrays[0])

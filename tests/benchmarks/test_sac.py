@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import sac, sac_prior
-from common import networks, offax_sets
-from common.buffers import Transitions
+from algorithms.cql import squashed_sample
+from benchmarks import offax_sets, sac, sac_prior
+from common.replay import Transitions
 
 OBS, ACT, BATCH = 3, 2, 12
 ARGS = sac.Args(hidden_dim=8, batch_size=BATCH)
 update = jax.jit(sac.update, static_argnames="args")
+start = jax.jit(partial(sac.init, args=ARGS, obs_dim=OBS, action_dim=ACT))
 
 
 def random_batch() -> Transitions:
@@ -32,16 +33,17 @@ def random_batch() -> Transitions:
 
 def test_critic_loss_is_that_of_the_entropy_regularised_target() -> None:
     """The first update's critic loss, recomputed by hand from the same next actions."""
-    state, batch = sac.init(jax.random.key(0), ARGS, OBS, ACT), random_batch()
+    state, batch = start(jax.random.key(0)), random_batch()
     state = state._replace(log_alpha=jnp.log(0.3))
     actor, critic = sac.modules(ARGS, ACT)
     next_key = jax.random.split(state.key, 3)[0]
-    mean, log_std = actor.apply(state.actor, batch.next_observations)
-    next_actions, next_log_prob = networks.squashed_sample(next_key, mean, log_std)
-    next_q = np.asarray(critic.apply(state.target_critic, batch.next_observations, next_actions)).min(axis=0)
+    mean, log_std = jax.jit(actor.apply)(state.actor, batch.next_observations)
+    next_actions, next_log_prob = jax.jit(squashed_sample)(next_key, mean, log_std)
+    value = jax.jit(critic.apply)
+    next_q = np.asarray(value(state.target_critic, batch.next_observations, next_actions)).min(axis=0)
     bootstrap = np.where(np.arange(BATCH) % 3 == 1, 0.0, 0.99 * (next_q - 0.3 * np.asarray(next_log_prob)))
     targets = np.asarray(batch.rewards) + bootstrap
-    q = np.asarray(critic.apply(state.critic, batch.observations, batch.actions))
+    q = np.asarray(value(state.critic, batch.observations, batch.actions))
     expected = ((q[0] - targets) ** 2).mean() + ((q[1] - targets) ** 2).mean()
     assert float(update(state, batch, ARGS.hp, ARGS)[1]["critic/loss"]) == pytest.approx(expected, rel=1e-5)
 
@@ -59,14 +61,14 @@ def test_actor_climbs_the_value_when_the_temperature_is_zero() -> None:
 
 
 def test_target_moves_by_the_polyak_amount() -> None:
-    state, batch = sac.init(jax.random.key(0), ARGS, OBS, ACT), random_batch()
+    state, batch = start(jax.random.key(0)), random_batch()
     after, _ = update(state, batch, ARGS.hp._replace(polyak=0.2), ARGS)
     expected = jax.tree.map(lambda old, new: 0.8 * old + 0.2 * new, state.target_critic, after.critic)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.target_critic, expected)
 
 
 def test_exported_policy_is_the_actor() -> None:
-    state, observations = sac.init(jax.random.key(3), ARGS, OBS, ACT), random_batch().observations
+    state, observations = start(jax.random.key(3)), random_batch().observations
     arrays = sac.export_policy(state.actor)
     layers = [(arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(3)]
     mean, std = offax_sets.policy_outputs(layers, np.asarray(observations))

@@ -15,9 +15,9 @@ from conftest import arrays_of, parsed
 
 from benchmarks import adroit_door as door
 from benchmarks import sac_prior
-from common import datasets
-from common.errors import UsageError
-from common.evaluation import make_environment
+from common.cli import UsageError
+from common.data import load
+from common.environments import make_environment
 
 Episode = tuple[np.ndarray, np.ndarray]
 
@@ -87,8 +87,9 @@ def test_without_the_package_there_is_one_line(
     with pytest.raises(SystemExit) as stop, door.exit_status():
         door.main([command])
     assert stop.value.code == 2
-    message = 'error: the door needs gymnasium-robotics: install with `pip install -e ".[adroit]"`\n'
-    assert capsys.readouterr() == ("", message)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert err.endswith('the door needs gymnasium-robotics: install with `pip install -e ".[adroit]"`\n')
 
 
 # The demonstrations
@@ -243,8 +244,8 @@ def test_a_script_takes_the_prepared_data_as_they_are(
     source, data = as_npz(tmp_path / "human.npz", recorded[0]), tmp_path / "data" / "door-binary.npz"
     words = ["prepare", "--demonstrations", str(source), "--out", str(data), "--trajectories", "2"]
     assert door.main(words) == 0
-    loaded = datasets.load(str(data))
-    assert loaded.env_id == door.ENV and len(loaded.transitions.rewards) == 19 + 400
+    loaded = load(str(data))
+    assert loaded.env_spec == door.ENV and len(loaded.transitions.rewards) == 19 + 400
     about = json.loads(data.with_suffix(".json").read_text())
     assert (about["demonstrations"]["episodes"], about["clone"]["steps"]) == (3, 400)
 
