@@ -49,8 +49,7 @@ def test_common_is_small() -> None:
 
 def test_an_algorithm_brings_along_common_alone() -> None:
     found = files_of(ROOT / "algorithms" / "iql.py") - {ROOT / "algorithms" / "iql.py"}
-    assert found <= set(COMMON)
-    assert sum(map(lines_of, found)) <= LINES
+    assert found <= set(COMMON), "so that its budget is what is copied"
 
 
 @pytest.mark.parametrize("path", COMMON, ids=lambda path: path.name)
