@@ -274,7 +274,7 @@ def main(args: Args) -> None:
     def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(key, step)
         actions = act(state, hp, observations, key, args, action_dim, sample=True)
-        return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, minval=-1.0), actions)
+        return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, actions.dtype, -1.0), actions)
 
     def tune(state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
         state, metrics = train(state, hp, data, num_updates, args)

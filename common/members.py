@@ -126,7 +126,7 @@ class Members:
         # so that a member's numbers do not depend on how the members are shared out.
         options = {"xla_cpu_multi_thread_eigen": False} if in_turn and self.total > 1 else {}
 
-        def on_device(*arguments: Any) -> Any:
+        def on_device(there: jax.Array, *arguments: Any) -> Any:
             own = tuple(
                 x._replace(offline=None, ring=None, extra=None) if isinstance(x, Replay) else x for x in arguments
             )
@@ -139,17 +139,24 @@ class Members:
                 return jax.vmap(one)(own)
             if len(self.seeds) == self.mesh.size:  # a single member: its arrays stay where they are
                 return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], own)))
-            return jax.lax.map(one, own)
+
+            def in_branch(turn: tuple) -> Any:  # which XLA compiles by itself: to the same bits, however many there are
+                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, turn[1]))
+                return jax.lax.cond(turn[0], one, lambda _: nothing, turn[1])
+
+            return jax.lax.map(in_branch, (there, own))
 
         @cache
         def compiled(*are_replay: bool) -> Callable:
             split = P("members")
-            specs = tuple(Replay(P(), split, split, split) if is_replay else split for is_replay in are_replay)
+            specs = (split, *(Replay(P(), split, split, split) if is_replay else split for is_replay in are_replay))
             mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False)
             shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-            return jax.jit(mapped, in_shardings=shardings, compiler_options=options, donate_argnums=donate)
+            donated = tuple(1 + i for i in donate)
+            return jax.jit(mapped, in_shardings=shardings, compiler_options=options, donate_argnums=donated)
 
-        return lambda *arguments: compiled(*(isinstance(x, Replay) for x in arguments))(*arguments)
+        there = np.ones(len(self.seeds), bool)
+        return lambda *arguments: compiled(*(isinstance(x, Replay) for x in arguments))(there, *arguments)
 
 
 @jax.jit

@@ -136,7 +136,7 @@ class Run:
             self.alive[list(self.diverged)] = 0
         for file in self.path.glob("*.csv"):  # rows written after the checkpoint are written again
             os.truncate(file, tables.get(file.name, 0) if found else 0)
-        hp = [{name: float(x[i]) for name, x in self.members.hp._asdict().items()} for i in range(self.members.count)]
+        hp = [dict(self.args.hp._asdict()) | swept for swept in self.members.swept]
         who = [
             self.members.who(i) | {"swept": swept, "hyperparameters": hp[i]}
             for i, swept in enumerate(self.members.swept)
@@ -179,7 +179,7 @@ class Run:
         A stretch ends after STRETCH steps, and where a row, an evaluation, a checkpoint or a multiple of `every` is
         due; with `whole` it is `every` steps. After a signal the process ends here, where the state was saved.
         """
-        dues = [every, LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
+        dues = [LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
         # A whole stretch has its row wherever it ends.
         self.phase, self.total, self.dues = phase, total, [1] if whole else [n for n in dues if n]
         while True:
@@ -190,7 +190,7 @@ class Run:
             self.start, began = self.done[phase], time.time()
             if self.start >= total:
                 break
-            lengths = [every] if whole else [n - self.start % n for n in (STRETCH, *self.dues)]
+            lengths = [every] if whole else [STRETCH, *(n - self.start % n for n in (every, *self.dues) if n)]
             yield self.start, min(total, self.start + min(lengths))
             steps, timed = self.done[phase] - self.start, self.timing.setdefault(phase, [])
             timed.append((steps, steps * int(self.alive.sum()), time.time() - began))
