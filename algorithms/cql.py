@@ -21,7 +21,8 @@ policy maximises log pi(a|s) of the dataset in place of Q.
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; the policy's log standard deviation is the network's own output (in CORL and JaxCQL a
-learned scale and offset follow, from 1 and -1). Online, the same update goes on, and actions are sampled from the
+learned scale and offset follow, from 1 and -1, so that it starts near 0.37 and here near 1); last layers start as the
+others do (there: within 1e-2 of zero). Online, the same update goes on, and actions are sampled from the
 policy (CORL).
 
     python algorithms/cql.py --dataset offax/hopper/medium-expert-v0
@@ -121,24 +122,18 @@ PRESETS = {
 
 
 class GaussianHead(nn.Module):
-    """MLP to the mean and a state-dependent log standard deviation, each `[batch, action_dim]`.
-
-    The log standard deviation is clipped to `[log_std_min, log_std_max]`. Whether the Gaussian is squashed by tanh
-    is decided by the functions below that take its output.
-    """
+    """MLP to the mean and the clipped log standard deviation of a Gaussian, each `[batch, action_dim]`."""
 
     action_dim: int
     hidden_dim: int
     num_layers: int
     log_std_min: float = -20.0
-    log_std_max: float = 2.0
-    kernel_init: networks.Initializer = networks.uniform_fan_in
 
     @nn.compact
     def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = networks.MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, self.kernel_init)(observations)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, self.log_std_min, self.log_std_max)
+        trunk = networks.MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, networks.uniform_fan_in)
+        mean, log_std = jnp.split(trunk(observations), 2, axis=-1)
+        return mean, jnp.clip(log_std, self.log_std_min, 2.0)
 
 
 class State(NamedTuple):
@@ -163,7 +158,7 @@ ADAM = optax.scale_by_adam()
 def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
     """The policy, a Gaussian squashed by tanh, and the Q-functions; hidden layers start as in CORL."""
     return (
-        GaussianHead(action_dim, args.hidden_dim, args.num_layers, kernel_init=networks.uniform_fan_in),
+        GaussianHead(action_dim, args.hidden_dim, args.num_layers),
         networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers),
     )
 

@@ -8,10 +8,12 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
 
 Settings are the paper's (appendix B) unless a flag says otherwise. From the authors' code, not the paper: returns are
 scaled to a range of 1000, the policy's mean passes through tanh and its log standard deviation is clipped to [-5, 2],
-kernels start orthogonal. Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept
-and bootstraps; the ensemble may have any size; the policy's rate decays by a cosine over the offline phase and is
-constant at its full value online, so that fine-tuning may start from any offline checkpoint (the authors' code does
-not decay it at all in a run that will be fine-tuned).
+kernels start orthogonal. The authors scale returns on D4RL's locomotion sets, where they span thousands and rewards
+shrink (CORL: on Hopper's medium and replay sets alone); on data where they span less, rewards grow and most weights end
+at the clip (actor/clipped_fraction), of which a run warns. Ours: terminations alone cut the bootstrap, and the
+truncated last step of an episode is kept and bootstraps; the ensemble may have any size; the policy's rate decays by a
+cosine over the offline phase and is constant at its full value online, so that fine-tuning may start from any offline
+checkpoint (the authors' code does not decay it at all in a run that will be fine-tuned).
 
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v0
 """

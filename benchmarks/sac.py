@@ -109,7 +109,7 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
     """Actor (state-dependent log std in [-5, 2], CleanRL's range) and critics."""
-    actor = GaussianHead(action_dim, args.hidden_dim, args.num_layers, log_std_min=-5.0, log_std_max=2.0)
+    actor = GaussianHead(action_dim, args.hidden_dim, args.num_layers, log_std_min=-5.0)
     critic = networks.QEnsemble(
         args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.critic_layer_norm
     )

@@ -37,9 +37,8 @@ NETWORK_SECONDS = 3.0
 class Dataset:
     """Flat transitions, and what they were recorded in.
 
-    `transitions` holds numpy float32 arrays, time-ordered, episodes contiguous; actions were rescaled to [-1, 1] from
-    `low, high [action_dim]`. `env_spec`, a gymnasium id or EnvSpec, is what to evaluate in; `domain` names the family
-    of D4RL's reference returns.
+    `transitions` holds numpy float32 arrays; actions were rescaled to [-1, 1] from `low, high [action_dim]`.
+    `env_spec`, a gymnasium id or EnvSpec, is what to evaluate in; `domain` the family of D4RL's reference returns.
     """
 
     id: str
@@ -65,9 +64,8 @@ class Dataset:
 def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dataset:
     """Read a dataset; `offax/...` is collected and any other Minari id downloaded when missing.
 
-    `env` is the id of the environment to evaluate in, instead of the dataset's own; observations and actions must fit.
-    With `only_env` and an `env`, as to train online from scratch, nothing is read and the dataset has no rows.
-    UsageError, in one line, for a dataset that does not exist or cannot be used.
+    `env` is what to evaluate in, instead of the dataset's own. With `only_env` and an `env`, as to train online from
+    scratch, nothing is read and there are no rows. UsageError for a dataset that is not there or cannot be used.
     """
     if only_env and env is not None:
         obs_dim, low, high = _spaces(env)
@@ -85,7 +83,7 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         raise UsageError(f"{id_or_path} does not name its environment; pass --env ID")
     obs_dim, low, high = _spaces(spec)
     ours = (found.transitions.observations.shape[1], found.low.tolist(), found.high.tolist())
-    if obs_dim != ours[0] or low.shape != found.low.shape or not np.allclose((low, high), (found.low, found.high)):
+    if obs_dim != ours[0] or low.shape != found.low.shape or not np.allclose((low, high), ours[1:]):
         theirs = f"environment {getattr(spec, 'id', spec)} has {obs_dim} and {low.tolist()} to {high.tolist()}"
         mine = f"{id_or_path} has {ours[0]} observations and actions from {ours[1]} to {ours[2]}"
         raise UsageError(f"{mine}, {theirs}; choose another --env")
@@ -173,7 +171,7 @@ def _load_d4rl(path: str, env: str | None) -> Dataset:
     if odd := [name for name, x in raw.items() if x.shape[:1] != (size,) or (name in names[3:5] and x.size != size)]:
         raise UsageError(f"{path}: {odd[0]} has shape {list(raw[odd[0]].shape)}, it must have one row for each reward")
     terminal, timeout = (raw[name].astype(bool).reshape(-1) for name in names[3:5])
-    following, truncation, keep = raw.get("next_observations"), timeout & ~terminal, np.ones(size, bool)
+    following, truncation, keep = raw.get(names[5]), timeout & ~terminal, np.ones(size, bool)
     if following is None:
         following = np.roll(raw["observations"], -1, axis=0)
         following[terminal] = raw["observations"][terminal]
@@ -239,9 +237,7 @@ def ensure(dataset_id: str) -> Path:
 
 def _server_answers() -> bool:
     """Whether Minari's server answers within seconds; asked in a thread, as nothing bounds a name look-up."""
-    google = os.environ.get("MINARI_REMOTE", "hf://").startswith("gcp")
-    url = "https://storage.googleapis.com" if google else os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answered = threading.Event()
+    url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
 
     def ask() -> None:
         try:

@@ -42,8 +42,8 @@ LENGTHS = {"num_updates", "online_steps"}
 class Run:
     """A run's directory, held against other processes from the start; use it as a context manager around the loop.
 
-    It keeps the books (rows, evaluations, which members diverged) and never the training's state. `alive [padded]`
-    is 0 for members that diverged, and for the padding; `done` are the steps of each phase.
+    It keeps the books (rows, evaluations, who diverged) and never the training's state. `alive [padded]` is 0 for
+    members that diverged, and for the padding; `done` are the steps of each phase.
     """
 
     def __init__(self, name: str, args: RunArgs, members: Members) -> None:
@@ -56,10 +56,10 @@ class Run:
         self.done = {"pretraining": 0, "offline": 0, "online": 0}
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
-        self.timing: dict[str, list[tuple[int, int, float]]] = {}
+        self.timing: dict[str, list[Any]] = {}
         self.phase, self.signal, self.row, self.note, self.shown = "offline", 0, None, "", time.time()
-        self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != "hp"}
-        self.flags |= dict(args.hp._asdict())
+        self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+        self.flags |= self.flags.pop("hp")._asdict()
         self.tracker = report.Tracker(args, self.label)
 
     def _claim(self, path: Path) -> Path:
@@ -146,12 +146,12 @@ class Run:
         config |= {"transform": transform.describe()} | report.provenance()
         write_json(self.path / "config.json", config)
         labels = [f"{self.name} {self.args.dataset} {self.members.label(i)}" for i in range(len(who))]
-        configs = [config | self.flags | h | w | {"path": str(self.path)} for h, w in zip(hp, who, strict=True)]
-        self.tracker.start(configs, labels, self.path)
+        self.tracker.start([config | self.flags | h | w for h, w in zip(hp, who, strict=True)], labels, self.path)
         self.saved = dict(self.done) if found else None
-        resumed = ", ".join(f"{phase} {done}" for phase, done in self.done.items() if done)
         where = f"{len(who)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
-        end = f", resumed at {resumed}" if found else ""
+        end = (
+            f", resumed at {', '.join(f'{phase} {done}' for phase, done in self.done.items() if done)}" if found else ""
+        )
         print(f"{self.name} on {self.args.dataset}, preset {self.args.preset}: {where}{end}", flush=True)
         return trees
 
@@ -184,8 +184,7 @@ class Run:
         self.phase, self.total, self.dues = phase, total, [1] if whole else [n for n in dues if n]
         while True:
             if self.signal:
-                again = f"--run-dir {self.args.run_dir or self.path} --resume True"
-                print(f"stopped; go on with the same flags, {again}", file=sys.stderr)
+                print(f"stopped; go on with --run-dir {self.args.run_dir or self.path} --resume True", file=sys.stderr)
                 sys.exit(128 + self.signal)
             self.start, began = self.done[phase], time.time()
             if self.start >= total:
@@ -229,8 +228,7 @@ class Run:
         Members that are not `finite` are named, and out from here on. Exit 3 if none is left.
         """
         sums, counts, first = jax.tree.map(np.asarray, metrics)
-        before, was_alive = self.steps(), np.flatnonzero(self.alive)
-        self.done[self.phase] = stop
+        before, was_alive, self.done[self.phase] = self.steps(), np.flatnonzero(self.alive), stop
         old = self.row or ({name: np.float64(0.0) for name in sums},) * 2
         sums, counts = (jax.tree.map(np.add, x, y) for x, y in zip(old, (sums, counts), strict=True))
         for i in np.flatnonzero(self.alive & ~np.asarray(finite)):
@@ -247,8 +245,10 @@ class Run:
             name = "pretraining.csv" if self.phase == "pretraining" else "metrics.csv"
             whole = [{"step": self.steps()} | self.members.who(i) | row for i, row in rows.items()]
             append_rows(self.path / name, whole)
-            rate = {"updates_per_second": self.rate(self.phase)}
-            self.tracker.log(sum(self.done.values()), [rows.get(i, {}) | rate for i in range(self.members.count)])
+            logged = [
+                rows.get(i, {}) | {"updates_per_second": self.rate(self.phase)} for i in range(self.members.count)
+            ]
+            self.tracker.log(sum(self.done.values()), logged)
         if not self.alive.any():
             self.finish(None)
             print("error: every member diverged", file=sys.stderr)
@@ -283,8 +283,8 @@ class Run:
             for i in living:
                 who, returns = self.members.who(i), enumerate(result.returns[i].tolist())
                 append_rows(self.path / "returns.csv", [who | {"episode": e, "return": x} for e, x in returns])
-        last = {row["member"]: row for row in rows}
-        members, names = [], ("return_mean", "return_std", "score_mean", "score_std", "episodes")
+        last, members = {row["member"]: row for row in rows}, []
+        names = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
         for i, index in enumerate(self.members.indices):
             entry = self.members.who(i) | {"swept": self.members.swept[i], "diverged": self.diverged.get(i)}
             members.append(entry | {name: last.get(index, {}).get(name) for name in names})

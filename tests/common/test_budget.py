@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LINES, MODULES, LONGEST = 1_450, 8, 300
+LINES, MODULES, LONGEST = 1_960, 8, 300
 COMMON = sorted(path for path in (ROOT / "common").rglob("*.py") if path.name != "__init__.py")
 
 
