@@ -5,10 +5,10 @@
 Every figure is that of `python algorithms/iql.py` itself, run on synthetic data with 17 observations and 6 actions
 (those of HalfCheetah and Walker2d): nothing of the product is imitated here.
 
-* updates/s: `updates_per_second` of final.json, summed over the members; evaluation, checkpoints and the first chunk of
-  1,000 updates, which compiles, are outside of it. Runs of all population sizes take turns, so that whatever else the
-  machine does meets them alike; the load average at each start is recorded. More members stop paying at the smallest
-  population whose median is within 3 % of the best.
+* updates/s: `updates_per_second` of final.json, summed over the members; evaluation, checkpoints and the first
+  stretch of 100 updates, which compiles, are outside of it. Runs of all population sizes take turns, so that whatever
+  else the machine does meets them alike; the load average at each start is recorded. More members stop paying at the
+  smallest population whose median is within 3 % of the best.
 * time to the first update: from just before the process is started until the first row of metrics.csv is written,
   with --num-updates 1, so that this row is one update. Cold: JAX's compilation cache is empty; warm: a run has filled
   it. Python and its packages are on the disk or in the system's page cache, as they happen to be.
@@ -39,11 +39,11 @@ import tyro
 from benchmarks.tables import Table, commit_of
 from common.cli import UsageError, exit_status
 from common.report import provenance
+from common.runs import STRETCH
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
 ENV, OBS_DIM, ACTION_DIM = "Walker2d-v5", 17, 6
-FIRST_CHUNK = 1000
 NEAR_BEST = 0.97
 """Share of the best rate that is as good."""
 QUANTITIES = {
@@ -75,7 +75,7 @@ class Args:
 
 
 class Measured(NamedTuple):
-    """What one run of the script gave; updates/s is None where fewer than two chunks ran."""
+    """What one run of the script gave; updates/s is None where fewer than two stretches ran."""
 
     updates_per_second: float | None
     first_row_seconds: float
@@ -138,7 +138,7 @@ def plan(args: Args, repeat: int) -> list[Job]:
     shared = "--checkpoint-every 0 --final-eval-episodes 1"
     jobs = []
     for members in args.populations:
-        updates = FIRST_CHUNK + max(1000, -(-args.timed_updates // members // 1000) * 1000)
+        updates = STRETCH + max(1000, -(-args.timed_updates // members // 1000) * 1000)
         flags = f"--num-seeds {members} --num-updates {updates} --eval-every 0 {shared}"
         jobs.append(Job("updates/s", members, flags, "rates"))
     if args.start_up:

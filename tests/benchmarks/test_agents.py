@@ -140,8 +140,8 @@ def test_an_agent_runs_a_choice_and_goes_on_after_one_that_diverged(
     assert [member["seed"] for member in flags["members"]] == [0, 1, 2, 3, 4]
     for name, value in good.items():
         assert flags["flags"][name] == run.config[name] == value
-        own = [member["hyperparameters"].get(name, value) for member in flags["members"]]
-        assert all(found == pytest.approx(value, rel=1e-6) for found in own)  # they are float32
+        own = [member["hyperparameters"][name] for member in flags["members"] if name in member["hyperparameters"]]
+        assert all(found == pytest.approx(value, rel=1e-6) for found in own), "they are float32"
     assert (run.run.sweep_id, run.run.run_id, run.config["members"]) == (SWEEP_ID, "run1", 5)
 
     # The sweep's metric: once in the history, and in the summary, from the five seeds.

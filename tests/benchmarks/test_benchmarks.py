@@ -390,11 +390,11 @@ def test_throughput_page_has_the_scaling(tmp_path):
     assert "\n- memory per member: 10.0 MiB\n" in throughput.report(tmp_path / "t.csv")
 
 
-def test_throughput_plan_times_whole_chunks_after_the_first():
+def test_throughput_plan_times_what_follows_the_first_stretch():
     jobs = throughput.plan(throughput.Args(populations=(1, 8), timed_updates=4000), 0)
     assert [job.members for job in jobs[:2]] == [1, 8]
-    assert "--num-updates 5000 " in jobs[0].flags
-    assert "--num-updates 2000 " in jobs[1].flags
+    assert "--num-updates 4100 " in jobs[0].flags
+    assert "--num-updates 1100 " in jobs[1].flags
     cold, warm = jobs[2:4]
     assert cold.quantity == "first update, cold" and warm.quantity == "first update, warm"
     assert cold.cache == warm.cache != throughput.plan(throughput.Args(), 1)[-4].cache
