@@ -137,10 +137,8 @@ class Run:
         for file in self.path.glob("*.csv"):  # rows written after the checkpoint are written again
             os.truncate(file, tables.get(file.name, 0) if found else 0)
         hp = [dict(self.args.hp._asdict()) | swept for swept in self.members.swept]
-        who = [
-            self.members.who(i) | {"swept": swept, "hyperparameters": hp[i]}
-            for i, swept in enumerate(self.members.swept)
-        ]
+        swept = enumerate(self.members.swept)
+        who = [self.members.who(i) | {"swept": x, "hyperparameters": hp[i]} for i, x in swept]
         config = {"algorithm": self.name, "flags": self.flags, "preset": self.args.preset, "members": who} | self.about
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
         config |= {"transform": transform.describe()} | report.provenance()
@@ -149,9 +147,7 @@ class Run:
         self.tracker.start([config | self.flags | h | w for h, w in zip(hp, who, strict=True)], labels, self.path)
         self.saved = dict(self.done) if found else None
         where = f"{len(who)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
-        end = (
-            f", resumed at {', '.join(f'{phase} {done}' for phase, done in self.done.items() if done)}" if found else ""
-        )
+        end = f", resumed at {self.done}" if found else ""
         print(f"{self.name} on {self.args.dataset}, preset {self.args.preset}: {where}{end}", flush=True)
         return trees
 
@@ -235,8 +231,8 @@ class Run:
             at = {int(x[i]): name for name, x in first.items() if x[i] >= 0}
             step, metric = (before + min(at) + 1, at[min(at)]) if at else (self.steps(), "a parameter")
             self.diverged[int(i)], self.alive[i] = {"step": step, "metric": metric}, 0
-            label = self.members.label(i)
-            print(f"{label} diverged: {metric} is not finite at update {step}; it is frozen", file=sys.stderr)
+            what = f"{metric} is not finite at update {step}; it is frozen"
+            print(f"{self.members.label(i)} diverged: {what}", file=sys.stderr)
         self.row = sums, counts
         if stop >= self.total or self.signal or not self.alive.any() or any(stop % n == 0 for n in self.dues):
             self.row, rows = None, {}
@@ -245,9 +241,8 @@ class Run:
             name = "pretraining.csv" if self.phase == "pretraining" else "metrics.csv"
             whole = [{"step": self.steps()} | self.members.who(i) | row for i, row in rows.items()]
             append_rows(self.path / name, whole)
-            logged = [
-                rows.get(i, {}) | {"updates_per_second": self.rate(self.phase)} for i in range(self.members.count)
-            ]
+            rate = {"updates_per_second": self.rate(self.phase)}
+            logged = [rows.get(i, {}) | rate for i in range(self.members.count)]
             self.tracker.log(sum(self.done.values()), logged)
         if not self.alive.any():
             self.finish(None)
