@@ -135,7 +135,7 @@ class Run:
                 trees["ring"] = jax.vmap(end_episode)(trees["ring"])
             self.alive[list(self.diverged)] = 0
         for file in self.path.glob("*.csv"):  # rows written after the checkpoint are written again
-            os.truncate(file, tables.get(file.name, 0) if found else 0)
+            os.truncate(file, min(file.stat().st_size, tables.get(file.name, 0) if found else 0))
         hp = [dict(self.args.hp._asdict()) | swept for swept in self.members.swept]
         swept = enumerate(self.members.swept)
         who = [self.members.who(i) | {"swept": x, "hyperparameters": hp[i]} for i, x in swept]
