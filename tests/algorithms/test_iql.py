@@ -112,7 +112,7 @@ def test_cosine_never_rises_again() -> None:
     assert factors[0] == 1.0 and factors[5] == pytest.approx(0.5)
     assert all(a >= b for a, b in itertools.pairwise(factors)) and factors[10:] == [0.0] * 20
     assert iql.cosine_decay(jnp.asarray(10**6), 0) == 1.0
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         dtypes = {iql.cosine_decay(jnp.int32(3), horizon).dtype for horizon in (0, 10)}
     assert dtypes == {jnp.dtype("float32")}, "that of the parameters that it scales the steps of"
 
