@@ -464,8 +464,8 @@ class Episodes:
 def main(args: Args) -> None:
     """The run: load, initialise, iterate on the dataset, then on collected episodes; evaluate, log and checkpoint."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
-    run = Run("awr", args, members)
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    run = Run("awr", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)

@@ -189,8 +189,8 @@ def actor_loss(
 def cosine_decay(step: jax.Array, horizon: int) -> jax.Array:
     """Factor from 1 at step 0 to 0 at `horizon`, and 0 after it; constantly 1 for a horizon of 0."""
     if horizon == 0:
-        return jnp.ones(())
-    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / horizon, 1.0)))
+        return jnp.ones((), jnp.float32)
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step.astype(jnp.float32) / horizon, 1.0)))
 
 
 def update(
@@ -271,8 +271,8 @@ def train(
 def main(args: Args) -> None:
     """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
-    run = Run("iql", args, members)
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    run = Run("iql", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)

@@ -67,8 +67,8 @@ def act(
 def main(args: Args) -> None:
     """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
-    run = Run("sac_prior", args, members)
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    run = Run("sac_prior", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)

@@ -94,7 +94,7 @@ def _spaces(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:
     made = make_raw(spec)
     try:
         if made.spec is None or made.spec.max_episode_steps is None:
-            print(f"{spec} has no time limit: episodes end after 10,000 steps, or --max-episode-steps", file=sys.stderr)
+            print("no time limit: episodes end after 10,000 steps, or --max-episode-steps", file=sys.stderr)
         return action_bounds(f"environment {getattr(spec, 'id', spec)}", made.observation_space, made.action_space)
     finally:
         made.close()

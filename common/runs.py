@@ -228,8 +228,9 @@ class Run:
         old = self.row or ({name: np.float64(0.0) for name in sums},) * 2
         sums, counts = (jax.tree.map(np.add, x, y) for x, y in zip(old, (sums, counts), strict=True))
         for i in np.flatnonzero(self.alive & ~np.asarray(finite)):
-            at = {int(x[i]): name for name, x in first.items() if x[i] >= 0}
-            step, metric = (before + min(at) + 1, at[min(at)]) if at else (self.steps(), "a parameter")
+            at = [(int(x[i]), name) for name, x in first.items() if x[i] >= 0]
+            at, metric = min(at, key=lambda one: one[0], default=(self.steps() - before - 1, "a parameter"))
+            step = before + at + 1
             self.diverged[int(i)], self.alive[i] = {"step": step, "metric": metric}, 0
             what = f"{metric} is not finite at update {step}; it is frozen"
             print(f"{self.members.label(i)} diverged: {what}", file=sys.stderr)
