@@ -35,13 +35,13 @@ from common.replay import Replay, Transitions
 
 NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("[a-z]*.py"))
 ALIKE = ["awac", "cql", "td3_bc"]
-"""Their `main` is that of IQL, as a test says: whole runs of theirs are slow tests."""
+"""Their `main` is that of IQL, as a test says: their whole runs are slow; EMaQ has its own in test_emaq_runs."""
 every_algorithm = pytest.mark.parametrize("name", NAMES)
 every_run, every_long_run = (
     pytest.mark.parametrize(
         "name", [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
     )
-    for default in (["iql"], [name for name in NAMES if name not in ALIKE])
+    for default in (["iql"], ["awr", "iql"])
 )
 every_actor_critic = pytest.mark.parametrize("name", [name for name in NAMES if name != "awr"])
 """Those that draw a transition and update at once; AWR regresses on returns of whole trajectories."""

@@ -19,7 +19,7 @@ from conftest import (
     done_in,
     hopper_like,
     rows_of,
-    signalled_in,
+    signalled_after,
     smaller,
 )
 
@@ -84,14 +84,14 @@ def test_interrupted_in_both_phases_and_in_other_chunks_it_ends_the_same(
 ) -> None:
     """To the last bit: the pool is drawn again as it was, and anew at the same updates, wherever chunks end."""
     run = tmp_path / "run"
-    with signalled_in(1):
+    with signalled_after(1):
         assert emaq(*LENGTH, "--run-dir", run).status == 143
     assert done_in(run) == {"pretraining": 100, "offline": 0, "online": 0}
     again = [*LENGTH, "--checkpoint-every", "40", "--run-dir", run, "--resume", "True"]
-    with signalled_in(1):
+    with signalled_after(1):
         assert emaq(*again).status == 143
     assert [row["step"] for row in rows_of(run / "pretraining.csv")[::2]] == ["100", "120"]
-    with signalled_in(1):
+    with signalled_after(1):
         assert emaq(*again).status == 143
     assert done_in(run)["offline"] == 25
     assert emaq(*again).status == 0

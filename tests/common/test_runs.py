@@ -505,6 +505,7 @@ def test_another_configurations_checkpoint(
     assert snapshot(taken) == before
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_second_get_two_directories(
     tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,20 +605,3 @@ def test_a_terminal_that_cannot_show_what_is_printed(
         monkeypatch.setattr(sys, "stdout", kind(io.BytesIO(), encoding="ascii"))
     assert iql(*flags).status == 0
     assert (run / "final.json").exists() and (run / "curves.png").exists()
-
-
-def test_a_copied_file_runs_beside_common(
-    tmp_path: Path, small_run: list[str], spawn: Callable[..., subprocess.Popen]
-) -> None:
-    shutil.copy(IQL, tmp_path / "iql.py")
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code = "import sys; sys.modules.update(algorithms=None, benchmarks=None); import runpy; sys.argv = sys.argv[1:];"
-    code += "sys.path[0] = ''; runpy.run_path('iql.py', run_name='__main__'); import common; print(common.__path__)"
-    process = spawn("-c", code, "iql.py", *small_run, "--num-updates", "10", cwd=tmp_path, env=env)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert str(tmp_path) in out.splitlines()[-1], "its own common, whatever is installed"
-    (config,) = tmp_path.glob("runs/iql/**/config.json")
-    assert json.loads(config.read_text())["algorithm"] == "iql"
-    assert {path.name for path in tmp_path.iterdir()} >= {"iql.py", "common", "runs"}
