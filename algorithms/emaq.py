@@ -49,7 +49,7 @@ from common import replay
 from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import Metrics, Sometimes, evaluation_keys, host_memory, join, keep_finite, make_members, repeat
+from common.members import Metrics, Sometimes, evaluation_keys, join, keep_finite, make_members, repeat
 from common.networks import MLP, QEnsemble, descend, glorot
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.report import fill_tree, read_tree
@@ -556,9 +556,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     pool_bytes = len(members.seeds) * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
-    stats = members.mesh.devices.flat[0].memory_stats()  # none on a CPU
-    room = (stats["bytes_limit"] - stats["bytes_in_use"]) * members.mesh.size if stats else host_memory()
-    if args.draws_ahead and 2 * pool_bytes > room:
+    if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
         print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)
         args = args.replace(proposal_pool=0)

@@ -89,6 +89,11 @@ class Members:
         """The whole tree on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
+    def memory(self) -> int:
+        """Bytes that all devices together have free; on a CPU those of the machine."""
+        stats = self.mesh.devices.flat[0].memory_stats()  # none on a CPU
+        return (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size if stats else host_memory()
+
     def start(self, init: Callable) -> Any:
         """`init(key, hp)` of each member as one tree; UsageError, with how many fit, if memory is too small for them.
 
@@ -96,8 +101,7 @@ class Members:
         """
         hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
         each = 3 * tree_bytes(jax.eval_shape(init, jax.random.key(0), hp[0]))  # before and after updates, and gradients
-        stats = self.mesh.devices.flat[0].memory_stats()  # none on a CPU
-        room = (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size if stats else host_memory()
+        room = self.memory()
         if each * len(hp) > room:
             raise UsageError(
                 f"{self.count} members do not fit in {room / 2**30:.3g} GiB of memory, about {room // each} do"

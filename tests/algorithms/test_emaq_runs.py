@@ -23,7 +23,7 @@ from conftest import (
     smaller,
 )
 
-from algorithms import emaq as script_of_emaq
+from common import members
 from common.report import read_tree
 from common.runs import Run
 
@@ -191,7 +191,7 @@ def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
     outcome = emaq(*flags, "--proposal-pool", "0", "--run-dir", tmp_path / "none")
     assert (outcome.status, outcome.err) == (0, "")
     # 400 rows, 300 sets of 4 proposals in 3 dimensions for two members: 2.9 MB.
-    monkeypatch.setattr(script_of_emaq, "host_memory", lambda: 5_000_000)
+    monkeypatch.setattr(members, "host_memory", lambda: 5_000_000)
     outcome = emaq(*flags, "--proposal-pool", "300", "--run-dir", tmp_path / "short")
     assert outcome.status == 0
     assert outcome.err.count("\n") == 1 and "more than half of the memory" in outcome.err
