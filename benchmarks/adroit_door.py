@@ -56,9 +56,10 @@ import numpy as np
 import tyro
 
 from benchmarks import bc, report, suite
+from benchmarks.sources import ensure
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status, one_line
-from common.data import Dataset, ensure
+from common.data import Dataset
 from common.environments import Collector, make_environment
 from common.members import make_members
 from common.replay import Replay, Transform, Transitions, fit_transform

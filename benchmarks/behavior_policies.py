@@ -62,8 +62,8 @@ def read_snapshot(path: Path) -> Layers:
 def measure(env_id: str, layers: Layers, steps: int, seed: int) -> float:
     """Mean return of the whole episodes among `steps` environment steps of sampled actions."""
     exact = [(w.astype(float), b.astype(float)) for w, b in layers]
-    with quiet_mujoco():
-        episodes = offax_sets.collect(env_id, exact, steps, [seed], num_envs=10)
+    quiet_mujoco()
+    episodes = offax_sets.collect(env_id, exact, steps, [seed], num_envs=10)
     return float(np.mean([episode.rewards.sum() for episode in episodes[:-1] or episodes]))
 
 

@@ -6,7 +6,6 @@ of the parts that have finished. Merging again, when more parts have come, repla
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from benchmarks.offax_sets import lock
 from benchmarks.tables import Table
 from common import report
 from common.cli import UsageError
-from common.report import write_atomically, write_json
+from common.report import read_json, write_atomically, write_json
 from common.runs import FREE
 
 PHASES = ("pretraining", "offline", "online")
@@ -26,16 +25,6 @@ ORDER: dict[str, Callable[[dict[str, str]], tuple[int, ...]]] = {
     "evaluations.csv": lambda row: (PHASES.index(row["phase"]), int(row["step"]), int(row["member"])),
     "returns.csv": lambda row: (int(row["member"]), int(row["episode"])),
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A record that a run wrote; UsageError if it is none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UsageError(f"there is no {path}: the run has not come so far") from None
-    except (ValueError, TypeError):
-        raise UsageError(f"{path} is damaged") from None
 
 
 def parts_of(run_dir: Path) -> dict[int, Path]:

@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.cli import UsageError
-from common.data import REFERENCE_RETURNS, datasets_root
-from common.environments import quiet_mujoco
+from common.environments import REFERENCE_RETURNS, quiet_mujoco
 
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
@@ -57,6 +56,14 @@ class Episode(NamedTuple):
     rewards: np.ndarray
     terminated: bool
     truncated: bool
+
+
+def datasets_root() -> Path:
+    """Minari's directory of datasets; it need not exist. UsageError where there is no home directory."""
+    root = os.path.expanduser(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets")
+    if root.startswith("~"):
+        raise UsageError("there is no home directory for datasets; set MINARI_DATASETS_PATH to a directory")
+    return Path(root)
 
 
 def ids() -> list[str]:
@@ -316,10 +323,10 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
     building.mkdir()
     try:
         _require_space(recipe, building)
-        with quiet_mujoco():
-            episodes = _collect_parts(dataset_id, recipe)
-            _require_space(recipe, building)  # again: collecting took a while
-            built = _write(dataset_id, recipe, episodes, building)
+        quiet_mujoco()
+        episodes = _collect_parts(dataset_id, recipe)
+        _require_space(recipe, building)  # again: collecting took a while
+        built = _write(dataset_id, recipe, episodes, building)
         _create_namespaces(dataset_id)
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists():

@@ -3,22 +3,22 @@
 import argparse
 import dataclasses
 import errno
+import importlib
 import io
 import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
 
 A = TypeVar("A", bound="RunArgs")
-FILES = (".npz", ".hdf5", ".h5")
-"""Endings by which --dataset is a path."""
 
 
 class UsageError(Exception):
@@ -30,21 +30,33 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def optional(name: str) -> ModuleType | None:
+    """A module of benchmarks/ that whoever copies an algorithm may do without; None if it is not there."""
+    try:
+        return importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", f"benchmarks.{name}"):
+            raise
+        return None
+
+
 @contextmanager
 def exit_status() -> Iterator[None]:
     """End the process as a script should: 2 and one line for what a user can mend, 130 after Ctrl-C."""
     try:
         yield
     except UsageError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line = " ".join(str(error).split())
     except OSError as error:  # a full disk, a directory without permission
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"error: {error.filename or 'writing results'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        line = f"{error.filename or 'writing results'}: {error.strerror}"
     except KeyboardInterrupt:
         sys.exit(130)
+    else:
+        return
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Range(NamedTuple):
@@ -99,6 +111,8 @@ class RunArgs:
     """Updates (online: environment steps) between checkpoints, beside those before evaluations; 0: none (ours)."""
     run_dir: str | None = None
     """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
+    keep_best: bool = False
+    """Keep the best evaluated policy of each member beside the last one, in checkpoint/best.npz."""
     resume: bool = False
     """Continue from the last checkpoint in --run-dir, or start there if there is none."""
     normalize_observations: bool = False
@@ -126,18 +140,18 @@ class RunArgs:
 
     def validate(self) -> None:
         """UsageError for a number out of range: the type's own, or else at least 0 for whole numbers and any float."""
-        for owner, values in [(self, vars(self)), *((self.hp, c) for c in parse_grid(self.grid, self.hp._fields))]:
+        swept = [(self.hp, self.hp._asdict() | values) for values in parse_grid(self.grid, self.hp._fields)]
+        for owner, values in [(self, vars(self)), *swept]:
             hints = get_type_hints(type(owner), include_extras=True)
-            for name, value in (values if owner is self else owner._asdict() | values).items():
+            for name, value in values.items():
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     continue
                 ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
                 low, high, above = (ranges or [Range(0 if isinstance(value, int) else -np.inf)])[0]
-                finite = value - value == 0  # also for whole numbers beyond any float
-                if not (finite and low <= value <= high and not (above and value == low)):
-                    limit = f"at most {high:g}" if value > high else f"{'above' if above else 'at least'} {low:g}"
-                    flag = name.replace("_", "-")
-                    raise UsageError(f"--{flag} {value}: must be {limit if finite else 'finite'}")
+                limit = f"at most {high:g}" if value > high else f"{'above' if above else 'at least'} {low:g}"
+                if value - value != 0 or not low <= value <= high or (above and value == low):  # infinity, NaN: not 0
+                    flag, limit = name.replace("_", "-"), limit if value - value == 0 else "finite"
+                    raise UsageError(f"--{flag} {value}: must be {limit}")
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:
@@ -158,10 +172,9 @@ def parse_grid(grid: str, names: tuple[str, ...]) -> list[dict[str, float]]:
         if name not in names or name in values:
             what = f"{name} is given twice" if name in values else f"no hyperparameter {name}"
             raise UsageError(f"--grid: {what}; choose from {', '.join(names)}")
-        try:
+        values[name] = []
+        with suppress(ValueError):
             values[name] = [float(number) for number in numbers.split(",")]
-        except ValueError:
-            values[name] = []
         if not np.isfinite(values[name]).all() or not values[name] or len(set(values[name])) < len(values[name]):
             raise UsageError(f'--grid: "{part}" is not of the form name=value,value, with finite numbers that differ')
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
@@ -194,12 +207,10 @@ def env_name(env_id: str) -> str:
 
 def preset_name(dataset: str, env: str | None) -> str:
     """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
-    is_file = Path(dataset).suffix.lower() in FILES
+    is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
     names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
-    for name, (family, pattern) in itertools.product(names, FAMILIES.items()):
-        if re.match(pattern, name.lower()):
-            return family
-    return "none"
+    found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
+    return next(found, "none")
 
 
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
@@ -217,26 +228,24 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     if chosen.preset not in ("auto", "none", *presets):
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
     preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
+    preset = preset if preset in presets else "none"
     settings = presets.get(preset, {})
-    preset = preset if settings else "none"
     hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
     default = plain.replace(hp=plain.hp._replace(**hp), **{k: v for k, v in settings.items() if k not in hp})
 
-    out, err = io.StringIO(), io.StringIO()
-    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            return tyro.cli(args_type, args=argv, default=default, config=config).replace(preset=preset)
+            return tyro.cli(args_type, args=argv, default=default, config=flat).replace(preset=preset)
     except SystemExit as stop:
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
-            help_text = [out.getvalue().rstrip(), f"\npresets; the defaults above are those of: {preset}", *listed]
-            print(*help_text, f"\n--grid sweeps any of: {', '.join(plain.hp._fields)}", sep="\n")
+            print(out.getvalue().rstrip(), f"\npresets; the defaults above are those of: {preset}", *listed, sep="\n")
+            print(f"\n--grid sweeps any of: {', '.join(plain.hp._fields)}")
             raise
         # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
-        text = (err.getvalue() + out.getvalue()).replace("│", " ")
-        parts = [" ".join(part.split()) for part in re.split(r"[╭╮╰╯─]{2,}|-{5,}", text)]
-        parts = [part for part in parts if part and not part.startswith("For full helptext")]
+        parts = re.split(r"[╭╮╰╯─]{2,}|-{5,}", (err.getvalue() + out.getvalue()).replace("│", " "))
+        parts = [" ".join(x.split()) for x in parts if x.strip() and "For full helptext" not in x]
         raise UsageError(f"{'; '.join(parts[1:] or parts)} (see --help)") from None
 
 

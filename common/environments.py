@@ -6,8 +6,8 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -35,11 +35,9 @@ REFERENCE_RETURNS = {
     "maze2d-large": (6.7, 273.99),
 }
 MAX_ENVIRONMENTS = 64
+LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
+LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
 Policy = Callable[[np.ndarray, int], Any]
-LONGEST_EPISODE = 10_000
-"""Steps after which an episode is cut where neither the environment nor --max-episode-steps limits it."""
-LARGEST_BOUND = 1e6
-"""A larger bound of an action is no range to scale by: it stands for "unbounded", and float32 cannot resolve it."""
 
 
 def domain_of(env_id: str | None) -> str | None:
@@ -77,54 +75,43 @@ def action_bounds(name: str, observations: gym.Space, actions: gym.Space) -> tup
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
         raise UsageError(f"{name} has actions in {actions}; Offax handles vectors of floats only")
     low, high = actions.low.astype(np.float64), actions.high.astype(np.float64)
-    if len(
-        bad := np.flatnonzero(
-            (low < -LARGEST_BOUND) | (low >= high) | (high > LARGEST_BOUND) | np.isnan(low) | np.isnan(high)
-        )
-    ):
-        found = f"dimension {bad[0]} of the actions is bounded by {low[bad[0]]:g} and {high[bad[0]]:g}"
+    fit = (low >= -LARGEST_BOUND) & (low < high) & (high <= LARGEST_BOUND)
+    if not fit.all():
+        found = f"dimension {fit.argmin()} of the actions is bounded by {low[~fit][0]:g} and {high[~fit][0]:g}"
         raise UsageError(f"{name}: {found}, no range to scale by; give the action space the range that actions have")
     return gym.spaces.flatdim(observations), low.astype(np.float32), high.astype(np.float32)
 
 
-@contextmanager
-def quiet_mujoco() -> Iterator[None]:
+def quiet_mujoco() -> None:
     """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT: nothing a user can mend."""
-    try:
+    with contextlib.suppress(ImportError):
         import mujoco
-    except ImportError:
-        yield
-        return
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(before)
+
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
 
 
 def make_raw(spec: Any, **options: Any) -> gym.Env:
     """`gymnasium.make(spec)`; AntMaze ends at the goal, as D4RL's tasks do. UsageError if it cannot be made."""
     name = getattr(spec, "id", spec)
     options |= {"continuing_task": False} if env_name(name).startswith("antmaze") else {}
+    make = partial(gym.make, spec, disable_env_checker=True, **options)
+    quiet_mujoco()
     try:
-        with quiet_mujoco(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
             try:
-                return gym.make(spec, disable_env_checker=True, **options)
+                return make()
             except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
                 with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
                     gym.register_envs(importlib.import_module("gymnasium_robotics"))
-                return gym.make(spec, disable_env_checker=True, **options)
-    except ModuleNotFoundError as error:
-        reason = f"{one_line(error)}; install what is missing, or put its folder on PYTHONPATH"
-    except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
-        reason = (
-            f'{one_line(error)} Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
-        )
+                return make()
     except Exception as error:  # whatever an environment's constructor raises
         reason = one_line(error)
-    raise UsageError(f"cannot make environment {name}: {reason}")
+        if isinstance(error, ModuleNotFoundError):
+            reason += "; install what is missing, or put its folder on PYTHONPATH"
+        elif isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound):
+            reason += f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
+        raise UsageError(f"cannot make environment {name}: {reason}") from None
 
 
 def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> gym.Env:
@@ -148,6 +135,17 @@ def scalar(value: Any) -> float:
     return float("nan") if value is None else float(np.asarray(value, np.float64).reshape(-1)[0])
 
 
+def evaluation_seed(seed: int, episode: int) -> int:
+    """Seed of an evaluation's episode for the member with `seed`, of 32 bits, which is all that numpy takes."""
+    return (1_000_000 + 1000 * int(seed) + episode) % 2**32
+
+
+def width_of(episodes: int, total: int) -> int:
+    """How many of a member's episodes are run side by side in a population of `total`."""
+    waves = -(-episodes // max(1, MAX_ENVIRONMENTS // total))
+    return -(-episodes // waves)
+
+
 class Returns(NamedTuple):
     """Undiscounted returns of the evaluation's episodes, `[members, episodes]`.
 
@@ -162,9 +160,9 @@ class Returns(NamedTuple):
 class Evaluator:
     """Runs the members' episodes side by side: one call of the policy for each time step.
 
-    Each environment runs one episode and then waits, so long episodes are not under-counted, and none is stepped past
-    its end. At most about `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes. How many episodes of a
-    member run at once depends on the `total` of the population, not on how many members this process has.
+    Each environment runs one episode and then waits, so long episodes are not under-counted. At most about
+    `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes. How many episodes of a member run at once
+    depends on the `total` of the population, not on how many members this process has.
     """
 
     def __init__(self, make: Callable[[], gym.Env], members: Members, transform: Transform) -> None:
@@ -177,34 +175,32 @@ class Evaluator:
         `policy(observations [padded, width, obs_dim], count)` gives actions `[padded, width, action_dim]` in [-1, 1];
         `count` is another one at every time step. None if `stopping()`, asked before each, says so.
         """
-        waves = -(-episodes // max(1, MAX_ENVIRONMENTS // self.members.total))
-        width, members = -(-episodes // waves), self.members.count
+        width, members = width_of(episodes, self.members.total), self.members.count
+        waves = -(-episodes // width)
         returns, successes = np.zeros((members, waves * width)), np.full((members, waves * width), np.nan)
         while len(self.environments) < members * width:
             self.environments.append(self.make())
-        obs_dim = self.environments[0].observation_space.shape[0]
+        shape = self.environments[0].observation_space.shape
+        observations = np.zeros((len(self.members.seeds), width, *shape), np.float32)
         for wave in range(waves):
-            columns = np.arange(wave * width, (wave + 1) * width)
-            running = [(m, j) for m in range(members) for j in range(width) if columns[j] < episodes]
-            observations = np.zeros((len(self.members.seeds), width, obs_dim), np.float32)
+            first, step = wave * width, 0
+            running = [(m, j) for m in range(members) for j in range(width) if first + j < episodes]
             for m, j in running:
-                seed = (1_000_000 + 1000 * int(self.members.seeds[m]) + int(columns[j])) % 2**32  # all that numpy takes
-                observations[m, j] = self.environments[m * width + j].reset(seed=seed)[0]
-            step = 0
+                seed = evaluation_seed(self.members.seeds[m], first + j)
+                observations[m, j], _ = self.environments[m * width + j].reset(seed=seed)
             while running:
                 if stopping():
                     return None
                 actions = np.asarray(policy(self.transform.observations(observations), wave * 1_000_000 + step))
-                still_running = []
+                going, step = [], step + 1
                 for m, j in running:
-                    env = self.environments[m * width + j]
+                    env, i = self.environments[m * width + j], first + j
                     observations[m, j], reward, terminated, truncated, info = env.step(actions[m, j])
-                    returns[m, columns[j]] += reward
-                    success = scalar(info.get("success"))
-                    successes[m, columns[j]] = np.fmax(successes[m, columns[j]], success)
+                    returns[m, i] += reward
+                    successes[m, i] = np.fmax(successes[m, i], scalar(info.get("success")))
                     if not (terminated or truncated):
-                        still_running.append((m, j))
-                running, step = still_running, step + 1
+                        going.append((m, j))
+                running = going
         return Returns(returns[:, :episodes], successes[:, :episodes])
 
 

@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 
 from common.cli import RunArgs, UsageError, parse_grid
 from common.replay import Replay
-from common.report import is_key
 
 
 def usable_cores() -> int:
@@ -34,6 +33,11 @@ def usable_cores() -> int:
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no such limit, or "max"
         return cores
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf, or its shape, is of random keys, which numpy cannot hold."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def use_compilation_cache() -> None:
@@ -90,9 +94,13 @@ class Members:
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def memory(self) -> int:
-        """Bytes that all devices together have free; on a CPU those of the machine."""
-        stats = self.mesh.devices.flat[0].memory_stats()  # none on a CPU
-        return (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size if stats else host_memory()
+        """Bytes that all devices together have free; on a CPU those of the machine, or of its container."""
+        if stats := self.mesh.devices.flat[0].memory_stats():  # none on a CPU
+            return (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return size
 
     def start(self, init: Callable) -> Any:
         """`init(key, hp)` of each member as one tree; UsageError, with how many fit, if memory is too small for them.
@@ -100,14 +108,13 @@ class Members:
         One by one, so that a member starts the same to the last bit whatever the population.
         """
         hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
-        each = 3 * tree_bytes(jax.eval_shape(init, jax.random.key(0), hp[0]))  # before and after updates, and gradients
-        room = self.memory()
-        if each * len(hp) > room:
-            raise UsageError(
-                f"{self.count} members do not fit in {room / 2**30:.3g} GiB of memory, about {room // each} do"
-            )
+        leaves = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0), hp[0]))
+        each = 3 * sum(x.size * x.dtype.itemsize for x in leaves)  # before and after updates, and gradients
+        if each * len(hp) > (room := self.memory()):
+            what = f"{self.count} members do not fit in {room / 2**30:.3g} GiB of memory"
+            raise UsageError(f"{what}, about {room // each} do")
         initialise = jax.jit(init)
-        states = [to_host(initialise(jax.random.key(s), own)) for s, own in zip(self.seeds, hp, strict=True)]
+        states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
     def keys(self, number: int) -> jax.Array:
@@ -193,28 +200,6 @@ def make_members(args: RunArgs) -> Members:
     return Members(indices, len(everyone), seeds, hp, swept, Mesh(np.array(devices), ("members",)))
 
 
-def to_host(tree: Any) -> Any:
-    """The tree in numpy arrays; random keys stay keys."""
-
-    def fetch(x: Any) -> Any:
-        return jax.random.wrap_key_data(np.asarray(jax.random.key_data(x))) if is_key(x) else np.asarray(x)
-
-    return jax.tree.map(fetch, tree)
-
-
-def tree_bytes(tree: Any) -> int:
-    """Of all arrays, or of arrays of these shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def host_memory() -> int:
-    """Bytes of memory of this machine, or of the container in it."""
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
-        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return size
-
-
 class Sometimes(NamedTuple):
     """A metric that exists at some updates only, e.g. where the policy is updated at every second one."""
 
@@ -223,23 +208,15 @@ class Sometimes(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Metrics over some updates: sums, how many updates had each, the first where it was not finite (-1: none)."""
+    """Metrics over some updates: their sums, and how many updates had each."""
 
     sums: dict[str, Any]
     counts: dict[str, Any]
-    first_nonfinite: dict[str, Any]
 
 
 def join(parts: Sequence[Metrics]) -> Metrics:
-    """The metrics of all members over successive updates, given for each update or in equal numbers of updates."""
-    parts = jax.tree.map(np.asarray, list(parts))
-    sums, counts, first = {}, {}, {}
-    for name in parts[0].sums:
-        sums[name] = np.sum([part.sums[name] for part in parts], axis=0, dtype=np.float64)
-        counts[name] = np.sum([part.counts[name] for part in parts], axis=0)
-        bad = np.stack([part.first_nonfinite[name] for part in parts]) >= 0
-        first[name] = np.where(bad.any(axis=0), bad.argmax(axis=0), -1)
-    return Metrics(sums, counts, first)
+    """The metrics of all members over successive stretches of updates, as one."""
+    return jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
 
 
 def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
@@ -250,26 +227,22 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
     names = list(jax.eval_shape(step, state)[1])
     zeros = {name: jnp.zeros((), jnp.float32) for name in names}
     none = {name: jnp.zeros((), jnp.int32) for name in names}
-    never = {name: jnp.full((), -1, jnp.int32) for name in names}
 
-    def body(i: jax.Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
-        state, (sums, counts, first) = carry
+    def body(_: jax.Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
+        state, (sums, counts) = carry
         state, metrics = step(state)
         for name, metric in metrics.items():
             value, present = metric if isinstance(metric, Sometimes) else (metric, True)
-            bad = (first[name] < 0) & ~jnp.isfinite(value) & present
-            first = first | {name: jnp.where(bad, i, first[name]).astype(jnp.int32)}
             sums = sums | {name: sums[name] + jnp.where(present, value, 0.0).astype(jnp.float32)}
             counts = counts | {name: counts[name] + present}
-        return state, Metrics(sums, counts, first)
+        return state, Metrics(sums, counts)
 
-    return jax.lax.fori_loop(0, num_steps, body, (state, Metrics(zeros, none, never)))
+    return jax.lax.fori_loop(0, num_steps, body, (state, Metrics(zeros, none)))
 
 
 def keep_finite(new: Any, old: Any, metrics: Metrics) -> tuple[Any, jax.Array]:
     """The state of one member after some updates, or, if a number in it or in their metrics is not finite, the one
     before them; and whether it is finite."""
-    floats = [x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.floating)]
+    floats = [x for x in jax.tree.leaves((new, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jnp.array([jnp.isfinite(x).all() for x in floats]).all()
-    finite &= jnp.array([first < 0 for first in metrics.first_nonfinite.values()]).all()
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), finite

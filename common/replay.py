@@ -48,10 +48,6 @@ class Transform(NamedTuple):
         """Transformed rewards `[...]`, float32."""
         return (self.reward_scale * np.asarray(rewards) + self.reward_shift).astype(np.float32)
 
-    def describe(self) -> dict[str, Any]:
-        """The constants as JSON can hold them, exactly."""
-        return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
-
     def transitions(self, transitions: Transitions) -> Transitions:
         """Transitions with states and rewards transformed; actions and flags as they are."""
         return transitions._replace(
@@ -126,13 +122,6 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
         places = jnp.where(jnp.arange(rows) < count, places, ring.capacity)  # beyond the end: dropped
     data = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), ring.data, transitions)
     return Ring(data, ring.written + (rows if count is None else count))
-
-
-def end_episode(ring: Ring) -> Ring:
-    """The ring with its newest row the last of its episode: what follows starts another one."""
-    newest = (ring.position - 1) % ring.capacity
-    cut = jnp.where(ring.written > 0, 1.0 - ring.data.terminations[newest], 0.0)
-    return ring._replace(data=ring.data._replace(truncations=ring.data.truncations.at[newest].set(cut)))
 
 
 class Replay(NamedTuple):

@@ -1,10 +1,9 @@
-"""The run directory: configuration, tables, checkpoint, report; progress, and the signals that end a run well.
+"""The run directory: configuration, tables, checkpoint, results; progress, signals, and the policy that comes of it.
 
-Files are the source of truth. They are written whole or not at all, but for the tables, which grow by whole rows and
-are cut back to the checkpoint's length when a run is resumed. No pickle anywhere.
+Files are written whole or not at all, but for the tables, which grow by whole rows and are cut back to the checkpoint's
+length when a run is resumed. No pickle anywhere.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -23,19 +22,19 @@ import jax
 import numpy as np
 
 from common import report
-from common.cli import RunArgs, UsageError
+from common.cli import RunArgs, UsageError, one_line, optional
 from common.data import Dataset, normalized_score
 from common.environments import Returns
 from common.members import Members, Metrics
-from common.replay import Transform, end_episode
-from common.report import append_rows, read_tree, save_tree, write_json
+from common.replay import Transform
+from common.report import append_rows, fill_tree, read_tree, save_tree, write_json
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
 STRETCH = 100  # and between looks at signals and divergence
 # Flags that may differ between the run that wrote a checkpoint and the one that resumes it: whatever does not touch the
 # training's course, and the lengths of the phases until the online phase has begun.
 FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "max_episode_steps", "checkpoint_every", "run_dir"}
-FREE |= {"resume", "quiet", "preset", "track", "wandb_project", "wandb_group", "wandb_entity"}
+FREE |= {"keep_best", "resume", "quiet", "preset", "track", "wandb_project", "wandb_group", "wandb_entity"}
 LENGTHS = {"num_updates", "online_steps"}
 
 
@@ -51,16 +50,16 @@ class Run:
         slug = re.sub(r"[^\w./-]", "_", args.dataset).strip("./")
         self.label = f"{name} {slug} {time.strftime('%Y%m%d-%H%M%S')}"
         self.path = self._claim(Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}")))
-        self.checkpoint = self.path / "checkpoint" / "state.npz"
+        self.checkpoint, self.best = (self.path / "checkpoint" / name for name in ("state.npz", "best.npz"))
         self.alive = (np.arange(len(members.seeds)) < members.count).astype(np.int32)
         self.done = {"pretraining": 0, "offline": 0, "online": 0}
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
-        self.timing: dict[str, list[Any]] = {}
+        self.timed: dict[str, list[float]] = {}  # of each phase: steps, members' steps and seconds
         self.phase, self.signal, self.row, self.note, self.shown = "offline", 0, None, "", time.time()
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         self.flags |= self.flags.pop("hp")._asdict()
-        self.tracker = report.Tracker(args, self.label)
+        self.tracker: Any = None
 
     def _claim(self, path: Path) -> Path:
         """Make the directory and hold it until the process ends; UsageError if it is held, or holds another run."""
@@ -88,7 +87,7 @@ class Run:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if kind is not None:
+        if kind is not None and self.tracker:
             self.tracker.finish([{}] * self.members.count, {}, 128 + self.signal if self.signal else 1)
         self.lock.close()
 
@@ -111,42 +110,42 @@ class Run:
         UsageError for a checkpoint of another run.
         """
         self.about, self.domain, device = dataset.describe(), dataset.domain, jax.local_devices()[0]
-        self.level = self.about["dataset_returns"].get("score_mean" if dataset.domain else "mean")
         self.before: dict[str, Any] = {}  # the flags of the run that is resumed
-        found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {})
+        found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
             try:
                 self.done = {phase: int(theirs["done"][phase]) for phase in self.done}
                 self.diverged = {int(i): what for i, what in theirs["diverged"].items()}
                 self.started -= float(theirs["seconds"])
-                self.evaluations, self.before = theirs["evaluations"], theirs["flags"]
-                tables, identity = dict(theirs["tables"]), theirs["identity"]
-                odd = [(name, identity.get(name), x) for name, x in self._identity().items() if identity.get(name) != x]
+                self.evaluations, self.before, _ = theirs["evaluations"], theirs["flags"], dict(theirs["tables"])
+                identity, ours = theirs["identity"], self._identity()
+                odd = [name for name, value in ours.items() if identity.get(name) != value]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UsageError(f"checkpoint {self.checkpoint} is damaged or was edited (its metadata)") from None
             if odd:
-                name, before, now = odd[0][0].replace("_", "-"), *odd[0][1:]
-                what = f"holds a run with --{name} {before}, this one has {now}"
-                raise UsageError(f"{self.path} {what}; use another --run-dir")
-            trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
-            like = jax.tree.map(lambda x: x[: self.members.count], trees)  # without the padding
-            trees = self.members.shard(report.fill_tree(self.checkpoint, found, like))
-            if "ring" in trees:  # the environments start anew
-                trees["ring"] = jax.vmap(end_episode)(trees["ring"])
+                what = f"--{odd[0].replace('_', '-')} {identity.get(odd[0])}, this one has {ours[odd[0]]}"
+                raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
+            trees = self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
         for file in self.path.glob("*.csv"):  # rows written after the checkpoint are written again
-            os.truncate(file, min(file.stat().st_size, tables.get(file.name, 0) if found else 0))
-        hp = [dict(self.args.hp._asdict()) | swept for swept in self.members.swept]
-        swept = enumerate(self.members.swept)
-        who = [self.members.who(i) | {"swept": x, "hyperparameters": hp[i]} for i, x in swept]
-        config = {"algorithm": self.name, "flags": self.flags, "preset": self.args.preset, "members": who} | self.about
+            os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
+        members = []
+        for i, swept in enumerate(self.members.swept):
+            hp = self.args.hp._asdict() | swept
+            members.append(self.members.who(i) | {"swept": swept, "hyperparameters": hp})
+        config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
-        config |= {"transform": transform.describe()} | report.provenance()
-        write_json(self.path / "config.json", config)
-        labels = [f"{self.name} {self.args.dataset} {self.members.label(i)}" for i in range(len(who))]
-        self.tracker.start([config | self.flags | h | w for h, w in zip(hp, who, strict=True)], labels, self.path)
+        config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
+        config |= report.provenance() | {"population": self.members.total}
+        write_json(self.path / "config.json", config | {"members": members})
+        labels = [f"{self.name} {self.args.dataset} {self.members.label(i)}" for i in range(len(members))]
+        configs = [config | self.flags | member["hyperparameters"] | member for member in members]
+        if self.args.track or "WANDB_SWEEP_ID" in os.environ:
+            if (tracking := optional("tracking")) is None:
+                raise UsageError("--track True: logging to Weights & Biases is in benchmarks/tracking.py; copy it too")
+            self.tracker = tracking.Tracker(self.args, configs, labels, self.label, self.path)
         self.saved = dict(self.done) if found else None
-        where = f"{len(who)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
+        where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         end = f", resumed at {self.done}" if found else ""
         print(f"{self.name} on {self.args.dataset}, preset {self.args.preset}: {where}{end}", flush=True)
         return trees
@@ -157,17 +156,19 @@ class Run:
         fixed = {name: value for name, value in self.flags.items() if name not in free}
         return json.loads(json.dumps({"algorithm": self.name, "dataset_sha256": self.about["dataset_sha256"]} | fixed))
 
+    def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint has of the trees: no padding, and a ring only once it is used."""
+        trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
+        return jax.tree.map(lambda x: x[: self.members.count], trees)
+
     def save(self, trees: dict[str, Any]) -> None:
         """Write the checkpoint, unless it has this state already."""
-        if self.saved == self.done:
-            return
-        about = {"identity": self._identity(), "flags": self.flags, "done": self.done, "diverged": self.diverged}
-        about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
-        about |= {"tables": {file.name: file.stat().st_size for file in self.path.glob("*.csv")}}
-        about |= {"seconds": time.time() - self.started}
-        trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}  # as in `restore`
-        save_tree(self.checkpoint, jax.tree.map(lambda x: x[: self.members.count], trees), about)
-        self.saved = dict(self.done)
+        if self.saved != self.done:
+            about = {"identity": self._identity(), "flags": self.flags, "done": self.done, "diverged": self.diverged}
+            about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
+            about |= {"tables": {file.name: file.stat().st_size for file in self.path.glob("*.csv")}}
+            save_tree(self.checkpoint, self._kept(trees), about | {"seconds": time.time() - self.started})
+            self.saved = dict(self.done)
 
     def chunks(self, phase: str, total: int, every: int = 0, whole: bool = False) -> Iterator[tuple[int, int]]:
         """`(start, stop)` of one stretch of the phase after another, until `total` steps of it are recorded.
@@ -187,15 +188,16 @@ class Run:
                 break
             lengths = [every] if whole else [STRETCH, *(n - self.start % n for n in (every, *self.dues) if n)]
             yield self.start, min(total, self.start + min(lengths))
-            steps, timed = self.done[phase] - self.start, self.timing.setdefault(phase, [])
-            timed.append((steps, steps * int(self.alive.sum()), time.time() - began))
-            del timed[1 : len(timed) - 1000]  # the first one, which compiles, does not count
+            steps = self.done[phase] - self.start
+            timed = (steps, steps * int(self.alive.sum()), time.time() - began)
+            before = self.timed.get(phase)  # none after the first stretch, which compiles: it does not count
+            self.timed[phase] = [0.0] * 3 if before is None else [x + y for x, y in zip(before, timed, strict=True)]
             self._progress(phase, total)
 
-    def rate(self, phase: str, column: int = 1) -> float | None:
+    def rate(self, phase: str, of: int = 1) -> float | None:
         """Updates (online: environment steps, each with an update) per second, summed over the living members."""
-        timed = np.array(self.timing.get(phase, [])[1:]).reshape(-1, 3).sum(axis=0)
-        return float(timed[column] / timed[2]) if timed[2] else None
+        timed = self.timed.get(phase, [0.0] * 3)
+        return timed[of] / timed[2] if timed[2] else None
 
     def _progress(self, phase: str, total: int) -> None:
         """A line on stderr: rewritten on a terminal, else a new one every half minute."""
@@ -223,64 +225,76 @@ class Run:
 
         Members that are not `finite` are named, and out from here on. Exit 3 if none is left.
         """
-        sums, counts, first = jax.tree.map(np.asarray, metrics)
-        before, was_alive, self.done[self.phase] = self.steps(), np.flatnonzero(self.alive), stop
-        old = self.row or ({name: np.float64(0.0) for name in sums},) * 2
-        sums, counts = (jax.tree.map(np.add, x, y) for x, y in zip(old, (sums, counts), strict=True))
-        for i in np.flatnonzero(self.alive & ~np.asarray(finite)):
-            at = [(int(x[i]), name) for name, x in first.items() if x[i] >= 0]
-            at, metric = min(at, key=lambda one: one[0], default=(self.steps() - before - 1, "a parameter"))
-            step = before + at + 1
-            self.diverged[int(i)], self.alive[i] = {"step": step, "metric": metric}, 0
-            what = f"{metric} is not finite at update {step}; it is frozen"
-            print(f"{self.members.label(i)} diverged: {what}", file=sys.stderr)
-        self.row = sums, counts
+        sums, counts = jax.tree.map(lambda x: np.asarray(x, np.float64), metrics)
+        frozen_at, living = self.steps(), np.flatnonzero(self.alive)
+        self.done[self.phase] = stop
+        for i in living[~np.asarray(finite)[living]]:
+            metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
+            self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0
+            where = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
+            print(f"{self.members.label(i)} diverged: {where}", file=sys.stderr)
+        self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
         if stop >= self.total or self.signal or not self.alive.any() or any(stop % n == 0 for n in self.dues):
-            self.row, rows = None, {}
-            for i in was_alive:
+            (sums, counts), self.row, rows = self.row, None, {}
+            for i in living:
                 rows[i] = {name: sums[name][i] / counts[name][i] if counts[name][i] else None for name in sums}
             name = "pretraining.csv" if self.phase == "pretraining" else "metrics.csv"
-            whole = [{"step": self.steps()} | self.members.who(i) | row for i, row in rows.items()]
-            append_rows(self.path / name, whole)
+            append_rows(self.path / name, [{"step": self.steps()} | self.members.who(i) | rows[i] for i in living])
             rate = {"updates_per_second": self.rate(self.phase)}
-            logged = [rows.get(i, {}) | rate for i in range(self.members.count)]
-            self.tracker.log(sum(self.done.values()), logged)
+            self._track([rows.get(i, {}) | rate for i in range(self.members.count)])
         if not self.alive.any():
             self.finish(None)
             print("error: every member diverged", file=sys.stderr)
             sys.exit(3)
 
+    def _track(self, rows: list[dict[str, Any]]) -> None:
+        if self.tracker:
+            self.tracker.log(sum(self.done.values()), rows)
+
     def record_evaluation(self, result: Returns | None) -> None:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
             next(self.chunks(self.phase, self.total))
-        rows = []
+        rows, tracked = [], [{} for _ in self.members.indices]
         for i in np.flatnonzero(self.alive):
-            place = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
-            scores = normalized_score(self.domain, result.returns[i])
-            rows.append(place | report.evaluation_columns(result.returns[i], scores, result.successes[i]))
+            found, success = {"return": result.returns[i]}, result.successes[i]
+            found["score"] = normalized_score(self.domain, result.returns[i])
+            means = {f"{name}_mean": None if x is None else float(x.mean()) for name, x in found.items()}
+            deviations = {f"{name}_std": None if x is None else float(x.std()) for name, x in found.items()}
+            means |= {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
+            where = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
+            rows.append(where | means | deviations | {"episodes": len(success)})
+            tracked[i] = {f"evaluation/{name}": x for name, x in (means | deviations).items()}
+            best = max((r["return_mean"] for r in self.evaluations if r["member"] == where["member"]), default=-np.inf)
+            if self.args.keep_best and means["return_mean"] > best:
+                self._keep(i)
         self.evaluations += rows
         append_rows(self.path / "evaluations.csv", rows)
-        named = {r["member"]: {f"evaluation/{k}": v for k, v in r.items() if k.endswith(("mean", "std"))} for r in rows}
-        self.tracker.log(sum(self.done.values()), [named.get(index, {}) for index in self.members.indices])
-        means = {name: [row[f"{name}_mean"] for row in rows] for name in ("return", "score")}
-        self.note = "".join(f", {name} {np.mean(x):.1f}" for name, x in means.items() if None not in x)
+        self._track(tracked)
+        name = "score" if rows and rows[0]["score_mean"] is not None else "return"
+        self.note = f", {name} {np.mean([row[f'{name}_mean'] for row in rows]):.1f}" if rows else ""
         if self.args.quiet or not sys.stderr.isatty():
-            print(f"{self.phase} {self.done[self.phase]}: {self.note[2:]}", flush=True)
+            print(f"{self.phase} {self.done[self.phase]}{self.note}", flush=True)
+
+    def _keep(self, i: int) -> None:
+        """Copy the i-th member from the checkpoint, which is of this very step, into that of the best."""
+        arrays, about = read_tree(self.checkpoint)
+        best = read_tree(self.best)[0] if self.best.exists() else {k: x for k, x in arrays.items() if "['state']" in k}
+        for name in best:
+            best[name][i] = arrays[name][i]
+        report.save_arrays(self.best, best, about)
 
     def finish(self, result: Returns | None) -> None:
         """The last evaluation, returns.csv, final.json, curves.png and a table; None where every member diverged."""
-        rows: list[dict[str, Any]] = []
+        last: dict[int, dict[str, Any]] = {}
         if self.signal or result is not None:
             self.record_evaluation(result)
-            living = np.flatnonzero(self.alive)
-            rows = self.evaluations[-len(living) :]
             (self.path / "returns.csv").unlink(missing_ok=True)
-            for i in living:
+            for i in np.flatnonzero(self.alive):
                 who, returns = self.members.who(i), enumerate(result.returns[i].tolist())
                 append_rows(self.path / "returns.csv", [who | {"episode": e, "return": x} for e, x in returns])
-        last, members = {row["member"]: row for row in rows}, []
-        names = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
+            last = {row["member"]: row for row in self.evaluations[-int(self.alive.sum()) :]}
+        members, names = [], ("return_mean", "return_std", "score_mean", "score_std", "episodes")
         for i, index in enumerate(self.members.indices):
             entry = self.members.who(i) | {"swept": self.members.swept[i], "diverged": self.diverged.get(i)}
             members.append(entry | {name: last.get(index, {}).get(name) for name in names})
@@ -288,11 +302,14 @@ class Run:
         final |= {"updates": self.done["offline"], "updates_per_second": self.rate("offline")}
         final |= {"online_steps": self.done["online"], "online_steps_per_second": self.rate("online")}
         write_json(self.path / "final.json", final | {"wall_clock_seconds": time.time() - self.started})
-        title = f"{self.name}, {self.args.dataset}"
-        report.plot_curves(self.path / "curves.png", self.evaluations, title, self.level)
-        swept = {f"final_{name}_iqm": final["aggregate"][name]["iqm"] for name in ("score", "return")}
-        swept["diverged_members"] = len(self.diverged)  # they are not in the means
-        own = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in members]
-        self.tracker.finish(own, swept, 0 if rows else 3)
-        with contextlib.suppress(OSError):  # nobody may be reading; everything is written
-            print(report.table(title, final, self.level), f"\nresults in {self.path}", flush=True)
+        if self.tracker:
+            own = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in members]
+            swept = {f"final_{name}_iqm": final["aggregate"][name]["iqm"] for name in ("score", "return")}
+            self.tracker.finish(own, swept | {"diverged_members": len(self.diverged)}, 0 if last else 3)
+        try:  # everything is written: neither a picture nor a terminal can fail the run
+            if (curves := optional("curves")) is not None:
+                curves.draw(self.path)
+                print(curves.table(self.path))
+            print(f"results in {self.path}", flush=True)
+        except Exception as error:
+            print(f"no curves.png or table: {one_line(error)}", file=sys.stderr)

@@ -19,7 +19,7 @@ import pytest
 from gymnasium import spaces
 from test_environments import UNFIT
 
-from common import data as datasets
+from benchmarks import sources
 from common.cli import UsageError
 from common.data import load
 from common.replay import Transitions, episode_returns
@@ -71,7 +71,7 @@ def write_minari(
             action_space=action_space,
             **{"data_format": "hdf5"} | options,
         )
-    return datasets.datasets_root() / name
+    return sources.datasets_root() / name
 
 
 TWO_ENDINGS = [
@@ -514,7 +514,7 @@ def test_failed_download_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch
     def download(dataset_id: str) -> None:
         raise ValueError("Couldn't find any version\nof it")
 
-    monkeypatch.setattr(datasets, "_server_answers", lambda: True)
+    monkeypatch.setattr(sources, "_server_answers", lambda: True)
     monkeypatch.setattr(minari, "download_dataset", download)
     assert "cannot download mujoco/hopper/none-v0: Couldn't find" in usage_error("mujoco/hopper/none-v0")
 
@@ -522,19 +522,18 @@ def test_failed_download_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_missing_is_downloaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import minari
 
-    monkeypatch.setattr(datasets, "_server_answers", lambda: True)
+    monkeypatch.setattr(sources, "_server_answers", lambda: True)
     monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_minari(dataset_id, TWO_ENDINGS))
     assert len(load("far/away-v0", "Any1-v0").transitions.rewards) == 6
     assert list(minari.list_local_datasets()) == ["far/away-v0"]
 
 
-def test_without_the_builder_offax_sets_are_read_and_never_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As beside a copied algorithm: one line says where to make them."""
-    monkeypatch.setitem(sys.modules, "benchmarks.offax_sets", None)
-    monkeypatch.setitem(sys.modules, "benchmarks", None)
-    assert "benchmarks.datasets build offax/hopper/medium-v0" in usage_error("offax/hopper/medium-v0")
-    write_minari("offax/mine-v0", TWO_ENDINGS)
-    assert len(load("offax/mine-v0", "Any1-v0").transitions.rewards) == 6
+def test_without_benchmarks_one_line_says_how_to_read_other_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a copied algorithm."""
+    monkeypatch.setitem(sys.modules, "benchmarks.sources", None)
+    for name in ("offax/hopper/medium-v0", "hopper.hdf5"):
+        message = usage_error(name)
+        assert "benchmarks/sources.py" in message and f"benchmarks.datasets export {name}" in message
 
 
 def test_no_home_directory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,8 @@ def test_repeat_is_a_python_loop() -> None:
     assert float(means(metrics)["count"]) == 6.5  # mean of 3 ... 10
     assert float(means(metrics)["square"]) == (9 + 16 + 25 + 36 + 49 + 64 + 81 + 100) / 8
     assert float(means(metrics)["noise"]) == pytest.approx(np.mean([one["noise"] for one in history]), rel=1e-5)
-    first = {name: int(value) for name, value in metrics.first_nonfinite.items()}
-    assert first == {"count": -1, "square": -1, "noise": -1, "bad": 2, "worse": 0}
+    finite = {name: bool(np.isfinite(total)) for name, total in metrics.sums.items()}
+    assert finite == {"count": True, "square": True, "noise": True, "bad": False, "worse": False}
 
 
 def test_repeat_in_chunks_is_repeat_at_once() -> None:
@@ -128,16 +128,13 @@ def test_repeat_in_chunks_is_repeat_at_once() -> None:
     joined = members.join(parts)
     for name in ("count", "square", "noise"):
         assert means(joined)[name][0] == pytest.approx(float(means(whole[1])[name]), abs=1e-6)
-    assert {name: int(value[0]) for name, value in joined.first_nonfinite.items()} == {
-        name: int(value) for name, value in whole[1].first_nonfinite.items()
-    }
+    assert not np.isfinite(joined.sums["bad"]).any() and not np.isfinite(whole[1].sums["bad"])
     assert {int(value[0]) for value in joined.counts.values()} == {9}
 
 
 def test_repeat_without_updates_changes_nothing() -> None:
     state, metrics = jax.jit(partial(members.repeat, counting_step))((jnp.int32(4), jax.random.key(1)), 0)
     assert int(state[0]) == 4 and {int(count) for count in metrics.counts.values()} == {0}
-    assert {int(first) for first in metrics.first_nonfinite.values()} == {-1}
 
 
 def test_metric_that_exists_at_some_updates_is_averaged_over_those() -> None:
@@ -152,25 +149,21 @@ def test_metric_that_exists_at_some_updates_is_averaged_over_those() -> None:
     assert float(means(metrics)["odd"]) == 3.0  # mean of 1, 3, 5
     assert {name: int(count) for name, count in metrics.counts.items()} == {"odd": 3, "never": 0, "broken": 3}
     assert np.isnan(float(means(metrics)["never"]))
-    assert {name: int(x) for name, x in metrics.first_nonfinite.items()} == {"odd": -1, "never": -1, "broken": 3}
-
-
-def test_join_finds_the_first_update_of_each_member() -> None:
-    def part(*first: int) -> members.Metrics:
-        return members.Metrics({"x": np.ones(2)}, {"x": np.ones(2, int)}, {"x": np.array(first)})
-
-    joined = members.join([part(-1, -1), part(0, -1), part(0, -1), part(-1, 0)])
-    assert joined.first_nonfinite["x"].tolist() == [1, 3]
+    assert {name: bool(np.isfinite(x)) for name, x in metrics.sums.items()} == {
+        "odd": True,
+        "never": True,
+        "broken": False,
+    }
 
 
 def test_a_state_is_kept_where_a_number_of_it_or_of_its_metrics_is_not_finite() -> None:
-    def metrics(first: int) -> members.Metrics:
-        return members.Metrics({"x": jnp.zeros(())}, {"x": jnp.ones((), int)}, {"x": jnp.int32(first)})
+    def metrics(total: float) -> members.Metrics:
+        return members.Metrics({"x": jnp.float32(total)}, {"x": jnp.ones((), int)})
 
     old, new = ({"w": jnp.full(2, x), "count": jnp.int32(x)} for x in (1.0, 2.0))
     broken = new | {"w": jnp.array([2.0, jnp.nan])}
-    for state, first, fine in ((new, -1, True), (new, 3, False), (broken, -1, False)):
-        kept, finite = members.keep_finite(state, old, metrics(first))
+    for state, total, fine in ((new, 0.0, True), (new, np.inf, False), (broken, 0.0, False)):
+        kept, finite = members.keep_finite(state, old, metrics(total))
         assert bool(finite) == fine
         jax.tree.map(np.testing.assert_array_equal, kept, new if fine else old)
 
@@ -205,7 +198,8 @@ def trained(args: iql.Args = ARGS, due: Any = 1, batched: bool = False, updates:
     state = population.start(partial(iql.init, args=ARGS, obs_dim=4, action_dim=2))
     counts = np.int32(updates) * np.ones(len(population.seeds), np.int32) * np.int32(due)
     data = Replay(population.replicate(batch_of_data()))
-    return Given(*members.to_host(train(state, population.hp, data, counts)))
+    state, metrics = train(state, population.hp, data, counts)
+    return Given(*jax.tree.map(np.asarray, (state._replace(key=jax.random.key_data(state.key)), metrics)))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Buffers and transforms against Python lists, frequencies and constants worked out by hand."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,18 +80,6 @@ def test_a_part_of_a_block_is_written_as_if_it_were_all(capacity: int) -> None:
             assert not np.any(rings.data.rewards[m, size:])
         value += 5
     assert min(written) > 2 * capacity
-
-
-def test_ending_episodes_marks_each_members_newest_row() -> None:
-    """Wrapped, terminated, and empty: rows 3 (odd: truncated by its making), 4 (even: terminated), none."""
-    members = [filled(2, [1, 2, 5]), filled(4, [1, 3, 4]), replay.empty_ring(4, 2, 1), filled(4, [1, 3])]
-    members = [ring._replace(data=ring.data._replace(truncations=ring.data.truncations * 0)) for ring in members]
-    for ring, row in zip(members, (0, 2, None, 1), strict=True):
-        ended = replay.end_episode(ring).data
-        expected = np.zeros(len(ring.data.rewards))
-        if row is not None:
-            expected[row] = 1 - ring.data.terminations[row]
-        np.testing.assert_array_equal(ended.truncations, expected)
 
 
 # Sampling
@@ -249,13 +235,6 @@ def test_without_rows_nothing_is_normalised() -> None:
     fitted = fit(none, True, True, 2.0, 1.0)
     np.testing.assert_array_equal(fitted.observations(np.array([3.0, -7.0])), [3, -7])
     np.testing.assert_array_equal(fitted.rewards([1.0]), [3])
-
-
-def test_constants_can_be_read_back_exactly() -> None:
-    about = json.loads(json.dumps(fit(two_episodes(), True, True, 1.0, 0.0).describe()))
-    fitted = fit(two_episodes(), True, True, 1.0, 0.0)
-    for name, value in fitted._asdict().items():
-        np.testing.assert_array_equal(np.asarray(about[name], np.asarray(value).dtype), value)
 
 
 def test_episodes_end_at_flags_and_at_the_end_of_the_data() -> None:

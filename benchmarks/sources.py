@@ -1,0 +1,175 @@
+"""Datasets other than `.npz`: Minari's, `offax/...` among them, and D4RL's `.hdf5`.
+
+* Minari: downloaded when missing, `offax/...` collected (see offax_sets.py). Every step has its true successor, the
+  last one of a truncated episode too; an episode without a flag at its end is marked truncated. Dictionaries are
+  flattened.
+* `.hdf5`: D4RL's names. Without `next_observations` the successor is the next row, so rows with a timeout and an
+  unfinished last row are dropped, as by D4RL, and the row before is marked truncated; a terminal row stays.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import threading
+import urllib.request
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.serialization import deserialize_space
+
+from benchmarks import offax_sets
+from benchmarks.offax_sets import datasets_root
+from common.cli import UsageError, one_line
+from common.data import Dataset, bounds_of, check
+from common.environments import REFERENCE_RETURNS, action_bounds, domain_of
+from common.replay import Transitions
+
+NETWORK_SECONDS = 3.0
+
+
+def load(id_or_path: str, env: str | None) -> Dataset:
+    """Read the set, got first if it is missing; UsageError if that cannot be."""
+    if not id_or_path.lower().endswith((".hdf5", ".h5")):
+        ensure(id_or_path)
+        return load_minari(id_or_path)
+    if not Path(id_or_path).is_file():
+        raise UsageError(f"there is no file {id_or_path}")
+    return load_d4rl(id_or_path, env)
+
+
+def ensure(dataset_id: str) -> Path:
+    """Directory of the Minari dataset, with its files in `data`; collected or downloaded when missing.
+
+    UsageError, in one line, for what is no id, and for a set that is missing and cannot be had.
+    """
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError):  # the latter for an id without a version
+        raise UsageError(f"{dataset_id!r} is neither a Minari id like offax/hopper/medium-v0, .npz nor .hdf5") from None
+    if dataset_id.startswith("offax/"):
+        return offax_sets.ensure(dataset_id)
+    directory, advice = (
+        datasets_root() / dataset_id,
+        "offax/... sets need no network: python -m benchmarks.datasets list",
+    )
+    if not (directory / "data" / "metadata.json").exists():
+        if not _server_answers():
+            raise UsageError(f"{dataset_id} is not in {datasets_root()} and cannot be had from here; {advice}")
+        try:
+            minari.download_dataset(dataset_id)
+        except Exception as error:  # Minari's, its storage backends' and the system's
+            raise UsageError(f"cannot download {dataset_id}: {one_line(error)}; {advice}") from None
+    return directory
+
+
+def load_minari(dataset_id: str) -> Dataset:
+    """Read a set that is in Minari's directory; UsageError if it is not, or damaged."""
+    data, spec = datasets_root() / dataset_id / "data", None
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in Transitions._fields}
+    try:
+        metadata = json.loads((data / "metadata.json").read_text())
+        names = ("observation_space", "action_space")
+        bounds = action_bounds(dataset_id, *(deserialize_space(metadata[name]) for name in names))[1:]
+        space = json.loads(metadata[names[0]])  # which keeps the order of the environment's own
+        with h5py.File(data / "main_data.hdf5", "r") as file:  # several times faster than Minari's iterator
+            for i in range(metadata["total_episodes"]):
+                _append(columns, file[f"episode_{i}"], space, f"{dataset_id} episode {i}")
+        arrays = {name: np.concatenate(parts or [np.zeros(0)]) for name, parts in columns.items()}
+        if text := metadata.get("eval_env_spec") or metadata.get("env_spec"):
+            known = {field.name for field in fields(gym.envs.registration.EnvSpec) if field.init}  # of this version
+            stored = {key: value for key, value in json.loads(text).items() if key in known}
+            with contextlib.suppress(Exception):  # whatever it raises: --env may name another one
+                spec = gym.envs.registration.EnvSpec.from_json(json.dumps(stored))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        again = "delete its directory to have it made or downloaded again"
+        raise UsageError(f"{dataset_id} cannot be read from {data} ({one_line(error)}); if damaged, {again}") from None
+    return Dataset(dataset_id, check(dataset_id, arrays, *bounds), spec, domain_of(spec and spec.id), *bounds)
+
+
+def _flatten(space: dict[str, Any], value: Any) -> np.ndarray:
+    """`[steps, size]` from arrays, or from (nested) groups of arrays, as the JSON of the space says."""
+    if space["type"] == "Box":
+        return value[()]
+    children = space["subspaces"].items() if space["type"] == "Dict" else enumerate(space["subspaces"])
+    index = "_index_{}" if space["type"] == "Tuple" else "{}"
+    return np.concatenate([_flatten(child, value[index.format(key)]) for key, child in children], axis=1)
+
+
+def _append(columns: dict[str, list[np.ndarray]], episode: Any, space: dict[str, Any], name: str) -> None:
+    """Add the rows of one of Minari's episodes to each column."""
+    observations = _flatten(space, episode["observations"]).astype(np.float32)
+    values = {field: episode[field][()] for field in ("actions", "rewards", "terminations", "truncations")}
+    steps = len(values["rewards"])
+    if odd := [field for field, x in (values | {"observations": observations[1:]}).items() if len(x) != steps]:
+        raise UsageError(f"{name} is malformed: {odd[0]} has not one row for each of {steps} rewards, or one more")
+    if steps:
+        values["truncations"][-1] |= not values["terminations"][-1]
+        values |= {"observations": observations[:-1], "next_observations": observations[1:]}
+        for field, value in values.items():
+            columns[field].append(value)
+
+
+def _server_answers() -> bool:
+    """Whether Minari's server answers within seconds; asked in a thread, as nothing bounds a name look-up."""
+    url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=NETWORK_SECONDS).close()
+        except OSError as error:
+            if not isinstance(error, urllib.request.HTTPError):  # which is an answer all the same
+                return
+        answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(NETWORK_SECONDS)
+
+
+def load_d4rl(path: str, env: str | None) -> Dataset:
+    """Read a D4RL file; its environment is known by the file's name, if it is of gymnasium's own."""
+    names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    try:
+        with h5py.File(path, "r") as file:
+            raw = {name: file[name][()] for name in names if isinstance(file.get(name), h5py.Dataset)}
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged or is not an HDF5 file ({one_line(error)})") from None
+    if missing := [name for name in names[:5] if name not in raw]:
+        raise UsageError(
+            f"{path} has no array {missing[0]}, as D4RL's files have from version 1 on; it has {list(raw)}"
+        )
+    size = raw["rewards"].size
+    if odd := [name for name, x in raw.items() if x.shape[:1] != (size,) or (name in names[3:5] and x.size != size)]:
+        raise UsageError(f"{path}: {odd[0]} has shape {list(raw[odd[0]].shape)}, it must have one row for each reward")
+    terminal, timeout = (raw[name].astype(bool).reshape(-1) for name in names[3:5])
+    following, truncation, keep = raw.get(names[5]), timeout & ~terminal, np.ones(size, bool)
+    if following is None:
+        following = np.roll(raw["observations"], -1, axis=0)
+        following[terminal] = raw["observations"][terminal]
+        keep = ~timeout
+        keep[-1:] &= terminal[-1:]
+        # The row before a dropped one is the last of its episode, unless it is the last of the one before.
+        before = np.flatnonzero(~keep) - 1
+        truncation = np.zeros(size, bool)
+        truncation[before[before >= 0]] = ~(terminal | timeout)[before[before >= 0]]
+    columns = (*(raw[name] for name in names[:3]), following, terminal, truncation)
+    arrays = {name: column[keep] for name, column in zip(Transitions._fields, columns, strict=True)}
+
+    spec, stem = env, re.sub("ant_?maze", "antmaze", Path(path).stem.lower())
+    domain = next((name for name in REFERENCE_RETURNS if re.match(rf"{name}(?![a-z])(?!.*maze2d.*dense)", stem)), None)
+    domain = "kitchen" if "kitchen" in stem else None if "maze2d" in stem and "dense" in stem else domain
+    if env is None and domain in ("halfcheetah", "hopper", "walker2d", "ant"):
+        # D4RL's own environments are version 2; version 4 has their observations and rewards.
+        name = "HalfCheetah" if domain == "halfcheetah" else domain.capitalize()
+        spec = copy.deepcopy(gym.spec(f"{name}-v4"))
+        if domain == "ant" and arrays["observations"].shape[1:] == (111,):
+            spec.kwargs["use_contact_forces"] = True  # as D4RL's Ant had them
+    bounds = bounds_of(env, arrays["actions"])  # D4RL's environments are all bounded by [-1, 1]
+    return Dataset(path, check(path, arrays, *bounds), spec, domain, *bounds)

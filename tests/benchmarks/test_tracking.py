@@ -1,0 +1,207 @@
+"""Weights & Biases, and everything that can go wrong in it."""
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import rows_of
+
+from benchmarks.tracking import Tracker
+from common import report, runs
+from common.cli import RunArgs
+
+
+class FakeRun:
+    def __init__(self, options: dict[str, Any], broken: str) -> None:
+        self.options, self.broken = options, broken
+        self.logged: list[tuple[int, dict]] = []
+        self.exit_code: int | None = None
+        self.summary = self
+
+    def _maybe(self, what: str) -> None:
+        if self.broken == what or self.exit_code is not None:
+            raise RuntimeError(f"{what}:\n the network is dead")
+
+    def log(self, row: dict, step: int) -> None:
+        self._maybe("log")
+        assert None not in row.values()
+        self.logged.append((step, dict(row)))
+
+    def update(self, row: dict) -> None:
+        self._maybe("update")
+        self.final = dict(row)
+
+    def finish(self, exit_code: int) -> None:
+        self._maybe("finish")
+        self.exit_code = exit_code
+
+
+class FakeWandb(SimpleNamespace):
+    """Stands in for the module; `broken` names the call that raises."""
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__(runs=[], broken=broken, Settings=dict)
+
+    def init(self, **options: Any) -> FakeRun:
+        if self.broken == "init":
+            raise RuntimeError("init:\n the network is dead")
+        self.runs.append(FakeRun(options, self.broken))
+        return self.runs[-1]
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, broken: str = "") -> FakeWandb:
+    module = FakeWandb(broken)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+@pytest.fixture
+def short(small_run: list[str]) -> list[str]:
+    return [*small_run, "--num-updates", "20", "--num-seeds", "2"]
+
+
+def test_off_by_default_and_never_imported(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    outcome = iql(*short, "--run-dir", tmp_path / "run")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_one_run_for_each_member_in_one_group(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    flags = ["--track=True", "--wandb-project", "p", "--wandb-group", "g", "--wandb-entity", "e", "--grid", "beta=1,2"]
+    outcome = iql(*short, *flags, "--run-dir", tmp_path / "run")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert len(wandb.runs) == 4
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    rows = rows_of(tmp_path / "run/metrics.csv")
+    for i, run in enumerate(wandb.runs):
+        assert [run.options[name] for name in ("project", "group", "entity")] == ["p", "g", "e"]
+        assert (run.options["config"]["beta"], run.options["config"]["seed"]) == ([1, 1, 2, 2][i], [0, 1, 0, 1][i])
+        losses = [row["value/loss"] for _, row in run.logged if "value/loss" in row]
+        assert losses == pytest.approx([float(row["value/loss"]) for row in rows if row["member"] == str(i)], rel=1e-6)
+        assert [step for step, row in run.logged if "evaluation/return_mean" in row] == [0, 20]
+        assert run.final["final_score"] == final["members"][i]["score_mean"]
+        assert run.exit_code == 0
+        assert run.options["job_type"] == "iql" and run.options["config"]["run_dir"] == str(tmp_path / "run")
+    assert len({run.options["name"] for run in wandb.runs}) == 4
+
+
+def test_under_a_sweep_agent_one_run_reports_the_population(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    outcome = iql(*short, "--beta=2.0", f"--run_dir={tmp_path / 'run'}")
+    assert (outcome.status, outcome.err) == (0, "")
+    (run,) = wandb.runs
+    assert run.options["config"]["beta"] == 2
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    assert run.final["final_score_iqm"] == final["aggregate"]["score"]["iqm"]
+    assert run.final["final_score_iqm"] == pytest.approx(np.mean([m["score_mean"] for m in final["members"]]))
+    (losses,) = [row["value/loss"] for _, row in run.logged if "value/loss" in row]
+    rows = rows_of(tmp_path / "run/metrics.csv")
+    assert losses == pytest.approx(np.mean([float(row["value/loss"]) for row in rows]), rel=1e-5)
+
+
+def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves_out(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    grid = ["--grid", "critic_learning_rate=3e-4,1e7"]
+    assert iql(*short, *grid, "--run-dir", tmp_path / "run").status == 0
+    (run,) = wandb.runs
+    final = json.loads((tmp_path / "run/final.json").read_text())
+    survivors = [member["score_mean"] for member in final["members"] if member["diverged"] is None]
+    assert len(survivors) == 2 and run.final["diverged_members"] == 2
+    assert run.final["final_score_iqm"] == pytest.approx(np.mean(survivors))
+    (logged,) = [(step, row) for step, row in run.logged if "final_score_iqm" in row]
+    assert logged == (20, run.final)
+    assert run.exit_code == 0
+
+
+@pytest.mark.parametrize("broken", ["missing", "init", "log", "update", "finish"])
+def test_whatever_raises_in_wandb_training_goes_on(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    fake(monkeypatch, broken)
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    outcome = iql(*short, "--track", "True", "--run-dir", tmp_path / "run")
+    assert outcome.status == 0
+    assert outcome.err.startswith("wandb: ") and outcome.err.count("\n") == 1, "said once"
+    assert len(rows_of(tmp_path / "run/metrics.csv")) == 2
+    assert (tmp_path / "run/final.json").exists()
+
+
+def test_a_diverged_population_is_finished_once(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    outcome = iql(*short, "--critic-learning-rate", "1e7", "--track", "True", "--run-dir", tmp_path / "run")
+    assert outcome.status == 3
+    assert [run.exit_code for run in wandb.runs] == [3, 3]
+    assert "wandb" not in outcome.err
+
+
+def test_an_error_closes_the_runs_as_failed(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, "append_rows", full)
+    assert iql(*short, "--track", "True", "--run-dir", tmp_path / "run").status == 2
+    assert [run.exit_code for run in wandb.runs] == [1, 1]
+
+
+def test_a_crash_under_an_agent_leaves_nothing_that_a_sweep_could_take_for_a_result(
+    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+
+    def crash(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(report, "summarise", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        iql(*short, "--run-dir", tmp_path / "run")
+    (run,) = wandb.runs
+    assert run.exit_code == 1 and not hasattr(run, "final")
+    assert not any({"final_score_iqm", "diverged_members"} & row.keys() for _, row in run.logged)
+
+
+def test_offline_mode_writes_a_run_for_each_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real wandb, without a network."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    args = RunArgs(track=True, wandb_project="project", wandb_group="the-group-of-both", preset="none")
+    configs = [{"algorithm": "iql", "beta": beta} for beta in (1.0, 2.0)]
+    tracker = Tracker(args, configs, ["first", "second"], "label", tmp_path)
+    tracker.log(10, [{"loss": 1.0}, {"loss": 2.0, "missing": None}])
+    tracker.finish([{"final_score": 3.0}, {"final_score": None}], {}, 0)
+    assert "tracking is off" not in capfd.readouterr().err
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    deadline = time.monotonic() + 60  # wandb's own process writes them, on a busy machine a little later
+    while not all(b"the-group-of-both" in file.read_bytes() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(b"the-group-of-both" in file.read_bytes() for file in files)
+    assert sum(b"second" in file.read_bytes() for file in files) == 1
