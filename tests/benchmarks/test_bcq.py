@@ -1,6 +1,5 @@
 """BCQ against EMaQ where they agree, and its perturbation against numpy and finite differences."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from conftest import Outcome, arrays_of, assert_refused, hopper_like, smaller
 
 from algorithms import emaq
 from benchmarks import bcq
-from common.cli import UsageError, launch
+from common.cli import UsageError
 from common.replay import Transitions
 
 OBS, ACT, BATCH = 4, 2, 16
@@ -91,20 +90,9 @@ def test_without_perturbation_an_update_is_emaqs() -> None:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def command(script: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """`command(*flags)`: the command line of BCQ, in this process."""
-
-    def call(*flags: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["bcq.py", *map(str, flags)])
-        capfd.readouterr()
-        status = 0
-        try:
-            launch(bcq.main, bcq.Args, bcq.PRESETS)
-        except SystemExit as stop:
-            status = stop.code
-        return Outcome(status, *capfd.readouterr())
-
-    return call
+    return partial(script, "bcq", package="benchmarks")
 
 
 @pytest.mark.slow

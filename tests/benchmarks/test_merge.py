@@ -7,35 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, rows_of
+from conftest import rows_of
 
 from benchmarks import merge, report
 from common.cli import UsageError
 
 
 @pytest.mark.parametrize(
-    ("script", "more"),
+    ("package", "name", "more"),
     [
-        ("benchmarks/bc.py", ["--grid", "actor_learning_rate=1e-4,1e-3,1e-2"]),
-        pytest.param("algorithms/iql.py", ["--grid", "beta=1,3,10", "--online-steps", "20"], marks=pytest.mark.slow),
+        ("benchmarks", "bc", ["--grid", "actor_learning_rate=1e-4,1e-3,1e-2"]),
+        pytest.param("algorithms", "iql", ["--grid", "beta=1,3,10", "--online-steps", "20"], marks=pytest.mark.slow),
     ],
 )
-def test_parts_of_two_processes_are_the_files_of_one(
-    script: str, more: list[str], tmp_path: Path, small_run: list[str], spawn: Callable, capsys: Any
+def test_parts_of_a_run_are_the_files_of_one(
+    package: str, name: str, more: list[str], tmp_path: Path, small_run: list[str], script: Callable, capfd: Any
 ) -> None:
     flags = [*small_run, "--num-updates", "20", "--eval-every", "10", "--max-episode-steps", "50", *more]
     shared = tmp_path / "parts"
     runs = [["--run-dir", shared, "--shard", "0/2"], ["--run-dir", shared, "--shard", "1/2"]]
     runs.append(["--run-dir", tmp_path / "one"])
-    for process in [spawn(ROOT / script, *flags, *where) for where in runs]:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    for where in runs:
+        outcome = script(name, *flags, *where, package=package)
+        assert outcome.status == 0, outcome.err
     report.main([str(shared)])
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert err == "" and more[1].partition("=")[0] in out
-    for name in ("metrics.csv", "evaluations.csv", "returns.csv"):
-        assert (shared / name).read_text() == (tmp_path / "one" / name).read_text(), name
-        assert {row["member"] for row in rows_of(shared / name)} == {"0", "1", "2"}
+    for table in ("metrics.csv", "evaluations.csv", "returns.csv"):
+        assert (shared / table).read_text() == (tmp_path / "one" / table).read_text(), table
+        assert {row["member"] for row in rows_of(shared / table)} == {"0", "1", "2"}
     ours, theirs = (json.loads((folder / "final.json").read_text()) for folder in (shared, tmp_path / "one"))
     measured = ("wall_clock_seconds", "updates_per_second", "online_steps_per_second")
     assert ours.keys() == theirs.keys()
