@@ -12,7 +12,9 @@ from algorithms.emaq import max_of_min
 from common.networks import QEnsemble
 
 OBS, ACT, BATCH, NUM = 3, 2, 40, 12
-every_size = pytest.mark.parametrize("num_critics", [1, 2, 3, 8])
+every_size = pytest.mark.parametrize(
+    "num_critics", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+)
 screened = jax.jit(max_of_min, static_argnums=1)
 
 

@@ -131,7 +131,9 @@ def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves
     assert run.exit_code == 0
 
 
-@pytest.mark.parametrize("broken", ["missing", "init", "log", "update", "finish"])
+@pytest.mark.parametrize(
+    "broken", ["missing", "log", *(pytest.param(what, marks=pytest.mark.slow) for what in ("init", "update", "finish"))]
+)
 def test_whatever_raises_in_wandb_training_goes_on(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

@@ -268,7 +268,7 @@ def test_what_died_before_its_first_checkpoint_starts_again(
     assert_same_tables(run, fresh)
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_do_not_share_a_directory(
     tmp_path: Path, small_run: list[str], iql: Any, spawn: Callable[..., subprocess.Popen], resume: bool
 ) -> None:
