@@ -734,6 +734,7 @@ def test_presets_name_real_settings() -> None:
     assert (mine.value, mine.hp.softmax_temperature, mine.squash_mean) == ("sample", 9.0, True)
 
 
+@pytest.mark.slow
 def test_a_population_runs_with_the_authors_settings(
     tmp_path: Path, small_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

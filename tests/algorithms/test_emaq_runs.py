@@ -141,8 +141,8 @@ def test_the_behavior_models_of_another_run(
         (["--dataset", "{other}"], ["another dataset"]),
         (["--normalize-observations", "True"], ["--normalize-observations"]),
         (["--embedding-dim", "7"], ["another kind of run"]),
-        (["--embedding-layers", "2"], ["another kind of run"]),
-        (["--behavior", "vae"], ["another kind of run"]),
+        pytest.param(["--embedding-layers", "2"], ["another kind of run"], marks=pytest.mark.slow),
+        pytest.param(["--behavior", "vae"], ["another kind of run"], marks=pytest.mark.slow),
     ],
     ids=["missing", "empty", "dataset", "normalisation", "sizes", "layers", "kind"],
 )

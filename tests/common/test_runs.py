@@ -293,6 +293,7 @@ sys.stdin.read()
     assert iql(*small_run, *flags).status == 0, "the other one has ended"
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_the_tables_start_anew(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     """What a run killed before its first checkpoint left behind may be of other seeds."""
     run, fresh = tmp_path / "run", tmp_path / "fresh"
