@@ -1,7 +1,8 @@
-"""Tables of measurements: a CSV that grows by whole rows, the same on the screen, and the commit that made it."""
+"""Tables of measurements: a CSV that grows by whole rows, on the screen or in a page, and the commit that made it."""
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
 
     return "\n".join(map(line, [columns, *cells]))
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Put the text between `<!-- name -->` and `<!-- /name -->`, which the page must have once."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    pattern = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(end)})", re.DOTALL)
+    filled, count = pattern.subn(lambda _: f"\n{text}\n\n", page.read_text())
+    assert count == 1, f"{page} has {count} places for {name}"
+    write_atomically(page, lambda file: file.write(filled.encode()))
 
 
 def commit_of(provenance: dict[str, Any]) -> str:

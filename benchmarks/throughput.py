@@ -1,9 +1,10 @@
-"""Speed of IQL on this machine: updates per second of populations, time to the first update, peak memory.
+"""Speed on this machine: of IQL's populations, or of every algorithm at its default sizes.
 
     python benchmarks/throughput.py
+    python benchmarks/throughput.py --algorithms True
 
-Every figure is that of `python algorithms/iql.py` itself, run on synthetic data with 17 observations and 6 actions
-(those of HalfCheetah and Walker2d): nothing of the product is imitated here.
+Every figure is that of a script in `algorithms/` itself, run on synthetic data: nothing of the product is imitated.
+Without the flag it is IQL, with 17 observations and 6 actions (those of HalfCheetah and Walker2d):
 
 * updates/s: `updates_per_second` of final.json, summed over the members; evaluation, checkpoints and the first
   stretch of 100 updates, which compiles, are outside of it. Runs of all population sizes take turns, so that whatever
@@ -16,11 +17,19 @@ Every figure is that of `python algorithms/iql.py` itself, run on synthetic data
   slope of the straight line that fits these by least squares over the number of members.
 
 It writes a row for each measurement to `<output>.csv` and the table made from them to `<output>.md`.
+
+With the flag it is one member of each script in turn, once, for some five minutes in all, with 11 observations and 3
+actions (Hopper's): updates/s and peak memory as above, and the hours that a million updates take at that rate. EMaQ
+fits its behaviour model before these; the hours of that are a column of their own. EMaQ's data are few rows, so that
+the redrawing of its proposals falls into the time that is measured. Rows go to `<output>.csv`, the table of them into
+the pages that have a place for it.
 """
 
 import csv
+import importlib
 import json
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -31,19 +40,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 
-from benchmarks.tables import Table, commit_of
-from common.cli import UsageError, exit_status
+from benchmarks.tables import Table, commit_of, fill
+from common.cli import UsageError, exit_status, parse
 from common.report import provenance
 from common.runs import STRETCH
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("algorithms", "iql.py")
 ENV, OBS_DIM, ACTION_DIM = "Walker2d-v5", 17, 6
+PAGES = (ROOT / "README.md", ROOT / "algorithms" / "README.md")
 NEAR_BEST = 0.97
 """Share of the best rate that is as good."""
 QUANTITIES = {
@@ -70,26 +80,52 @@ class Args:
     """Rows of the synthetic dataset."""
     start_up: bool = True
     """Measure the time to the first update too."""
-    output: Path = Path("results/throughput")
-    """Without its endings .csv and .md."""
+    algorithms: bool = False
+    """Measure every algorithm instead. Of the flags above it uses --timed-updates: its lengths are for 4000."""
+    output: Path | None = None
+    """Without its endings .csv and .md. Default: results/throughput, or results/speed for all algorithms."""
+
+
+class Script(NamedTuple):
+    """What `--algorithms True` runs: `updates` that are timed after the `first` ones, on `rows` transitions."""
+
+    name: str
+    flags: str = ""
+    updates: int = 2000
+    first: int = STRETCH
+    rows: int = 200_000
+    behavior_updates: int = 0
+
+
+SCRIPTS = (
+    Script("iql"),
+    Script("awac"),
+    Script("awr", updates=10_000, first=1000),
+    Script("td3_bc", updates=4000),
+    Script("cql", updates=200),
+    Script("cql", "--num-actions 1", updates=400),
+    Script("emaq", "--preset cpu", updates=1250, rows=20_000, behavior_updates=1100),
+    Script("emaq", updates=63, first=63, rows=2000, behavior_updates=200),
+)
 
 
 class Measured(NamedTuple):
-    """What one run of the script gave; updates/s is None where fewer than two stretches ran."""
+    """What one run of a script gave; rates are None where fewer than two stretches ran."""
 
     updates_per_second: float | None
     first_row_seconds: float
     peak_bytes: int
+    behavior_updates_per_second: float | None
 
 
-def write_dataset(path: Path, transitions: int) -> None:
+def write_dataset(path: Path, transitions: int, obs_dim: int = OBS_DIM, action_dim: int = ACTION_DIM) -> None:
     """Random transitions in episodes of 500 steps; the same file every time."""
     rng = np.random.default_rng(0)
-    observations = rng.standard_normal((transitions + 1, OBS_DIM), np.float32)
+    observations = rng.standard_normal((transitions + 1, obs_dim), np.float32)
     np.savez(
         path,
         observations=observations[:-1],
-        actions=rng.uniform(-1, 1, (transitions, ACTION_DIM)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (transitions, action_dim)).astype(np.float32),
         rewards=rng.uniform(0, 1, transitions).astype(np.float32),
         next_observations=observations[1:],
         terminations=np.zeros(transitions, np.float32),
@@ -97,14 +133,16 @@ def write_dataset(path: Path, transitions: int) -> None:
     )
 
 
-def measure(dataset: Path, run_dir: Path, cache: Path, flags: Sequence[str]) -> Measured:
+def measure(
+    dataset: Path, run_dir: Path, cache: Path, flags: Sequence[str], script: Path = SCRIPT, env: str = ENV
+) -> Measured:
     """Run the script once. UsageError if it fails."""
-    words = ["--dataset", str(dataset), "--env", ENV, "--run-dir", str(run_dir), "--quiet", "True", *flags]
+    words = ["--dataset", str(dataset), "--env", env, "--run-dir", str(run_dir), *flags]
     run_dir.mkdir(parents=True)
     with open(run_dir / "log.txt", "w") as log:
         start = time.time()
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / SCRIPT), *words],
+            [sys.executable, str(ROOT / script), *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -116,12 +154,15 @@ def measure(dataset: Path, run_dir: Path, cache: Path, flags: Sequence[str]) -> 
             process.kill()
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
+    log_text = (run_dir / "log.txt").read_text()
     if process.returncode:
-        raise UsageError(f"{shlex.join(map(str, words))}: {(run_dir / 'log.txt').read_text().strip()[-500:]}")
+        raise UsageError(f"{script} {shlex.join(map(str, words))}: {log_text.strip()[-500:]}")
     final = json.loads((run_dir / "final.json").read_text())
     unit = 1 if sys.platform == "darwin" else 1024
     first = (run_dir / "metrics.csv").stat().st_mtime - start
-    return Measured(final["updates_per_second"], first, usage.ru_maxrss * unit)
+    behavior = re.search(r"pretraining (\d+)/\1, (\d+)/s", log_text)  # where the run is not quiet
+    behavior_rate = float(behavior[2]) if behavior else None
+    return Measured(final["updates_per_second"], first, usage.ru_maxrss * unit, behavior_rate)
 
 
 class Job(NamedTuple):
@@ -135,7 +176,7 @@ class Job(NamedTuple):
 
 def plan(args: Args, repeat: int) -> list[Job]:
     """One round: every population size, then cold and warm starts."""
-    shared = "--checkpoint-every 0 --final-eval-episodes 1"
+    shared = "--checkpoint-every 0 --final-eval-episodes 1 --quiet True"
     jobs = []
     for members in args.populations:
         updates = STRETCH + max(1000, -(-args.timed_updates // members // 1000) * 1000)
@@ -150,11 +191,10 @@ def plan(args: Args, repeat: int) -> list[Job]:
     return jobs
 
 
-def run(args: Args) -> None:
-    """All measurements, a row of the CSV after each."""
-    if args.repeats < 1 or any(members < 1 for members in args.populations):
-        raise UsageError("--repeats and --populations must be at least 1")
-    path = args.output.with_name(args.output.name + ".csv")
+def start_table(args: Args) -> tuple[Table, dict[str, Any]]:
+    """An empty table, and the columns that say what made its rows."""
+    path = args.output or Path("results", "speed" if args.algorithms else "throughput")
+    path = path.with_name(path.name + ".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     about = provenance()
@@ -163,7 +203,14 @@ def run(args: Args) -> None:
         "cores": about["cpu"]["cores"],
         "git_commit": commit_of(about),
     } | {name: about["versions"][name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
-    table = Table(path)
+    return Table(path), shared
+
+
+def run(args: Args) -> None:
+    """All measurements of IQL, a row of the CSV after each."""
+    if args.repeats < 1 or any(members < 1 for members in args.populations):
+        raise UsageError("--repeats and --populations must be at least 1")
+    table, shared = start_table(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         dataset = folder / "synthetic.npz"
@@ -184,7 +231,56 @@ def run(args: Args) -> None:
                     command = f"python {SCRIPT} --dataset synthetic.npz --env {ENV} {job.flags}"
                     table.append([row | shared | {"transitions": args.transitions, "command": command}])
                     print(f"{quantity}, {job.members} members, repeat {repeat}: {value:.4g} {unit}", flush=True)
-                args.output.with_name(args.output.name + ".md").write_text(report(path))
+                table.path.with_suffix(".md").write_text(report(table.path))
+
+
+def run_algorithms(args: Args, scripts: Sequence[Script] = SCRIPTS, pages: Sequence[Path] = PAGES) -> None:
+    """Every script once, a row of the CSV after each, and the table made from them into `pages`."""
+    table, shared = start_table(args)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for number, one in enumerate(scripts):
+            dataset, script = folder / f"synthetic-{one.rows}.npz", Path("algorithms", f"{one.name}.py")
+            write_dataset(dataset, one.rows, obs_dim=11, action_dim=3)
+            module = importlib.import_module(f"algorithms.{one.name}")
+            usual = parse(module.Args, module.PRESETS, ["--env", "Hopper-v5", *one.flags.split()])
+            updates = one.first + max(1, one.updates * args.timed_updates // Args.timed_updates)
+            flags = f"{one.flags} --num-updates {updates} --eval-every 0 --checkpoint-every 0 --final-eval-episodes 1"
+            if one.behavior_updates:
+                flags += f" --behavior-updates {one.behavior_updates}"
+            busy = os.getloadavg()[0]
+            found = measure(dataset, folder / f"run-{number}", folder / "cache", flags.split(), script, "Hopper-v5")
+            row = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "script": f"{one.name}.py {one.flags}".strip()}
+            row |= {"updates_per_second": found.updates_per_second}
+            row |= {"hours_per_million_updates": 1e6 / found.updates_per_second / 3600}
+            row |= {"behavior_updates_per_second": found.behavior_updates_per_second, "behavior_hours": None}
+            if found.behavior_updates_per_second:
+                row["behavior_hours"] = usual.behavior_updates / found.behavior_updates_per_second / 3600
+            row |= {"peak_mib": found.peak_bytes / 2**20, "rows": one.rows, "load_average": busy}
+            command = f"python {script} --dataset synthetic.npz --env Hopper-v5 {flags.strip()}"
+            table.append([row | shared | {"command": command}])
+            print(f"{row['script']}: {found.updates_per_second:.4g} updates/s, {row['peak_mib']:.0f} MiB", flush=True)
+    for page in pages:
+        fill(page, "speed", speed_table(table.read()))
+
+
+def speed_table(rows: Sequence[dict[str, str]]) -> str:
+    """The table of the rows of `run_algorithms`, in Markdown, and what made it."""
+    lines = [
+        "| script | updates/s | hours for a million updates | hours for its behaviour model | peak memory, MiB |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        hours = [row["hours_per_million_updates"], row["behavior_hours"]]
+        cells = [f"{float(x):.1f}" if x else "-" for x in (row["updates_per_second"], *hours)]
+        lines.append(f"| `{row['script']}` | {' | '.join(cells)} | {float(row['peak_mib']):.0f} |")
+    first, loads = rows[0], [float(row["load_average"]) for row in rows]
+    about = (
+        f"One member with Hopper's sizes on {first['cores']} cores ({first['cpu']}), a run each, {first['date'][:10]}; "
+        f"load average at the starts {min(loads):.1f} to {max(loads):.1f}; JAX {first['jax']}; "
+        f"commit {first['git_commit'][:12]}. Made by `python benchmarks/throughput.py --algorithms True`."
+    )
+    return "\n".join([*lines, "", about])
 
 
 def report(path: Path) -> str:
@@ -251,4 +347,5 @@ def scaling(groups: dict[tuple[str, int], list[dict[str, str]]]) -> list[str]:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run in progress, cleans up
     with exit_status():
-        run(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,)))
+        args = tyro.cli(Args, config=(tyro.conf.FlagConversionOff,))
+        (run_algorithms if args.algorithms else run)(args)

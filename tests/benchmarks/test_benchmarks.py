@@ -398,3 +398,38 @@ def test_throughput_plan_times_what_follows_the_first_stretch():
     cold, warm = jobs[2:4]
     assert cold.quantity == "first update, cold" and warm.quantity == "first update, warm"
     assert cold.cache == warm.cache != throughput.plan(throughput.Args(), 1)[-4].cache
+
+
+def test_speed_table_has_the_hours_of_a_million_updates_and_of_the_model_before_them(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
+    measured = [throughput.Measured(50.0, 1.0, 3 * 2**30, 20.0), throughput.Measured(400.0, 1.0, 2**29, None)]
+    monkeypatch.setattr(throughput, "measure", lambda *_: measured.pop(0))
+    scripts = [throughput.Script("emaq", "--preset cpu", rows=10), throughput.Script("iql", rows=10)]
+    throughput.run_algorithms(throughput.Args(algorithms=True, output=tmp_path / "speed"), scripts, [page])
+    text = page.read_text()
+    hours = 1e6 / 50 / 3600, 20_000 / 20 / 3600  # the preset's 20,000 updates of the behaviour model
+    expected = ["`emaq.py --preset cpu`", "50.0", *(f"{x:.1f}" for x in hours), "3072"]
+    assert cells_of(text, "`emaq.py --preset cpu`") == expected
+    assert cells_of(text, "`iql.py`") == ["`iql.py`", "400.0", "0.7", "-", "512"]
+    assert text.startswith("before\n<!-- speed -->\n") and text.endswith("<!-- /speed -->\nafter\n")
+    assert "old" not in text and len(throughput.Table(tmp_path / "speed.csv").read()) == 2
+
+
+def test_a_page_without_the_place_for_a_table_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- speed -->\n")
+    with pytest.raises(AssertionError, match="0 places for speed"):
+        throughput.fill(page, "speed", "text")
+    assert page.read_text() == "<!-- speed -->\n"
+
+
+def test_speed_of_a_script_is_that_of_its_own_run(tmp_path):
+    """EMaQ, small: rates of both phases and the memory of the process, whose Python alone takes more than 100 MiB."""
+    throughput.write_dataset(tmp_path / "data.npz", 1000, 11, 3)
+    flags = "--preset none --num-updates 120 --behavior-updates 120 --eval-every 0 --final-eval-episodes 1"
+    flags += " --num-proposals 2 --num-critics 1 --hidden-dim 8 --embedding-dim 8 --head-dim 8 --batch-size 8"
+    cache, script = tmp_path / "cache", Path("algorithms", "emaq.py")
+    found = throughput.measure(tmp_path / "data.npz", tmp_path / "run", cache, flags.split(), script, "Hopper-v5")
+    assert found.updates_per_second > 1 and found.behavior_updates_per_second > 1
+    assert 100 < found.peak_bytes / 2**20 < 4000
