@@ -271,8 +271,8 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
         "| :-- | --: | --: | --: | --: |",
     ]
     for row in rows:
-        hours = [row["hours_per_million_updates"], row["behavior_hours"]]
-        cells = [f"{float(x):.1f}" if x else "-" for x in (row["updates_per_second"], *hours)]
+        figures = (row["updates_per_second"], row["hours_per_million_updates"], row["behavior_hours"])
+        cells = [f"{float(x):.{1 if float(x) >= 1 else 2}f}" if x else "-" for x in figures]
         lines.append(f"| `{row['script']}` | {' | '.join(cells)} | {float(row['peak_mib']):.0f} |")
     first, loads = rows[0], [float(row["load_average"]) for row in rows]
     about = (
