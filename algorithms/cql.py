@@ -17,13 +17,13 @@ As in the authors' code and in CORL, whose results are the ones reproduced: the 
 target has no entropy term; every loss is that of the parameters before the update; the temperature learns at the
 policy's rate. With `--max-backup` the target takes n actions at s' and, of their smallest values over the ensemble, the
 largest (CORL, JaxCQL; the authors' code maximises each Q-function on its own first). In the first `--bc-updates`, the
-policy maximises log pi(a|s) of the dataset in place of Q.
+policy maximises log pi(a|s) of the dataset in place of Q. The start is CORL's: the Q-functions' layers are orthogonal,
+the last of gain 1e-2; the policy's are PyTorch's, the last Xavier's of gain 1e-2, and its log standard deviation has
+a learned scale and offset, from 1 and -1 (JaxCQL: the same scalars, last layers of variance 1e-2 / inputs).
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
-ensemble may have any size; the policy's log standard deviation is the network's own output (in CORL and JaxCQL a
-learned scale and offset follow, from 1 and -1, so that it starts near 0.37 and here near 1); last layers start as the
-others do (there: within 1e-2 of zero). Online, the same update goes on, and actions are sampled from the
-policy (CORL).
+ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
+sampled from the policy (CORL).
 
     python algorithms/cql.py --dataset offax/hopper/medium-expert-v0
 """
@@ -122,18 +122,24 @@ PRESETS = {
 
 
 class GaussianHead(nn.Module):
-    """MLP to the mean and the clipped log standard deviation of a Gaussian, each `[batch, action_dim]`."""
+    """MLP to the mean and the clipped log standard deviation of a Gaussian, each `[batch, action_dim]`.
+
+    The latter has a learned scale and offset, so that the policy starts with standard deviations near exp(-1).
+    """
 
     action_dim: int
     hidden_dim: int
     num_layers: int
-    log_std_min: float = -20.0
 
     @nn.compact
     def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
-        trunk = networks.MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, networks.uniform_fan_in)
+        small = nn.initializers.variance_scaling(1e-4, "fan_avg", "uniform")  # PyTorch's xavier_uniform_(gain=1e-2)
+        dims = (self.hidden_dim, self.num_layers, 2 * self.action_dim)
+        trunk = networks.MLP(*dims, networks.uniform_fan_in, last_init=small)
+        scale = self.param("log_std_scale", nn.initializers.constant(1.0), ())
+        offset = self.param("log_std_offset", nn.initializers.constant(-1.0), ())
         mean, log_std = jnp.split(trunk(observations), 2, axis=-1)
-        return mean, jnp.clip(log_std, self.log_std_min, 2.0)
+        return mean, jnp.clip(scale * log_std + offset, -20.0, 2.0)
 
 
 class State(NamedTuple):
@@ -156,10 +162,11 @@ ADAM = optax.scale_by_adam()
 
 
 def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
-    """The policy, a Gaussian squashed by tanh, and the Q-functions; hidden layers start as in CORL."""
+    """The policy, a Gaussian squashed by tanh, and the Q-functions, whose last layers start near zero (CORL)."""
+    last_init = partial(networks.orthogonal, gain=1e-2)
     return (
         GaussianHead(action_dim, args.hidden_dim, args.num_layers),
-        networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers),
+        networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers, last_init=last_init),
     )
 
 

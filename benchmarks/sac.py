@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from algorithms.cql import GaussianHead, squashed_sample
+from algorithms.cql import squashed_sample
 from benchmarks.tables import Table
 from common import networks, replay
 from common.cli import NonNegative, Share, exit_status
@@ -90,6 +91,20 @@ class Args:
     """Where snapshots/, training.csv and the checkpoint go; an existing checkpoint there is continued."""
 
 
+class GaussianHead(nn.Module):
+    """MLP to the mean and the clipped log standard deviation of a Gaussian, each `[batch, action_dim]`."""
+
+    action_dim: int
+    hidden_dim: int
+    num_layers: int
+
+    @nn.compact
+    def __call__(self, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        trunk = networks.MLP(self.hidden_dim, self.num_layers, 2 * self.action_dim, networks.uniform_fan_in)
+        mean, log_std = jnp.split(trunk(observations), 2, axis=-1)
+        return mean, jnp.clip(log_std, -5.0, 2.0)
+
+
 class State(NamedTuple):
     """Everything that training changes."""
 
@@ -109,7 +124,7 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
     """Actor (state-dependent log std in [-5, 2], CleanRL's range) and critics."""
-    actor = GaussianHead(action_dim, args.hidden_dim, args.num_layers, log_std_min=-5.0)
+    actor = GaussianHead(action_dim, args.hidden_dim, args.num_layers)
     critic = networks.QEnsemble(
         args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.critic_layer_norm
     )

@@ -16,8 +16,10 @@ import optax
 Initializer = Callable[..., jax.Array]
 
 
-def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-    """Orthonormal columns (rows, where they are fewer) times sqrt(2), as the official IQL and jaxrl start every layer.
+def orthogonal(
+    key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, gain: float = math.sqrt(2.0)
+) -> jax.Array:
+    """Orthonormal columns (rows, where they are fewer) times `gain`, as the official IQL and jaxrl start every layer.
 
     The matrices are those of flax's `orthogonal`, up to rounding: Gram-Schmidt, done twice for accuracy, gives the
     factor Q of the QR decomposition with a positive diagonal of R. JAX's own decomposition is avoided because on a CPU
@@ -33,7 +35,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32)
         return q.at[:, i].set(column / jnp.linalg.norm(column))
 
     q = jax.lax.fori_loop(0, columns, orthonormalise, jnp.zeros_like(random))
-    return math.sqrt(2.0) * (q if shape[0] >= shape[1] else q.T)
+    return gain * (q if shape[0] >= shape[1] else q.T)
 
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, so that of TD3+BC, CORL and CleanRL.
@@ -47,6 +49,7 @@ class MLP(nn.Module):
     """`num_layers` hidden ReLU layers of width `hidden_dim`, then a linear layer to `output_dim`.
 
     Dropout follows each hidden activation and needs a "dropout" rng when `training` and `dropout_rate > 0`.
+    `last_init`: of the linear layer, where it is not `kernel_init`.
     """
 
     hidden_dim: int
@@ -55,6 +58,7 @@ class MLP(nn.Module):
     kernel_init: Initializer = orthogonal
     layer_norm: bool = False
     dropout_rate: float = 0.0
+    last_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool = False) -> jax.Array:
@@ -65,7 +69,7 @@ class MLP(nn.Module):
             x = nn.relu(x)
             if self.dropout_rate > 0.0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
-        return nn.Dense(self.output_dim, kernel_init=self.kernel_init)(x)
+        return nn.Dense(self.output_dim, kernel_init=self.last_init or self.kernel_init)(x)
 
 
 class QEnsemble(nn.Module):
@@ -80,6 +84,7 @@ class QEnsemble(nn.Module):
     num_layers: int
     kernel_init: Initializer = orthogonal
     layer_norm: bool = False
+    last_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
@@ -91,7 +96,7 @@ class QEnsemble(nn.Module):
             out_axes=0,
             axis_size=self.num_critics,
         )
-        q = members(self.hidden_dim, self.num_layers, 1, self.kernel_init, layer_norm=self.layer_norm)
+        q = members(self.hidden_dim, self.num_layers, 1, self.kernel_init, self.layer_norm, last_init=self.last_init)
         # States are repeated, in the rows of one matrix. Sharing their part of the first layer between the n actions
         # is slower on a CPU, CQL's updates by a quarter: its gradient is a sum over n in large strides.
         *leading, action_dim = actions.shape

@@ -43,8 +43,13 @@ def random_batch(seed: int = 0, size: int = BATCH) -> Transitions:
 
 
 def fresh(args: cql.Args = ARGS, seed: int = 0) -> cql.State:
-    """A state whose target critic differs from its critic, and whose temperature is not 1."""
+    """A state as after some updates: no two networks alike, last layers not near 0, no scalar at its start."""
     state, other = (init(jax.random.key(s), HP, OPTIONS, OBS, ACT) for s in (seed, seed + 100))
+    heads = (state.actor["params"]["MLP_0"], *(s.critic["params"]["VmapMLP_0"] for s in (state, other)))
+    for layers in heads:
+        last = layers[f"Dense_{len(layers) - 1}"]
+        last["kernel"] = 100.0 * last["kernel"]
+    state.actor["params"] |= {"log_std_scale": jnp.float32(0.8), "log_std_offset": jnp.float32(-0.3)}
 
     def of_critics(tree: object) -> object:
         return jax.tree.map(lambda x: np.asarray(x)[: args.num_critics] if x.ndim else x, tree)
@@ -81,8 +86,10 @@ def mlp(params: dict, x: jax.Array) -> jax.Array:
 
 
 def policy_of(params: dict, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
-    outputs = mlp(params["params"]["MLP_0"], observations)
-    return outputs[..., :ACT], jnp.exp(jnp.clip(outputs[..., ACT:], -20.0, 2.0))
+    params = params["params"]
+    outputs = mlp(params["MLP_0"], observations)
+    log_std = params["log_std_scale"] * outputs[..., ACT:] + params["log_std_offset"]
+    return outputs[..., :ACT], jnp.exp(jnp.clip(log_std, -20.0, 2.0))
 
 
 def density(u: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -385,9 +392,11 @@ def numpy_sac_gradient(state: cql.State, batch: Transitions) -> list[dict]:
             x = np.maximum(x, 0.0) if i < len(params) - 1 else x
         return x, inputs
 
-    outputs = forward(double(state.actor["params"]["MLP_0"]), s2)[0]
+    actor = double(state.actor["params"])
+    outputs = forward(actor["MLP_0"], s2)[0]
+    std = np.exp(actor["log_std_scale"] * outputs[:, ACT:] + actor["log_std_offset"])
     noise = np.asarray(jax.random.normal(next_key, (1, *a.shape)), np.float64)[0]
-    a2 = np.tanh(outputs[:, :ACT] + np.exp(outputs[:, ACT:]) * noise)
+    a2 = np.tanh(outputs[:, :ACT] + std * noise)
     q2 = [forward(jax.tree.map(lambda x, k=k: x[k], members), np.hstack([s2, a2]))[0][:, 0]
           for members in [double(state.target_critic["params"]["VmapMLP_0"])] for k in range(2)]  # fmt: skip
     y = r + 0.99 * (1 - done) * np.minimum(*q2)
@@ -493,6 +502,28 @@ def test_critics_start_apart_and_the_target_as_a_copy() -> None:
     assert bits_equal(state.critic, state.target_critic) and state.log_alpha == 0.0
     for layer in state.critic["params"]["VmapMLP_0"].values():
         assert float(jnp.abs(layer["kernel"][0] - layer["kernel"][1]).max()) > 1e-3
+
+
+def test_last_layers_start_near_zero_and_the_policy_with_a_standard_deviation_near_exp_minus_1() -> None:
+    """As in CORL: orthogonal of gain 1e-2, and U(-b, b) with b = 1e-2 sqrt(6 / (inputs + outputs))."""
+    args = ARGS.replace(hidden_dim=64, num_critics=3)
+    state = init(jax.random.key(0), HP, args, OBS, ACT)
+    critics, policy = state.critic["params"]["VmapMLP_0"], state.actor["params"]
+    assert policy["log_std_scale"] == 1.0 and policy["log_std_offset"] == -1.0
+    last = len(critics) - 1
+    for k in range(3):
+        assert np.linalg.norm(critics[f"Dense_{last}"]["kernel"][k]) == pytest.approx(1e-2, rel=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(critics["Dense_1"]["kernel"][k], 2), math.sqrt(2.0), rtol=1e-4)
+    largest = {name: float(jnp.abs(layer["kernel"]).max()) for name, layer in policy["MLP_0"].items()}
+    assert largest[f"Dense_{len(largest) - 1}"] == pytest.approx(1e-2 * math.sqrt(6 / (64 + 2 * ACT)), rel=0.05)
+    assert largest["Dense_1"] == pytest.approx(1 / math.sqrt(64), rel=0.05)
+    assert not any(np.any(layer["bias"]) for layer in (*critics.values(), *policy["MLP_0"].values()))
+
+
+def test_scale_and_offset_of_the_log_standard_deviation_are_learned() -> None:
+    before, after = fresh(), update(fresh(), random_batch(), HP, ARGS)[0]
+    for name in ("log_std_scale", "log_std_offset"):
+        assert before.actor["params"][name] != after.actor["params"][name]
 
 
 def test_act_returns_the_squashed_mean_or_samples_around_it() -> None:

@@ -51,6 +51,16 @@ def test_orthogonal_is_that_of_flax(shape: tuple[int, int]) -> None:
     ours = networks.orthogonal(jax.random.key(3), shape)
     theirs = nn.initializers.orthogonal(math.sqrt(2.0))(jax.random.key(3), shape)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    small = networks.orthogonal(jax.random.key(3), shape, gain=0.01)
+    np.testing.assert_allclose(small, nn.initializers.orthogonal(0.01)(jax.random.key(3), shape), atol=2e-7)
+
+
+def test_the_last_layer_alone_has_an_initializer_of_its_own() -> None:
+    zeros, x = nn.initializers.zeros, jnp.ones((1, 4))
+    mlp = networks.MLP(8, 1, 2, last_init=zeros).init(jax.random.key(0), x)["params"]
+    ensemble = networks.QEnsemble(2, 8, 1, last_init=zeros).init(jax.random.key(0), x, x)["params"]["VmapMLP_0"]
+    for layers in (mlp, ensemble):
+        assert np.any(layers["Dense_0"]["kernel"]) and not np.any(layers["Dense_1"]["kernel"])
 
 
 def test_orthogonal_has_orthonormal_columns_times_the_gain_under_vmap() -> None:
