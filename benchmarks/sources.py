@@ -29,7 +29,7 @@ from benchmarks import offax_sets
 from benchmarks.offax_sets import datasets_root
 from common.cli import UsageError, one_line
 from common.data import Dataset, bounds_of, check
-from common.environments import REFERENCE_RETURNS, action_bounds, domain_of
+from common.environments import action_bounds, domain_of
 from common.replay import Transitions
 
 NETWORK_SECONDS = 3.0
@@ -91,7 +91,7 @@ def load_minari(dataset_id: str) -> Dataset:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         again = "delete its directory to have it made or downloaded again"
         raise UsageError(f"{dataset_id} cannot be read from {data} ({one_line(error)}); if damaged, {again}") from None
-    return Dataset(dataset_id, check(dataset_id, arrays, *bounds), spec, domain_of(spec and spec.id), *bounds)
+    return Dataset(dataset_id, check(dataset_id, arrays, *bounds), spec, domain_of(spec), *bounds)
 
 
 def _flatten(space: dict[str, Any], value: Any) -> np.ndarray:
@@ -162,10 +162,9 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
     columns = (*(raw[name] for name in names[:3]), following, terminal, truncation)
     arrays = {name: column[keep] for name, column in zip(Transitions._fields, columns, strict=True)}
 
-    spec, stem = env, re.sub("ant_?maze", "antmaze", Path(path).stem.lower())
-    domain = next((name for name in REFERENCE_RETURNS if re.match(rf"{name}(?![a-z])(?!.*maze2d.*dense)", stem)), None)
-    domain = "kitchen" if "kitchen" in stem else None if "maze2d" in stem and "dense" in stem else domain
-    if env is None and domain in ("halfcheetah", "hopper", "walker2d", "ant"):
+    spec, match = env, re.match("(halfcheetah|hopper|walker2d|ant(?!_?maze))(?![a-z])", Path(path).stem.lower())
+    domain = match[1] if match else None
+    if env is None and domain:
         # D4RL's own environments are version 2; version 4 has their observations and rewards.
         name = "HalfCheetah" if domain == "halfcheetah" else domain.capitalize()
         spec = copy.deepcopy(gym.spec(f"{name}-v4"))

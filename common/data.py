@@ -39,7 +39,8 @@ class Dataset:
         if len(returns):
             scores = normalized_score(self.domain, returns)
             summary |= {name: float(getattr(returns, name)()) for name in ("mean", "min", "max")}
-            summary["score_mean"] = None if scores is None else float(scores.mean())
+            kitchen = self.domain == "kitchen"  # its data reward a finished task again at every step: no D4RL score
+            summary["score_mean"] = None if scores is None or kitchen else float(scores.mean())
         about = {"environment": getattr(self.env_spec, "id", self.env_spec), "transitions": len(t.rewards)}
         about |= {"action_low": self.low.tolist(), "action_high": self.high.tolist()}
         return about | {"dataset_sha256": hashlib.sha256(hashed).hexdigest()[:16], "dataset_returns": summary}

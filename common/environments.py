@@ -30,9 +30,11 @@ REFERENCE_RETURNS = {
     "door": (-56.512833, 2880.5693087298737),
     "hammer": (-274.856578, 12794.134825156867),
     "relocate": (-6.425911, 4233.877797728884),
-    "maze2d-umaze": (23.85, 161.86),
-    "maze2d-medium": (13.13, 277.39),
-    "maze2d-large": (6.7, 273.99),
+}
+# What ends a task as D4RL does: in Minari's sets of these, the goal or a finished task is rewarded at every later step.
+D4RL_TASKS = {
+    "antmaze": {"continuing_task": False},
+    "frankakitchen": {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
 }
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
@@ -40,11 +42,17 @@ LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and fl
 Policy = Callable[[np.ndarray, int], Any]
 
 
-def domain_of(env_id: str | None) -> str | None:
-    """Family of D4RL's reference returns; none for sparse Adroit or dense AntMaze, whose rewards differ from D4RL's."""
+def domain_of(spec: Any) -> str | None:
+    """Family of D4RL's reference returns, of an id or EnvSpec.
+
+    None for sparse Adroit, dense AntMaze and a Kitchen without D4RL's four tasks, whose rewards differ from D4RL's.
+    """
     families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
-    match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", env_name(env_id) if env_id else "")
-    return match[match.lastindex] if match else None
+    name = env_name(getattr(spec, "id", spec)) if spec else ""
+    match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
+    if match is None or (match[3] and len(getattr(spec, "kwargs", {}).get("tasks_to_complete", ())) != 4):
+        return None
+    return match[match.lastindex]
 
 
 def normalized_score(domain: str | None, returns: np.ndarray) -> np.ndarray | None:
@@ -91,9 +99,9 @@ def quiet_mujoco() -> None:
 
 
 def make_raw(spec: Any, **options: Any) -> gym.Env:
-    """`gymnasium.make(spec)`; AntMaze ends at the goal, as D4RL's tasks do. UsageError if it cannot be made."""
+    """`gymnasium.make(spec)`, with D4RL_TASKS. UsageError if it cannot be made."""
     name = getattr(spec, "id", spec)
-    options |= {"continuing_task": False} if env_name(name).startswith("antmaze") else {}
+    options |= D4RL_TASKS.get(env_name(name).partition("_")[0], {})
     make = partial(gym.make, spec, disable_env_checker=True, **options)
     quiet_mujoco()
     try:
@@ -111,6 +119,8 @@ def make_raw(spec: Any, **options: Any) -> gym.Env:
             reason += "; install what is missing, or put its folder on PYTHONPATH"
         elif isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound):
             reason += f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
+        elif isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
+            reason += '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
         raise UsageError(f"cannot make environment {name}: {reason}") from None
 
 

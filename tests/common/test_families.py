@@ -1,0 +1,148 @@
+"""Every family of environments that has settings or scores of its own: one of it is made, stepped and scored."""
+
+import importlib.util
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from common.cli import FAMILIES, UsageError, preset_name
+from common.data import Dataset
+from common.environments import REFERENCE_RETURNS, domain_of, make_environment, normalized_score
+from common.replay import Transitions
+
+robotics = pytest.mark.skipif(
+    importlib.util.find_spec("gymnasium_robotics") is None, reason='needs pip install ".[adroit]"'
+)
+NAMED = {  # id: preset, domain
+    "Hopper-v5": ("locomotion", "hopper"),
+    "HalfCheetah-v5": ("locomotion", "halfcheetah"),
+    "Walker2d-v5": ("locomotion", "walker2d"),
+    "Ant-v5": ("locomotion", "ant"),
+    "Humanoid-v5": ("locomotion", None),
+    "Swimmer-v5": ("locomotion", None),
+}
+NAMED_OF_ROBOTICS = {
+    "AntMaze_UMaze-v4": ("antmaze", "antmaze"),
+    "AntMaze_Medium_Diverse_GR-v5": ("antmaze", "antmaze"),
+    "AdroitHandPen-v1": ("adroit", "pen"),
+    "AdroitHandDoor-v1": ("adroit", "door"),
+    "AdroitHandHammer-v1": ("adroit", "hammer"),
+    "AdroitHandRelocate-v1": ("adroit", "relocate"),
+}
+TASKS = ["microwave", "kettle", "light switch", "slide cabinet"]
+MINARIS_KITCHEN = {  # as its sets store it
+    "tasks_to_complete": TASKS,
+    "remove_task_when_completed": False,
+    "terminate_on_tasks_completed": False,
+}
+
+
+def test_no_family_is_left_out() -> None:
+    named = [*NAMED.values(), *NAMED_OF_ROBOTICS.values(), ("kitchen", "kitchen")]
+    assert {preset for preset, _ in named} == set(FAMILIES)
+    assert {domain for _, domain in named} - {None} == set(REFERENCE_RETURNS)
+
+
+@pytest.mark.parametrize(
+    "env_id", [*NAMED, *(pytest.param(name, marks=robotics) for name in (*NAMED_OF_ROBOTICS, "PointMaze_UMaze-v3"))]
+)
+def test_it_can_be_made_and_stepped(env_id: str) -> None:
+    preset, domain = (NAMED | NAMED_OF_ROBOTICS).get(env_id, ("none", None))
+    assert (preset_name("x.npz", env_id), domain_of(env_id)) == (preset, domain)
+    env = make_environment(env_id)
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == env.observation_space.shape and np.isfinite(observation).all()
+    observation, reward, terminated, truncated, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+    assert np.isfinite(observation).all() and np.isfinite(reward) and not (terminated or truncated)
+
+
+def placed_on_the_goal(env_id: str) -> gym.Env:
+    env = make_environment(env_id)
+    env.reset(seed=0)
+    maze = env.unwrapped
+    position = maze.ant_env.data.qpos if hasattr(maze, "ant_env") else maze.point_env.data.qpos
+    maze.goal = position[:2].copy()
+    return env
+
+
+@robotics
+@pytest.mark.parametrize("env_id", ["AntMaze_UMaze-v4", "AntMaze_Large_Diverse_GR-v5"])
+def test_antmaze_ends_at_the_goal_with_100(env_id: str) -> None:
+    env = placed_on_the_goal(env_id)
+    _, reward, terminated, _, info = env.step(np.zeros(8, np.float32))
+    assert terminated and info["success"]
+    assert normalized_score(domain_of(env_id), np.array([reward])) == 100.0
+
+
+@robotics
+def test_pointmaze_goes_on_at_the_goal_and_has_no_score() -> None:
+    """The reward of D4RL's maze2d goes on too; but its mazes and episodes are others, so that no reference fits."""
+    env = placed_on_the_goal("PointMaze_UMaze-v3")
+    steps = [env.step(np.zeros(2, np.float32)) for _ in range(3)]
+    assert [step[1] for step in steps] == [1.0, 1.0, 1.0] and not any(step[2] for step in steps)
+    assert normalized_score(domain_of("PointMaze_UMaze-v3"), np.ones(1)) is None
+
+
+def score_of_data(domain: str, *episodes: list[float]) -> Any:
+    rewards = np.concatenate(episodes).astype(np.float32)
+    ends = np.zeros(len(rewards), np.float32)
+    ends[np.cumsum([len(episode) for episode in episodes]) - 1] = 1.0
+    rows, zeros = np.zeros((len(rewards), 1), np.float32), np.zeros(len(rewards), np.float32)
+    transitions = Transitions(rows, rows, rewards, rows, zeros, ends)
+    bound = np.ones(1, np.float32)
+    return Dataset("x", transitions, None, domain, -bound, bound).describe()["dataset_returns"]["score_mean"]
+
+
+def test_data_that_go_on_at_the_goal_are_scored_by_success() -> None:
+    assert score_of_data("antmaze", [0, 0, 1, 1, 1], [0, 0], [1], [0, 0, 0]) == 50.0
+
+
+def test_kitchens_data_have_no_score() -> None:
+    """They reward two finished tasks by 2 at every later step: no sum of that is D4RL's number of tasks."""
+    assert score_of_data("kitchen", [0, 1, 2, 2, 2]) is None
+
+
+def test_kitchen_is_scored_where_it_has_four_tasks() -> None:
+    def spec(tasks: list[str]) -> Any:
+        kwargs = MINARIS_KITCHEN | {"tasks_to_complete": tasks}
+        return gym.envs.registration.EnvSpec("FrankaKitchen-v1", "absent:Kitchen", kwargs=kwargs)
+
+    assert preset_name("D4RL/kitchen/mixed-v2", None) == "kitchen"
+    assert domain_of(spec(TASKS)) == "kitchen" and domain_of(spec(TASKS[:3])) is None
+
+
+def test_kitchen_says_which_mujoco_it_needs() -> None:
+    def fail(**_: Any) -> None:
+        raise AssertionError
+
+    for name in ("FrankaKitchen", "FetchReach", "HandReach", "Else"):
+        gym.register(f"OffaxFamilies/{name}-v0", entry_point=fail)
+        with pytest.raises(UsageError) as refused:
+            make_environment(f"OffaxFamilies/{name}-v0")
+        assert ("mujoco<3.10" in str(refused.value)) == (name != "Else")
+
+
+@robotics
+def test_kitchen_rewards_a_task_once_and_ends_after_the_last() -> None:
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    spec = gym.spec("FrankaKitchen-v1")
+    spec.kwargs |= MINARIS_KITCHEN
+    try:
+        env = make_environment(spec)
+    except UsageError as error:
+        assert "mujoco<3.10" in str(error)
+        pytest.skip('needs pip install "mujoco<3.10"')
+    env.reset(seed=0)
+    kitchen = env.unwrapped
+    for task in TASKS[:2]:
+        kitchen.goal[task] = kitchen._get_obs(kitchen.robot_env._get_obs())["achieved_goal"][task].copy()
+    steps = [env.step(np.zeros(9, np.float32)) for _ in range(3)]
+    assert [step[1] for step in steps] == [2.0, 0.0, 0.0] and not any(step[2] for step in steps)
+    for task in TASKS[2:]:
+        kitchen.goal[task] = kitchen._get_obs(kitchen.robot_env._get_obs())["achieved_goal"][task].copy()
+    _, reward, terminated, _, _ = env.step(np.zeros(9, np.float32))
+    assert reward == 2.0 and terminated
