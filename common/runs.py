@@ -55,7 +55,7 @@ class Run:
         self.done = {"pretraining": 0, "offline": 0, "online": 0}
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
-        self.timed: dict[str, list[float]] = {}  # of each phase: steps, members' steps and seconds
+        self.clock: dict[str, list[tuple[int, float]]] = {}  # of each phase: steps and time at first and at last
         self.phase, self.signal, self.row, self.note, self.shown = "offline", 0, None, "", time.time()
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         self.flags |= self.flags.pop("hp")._asdict()
@@ -183,25 +183,23 @@ class Run:
             if self.signal:
                 print(f"stopped; go on with --run-dir {self.args.run_dir or self.path} --resume True", file=sys.stderr)
                 sys.exit(128 + self.signal)
-            self.start, began = self.done[phase], time.time()
+            self.start = self.done[phase]
             if self.start >= total:
                 break
             lengths = [every] if whole else [STRETCH, *(n - self.start % n for n in (every, *self.dues) if n)]
             yield self.start, min(total, self.start + min(lengths))
-            steps = self.done[phase] - self.start
-            timed = (steps, steps * int(self.alive.sum()), time.time() - began)
-            before = self.timed.get(phase)  # none after the first stretch, which compiles: it does not count
-            self.timed[phase] = [0.0] * 3 if before is None else [x + y for x, y in zip(before, timed, strict=True)]
+            now = (self.done[phase], time.time())  # the first stretch, which compiles, is not in the rate
+            self.clock[phase] = [self.clock.get(phase, [now])[0], now]
             self._progress(phase, total)
 
-    def rate(self, phase: str, of: int = 1) -> float | None:
+    def rate(self, phase: str, members: int | None = None) -> float | None:
         """Updates (online: environment steps, each with an update) per second, summed over the living members."""
-        timed = self.timed.get(phase, [0.0] * 3)
-        return timed[of] / timed[2] if timed[2] else None
+        (start, began), (stop, ended) = self.clock.get(phase, [(0, 0.0), (0, 0.0)])
+        return (members or int(self.alive.sum())) * (stop - start) / (ended - began) if stop > start else None
 
     def _progress(self, phase: str, total: int) -> None:
         """A line on stderr: rewritten on a terminal, else a new one every half minute."""
-        terminal, done, rate = sys.stderr.isatty(), self.done[phase], self.rate(phase, 0)
+        terminal, done, rate = sys.stderr.isatty(), self.done[phase], self.rate(phase, members=1)
         if self.args.quiet or not rate or not (terminal or time.time() - self.shown >= 30 or done >= total):
             return
         self.shown, left = time.time(), datetime.timedelta(seconds=round((total - done) / rate))
@@ -240,16 +238,13 @@ class Run:
                 rows[i] = {name: sums[name][i] / counts[name][i] if counts[name][i] else None for name in sums}
             name = "pretraining.csv" if self.phase == "pretraining" else "metrics.csv"
             append_rows(self.path / name, [{"step": self.steps()} | self.members.who(i) | rows[i] for i in living])
-            rate = {"updates_per_second": self.rate(self.phase)}
-            self._track([rows.get(i, {}) | rate for i in range(self.members.count)])
+            if self.tracker:
+                rate = {"updates_per_second": self.rate(self.phase)}
+                self.tracker.log(sum(self.done.values()), [rows.get(i, {}) | rate for i in range(self.members.count)])
         if not self.alive.any():
             self.finish(None)
             print("error: every member diverged", file=sys.stderr)
             sys.exit(3)
-
-    def _track(self, rows: list[dict[str, Any]]) -> None:
-        if self.tracker:
-            self.tracker.log(sum(self.done.values()), rows)
 
     def record_evaluation(self, result: Returns | None) -> None:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
@@ -270,7 +265,8 @@ class Run:
                 self._keep(i)
         self.evaluations += rows
         append_rows(self.path / "evaluations.csv", rows)
-        self._track(tracked)
+        if self.tracker:
+            self.tracker.log(sum(self.done.values()), tracked)
         name = "score" if rows and rows[0]["score_mean"] is not None else "return"
         self.note = f", {name} {np.mean([row[f'{name}_mean'] for row in rows]):.1f}" if rows else ""
         if self.args.quiet or not sys.stderr.isatty():
