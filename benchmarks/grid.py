@@ -1,10 +1,16 @@
-"""What a sweep found: its settings from best to worst, and the figure of the last score against each hyperparameter."""
+"""What a sweep found: its settings from best to worst, what tuning gains, and the figure `grid.png`.
+
+`python -m benchmarks.report RUN_DIR` prints the one and draws the other.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.intervals import interquartile_mean
+import numpy as np
+
+from benchmarks.figures import data_line, draw_expected_best, panels
+from benchmarks.intervals import expected_best, interquartile_mean
 from benchmarks.tables import aligned
 from common.report import aggregate
 
@@ -14,23 +20,44 @@ def figure_of(members: Sequence[dict[str, Any]]) -> str:
     return "score" if any(member["score_mean"] is not None for member in members) else "return"
 
 
+def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:
+    """The members of each setting."""
+    groups: dict[tuple[tuple[str, float], ...], list[dict[str, Any]]] = {}
+    for member in members:
+        groups.setdefault(tuple(member["swept"].items()), []).append(member)
+    return groups
+
+
 def ranking(members: Sequence[dict[str, Any]]) -> str:
     """A table of the settings of `members` (entries of final.json), best first.
 
     Interquartile mean of the last score, or return, over the seeds that did not diverge, and its 95 % interval.
     """
     name = figure_of(members)
-    groups: dict[tuple[tuple[str, float], ...], list[dict[str, Any]]] = {}
-    for member in members:
-        groups.setdefault(tuple(member["swept"].items()), []).append(member)
     rows = []
-    for swept, group in groups.items():
+    for swept, group in by_setting(members).items():
         found = aggregate([member[f"{name}_mean"] for member in group])
         setting = " ".join(f"{key}={value:g}" for key, value in swept)
         diverged = sum(member["diverged"] is not None for member in group)
         rows.append([setting, found["iqm"], found["ci_low"], found["ci_high"], found["count"], diverged])
     rows.sort(key=lambda row: (row[1] is None, -(row[1] or 0.0)))
     return aligned(["setting", name, "from", "to", "seeds", "diverged"], rows)
+
+
+def with_worst(members: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """The last figures of each setting's seeds; a seed without one, as it diverged, has the lowest of all."""
+    column = f"{figure_of(members)}_mean"
+    worst = min((member[column] for member in members if member[column] is not None), default=0.0)
+    groups = by_setting(members).values()
+    return [[worst if member[column] is None else member[column] for member in group] for group in groups]
+
+
+def tuning(members: Sequence[dict[str, Any]]) -> str:
+    """A table of the expected best of k settings (Expected Online Performance), for k = 1, 2, 4, ... and all."""
+    mean, deviation = expected_best(with_worst(members))
+    budgets = [k for k in range(1, len(mean) + 1) if k == len(mean) or k & (k - 1) == 0]
+    rows = [[k, float(mean[k - 1]), float(deviation[k - 1])] for k in budgets]
+    return aligned(["settings tried", f"expected {figure_of(members)} of the best", "deviation"], rows)
 
 
 class Sweep(NamedTuple):
@@ -64,35 +91,68 @@ def sweeps_of(members: Sequence[dict[str, Any]], column: str) -> dict[str, Sweep
     return panels
 
 
-def plot(path: Path, members: Sequence[dict[str, Any]], title: str) -> None:
+def interactions(members: Sequence[dict[str, Any]], column: str) -> tuple[list[float], list[float], np.ndarray]:
+    """Of two swept hyperparameters the values, and `[second, first]` the interquartile means or NaN."""
+    first, second = (sorted({member["swept"][name] for member in members}) for name in members[0]["swept"])
+    means = np.full((len(second), len(first)), np.nan)
+    for swept, group in by_setting(members).items():
+        if found := [member[column] for member in group if member[column] is not None]:
+            means[second.index(swept[1][1]), first.index(swept[0][1])] = interquartile_mean(found)
+    return first, second, means
+
+
+def plot(path: Path, members: Sequence[dict[str, Any]], title: str, level: float | None = None) -> None:
     """The last score (raw return where there is none) against each swept hyperparameter, over all others.
 
     A point for each member, coloured by its seed; a line through the interquartile means; crosses at the bottom for
-    members that diverged.
+    members that diverged; dashed the `level` of the data. Then the settings of two hyperparameters as a map, and the
+    expected best of k settings.
     """
-    from matplotlib.figure import Figure
-
     name = figure_of(members)
-    panels = sweeps_of(members, f"{name}_mean")
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.0 * columns, 0.4 + 3.4 * rows), layout="constrained")
-    seeds = sorted({member["seed"] for member in members})
-    for i, (swept, panel) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for seed, points in panel.points.items():
-            axes.plot(*zip(*points, strict=True), "o", color=f"C{1 + seeds.index(seed) % 9}", markersize=4, alpha=0.6)
-        if panel.line:
-            axes.plot(*zip(*panel.line, strict=True), "-o", color="C0", label="interquartile mean")
-        if panel.diverged:
-            bottom = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
-            at = [0.03] * len(panel.diverged)
-            axes.plot(panel.diverged, at, "x", color="black", transform=bottom, label="diverged")
-        if panel.log_scale:
-            axes.set_xscale("log")
+    sweeps, settings = sweeps_of(members, f"{name}_mean"), with_worst(members)
+    map_too = len(sweeps) == 2 and min(map(len, interactions(members, f"{name}_mean")[:2])) > 1
+    figure, all_axes = panels(len(sweeps) + map_too + (len(settings) > 1), height=3.4)
+    for (swept, panel), axes in zip(sweeps.items(), all_axes, strict=False):
+        plot_sweep(axes, panel, sorted({member["seed"] for member in members}))
+        data_line(axes.axhline, level)
         axes.set_xlabel(swept)
         axes.set_ylabel("normalised score" if name == "score" else "return")
-        axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8)
+    if map_too:
+        plot_map(all_axes[2], *interactions(members, f"{name}_mean"))
+        for label, swept in zip((all_axes[2].set_xlabel, all_axes[2].set_ylabel), sweeps, strict=True):
+            label(swept)
+        all_axes[2].set_title("interquartile means", fontsize=9)
+    if len(settings) > 1:
+        draw_expected_best(all_axes[-1], settings, "C0", "expected best, diverged at the worst")
+        data_line(all_axes[-1].axhline, level)
+        all_axes[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}: last policies, coloured by seed", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def plot_sweep(axes: Any, panel: Sweep, seeds: Sequence[int]) -> None:
+    """The members and the line of one hyperparameter."""
+    for seed, points in panel.points.items():
+        axes.plot(*zip(*points, strict=True), "o", color=f"C{1 + seeds.index(seed) % 9}", markersize=4, alpha=0.6)
+    if panel.line:
+        axes.plot(*zip(*panel.line, strict=True), "-o", color="C0", label="interquartile mean")
+    if panel.diverged:
+        bottom = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
+        at = [0.03] * len(panel.diverged)
+        axes.plot(panel.diverged, at, "x", color="black", transform=bottom, label="diverged")
+    if panel.log_scale:
+        axes.set_xscale("log")
+    axes.grid(alpha=0.2)
+
+
+def plot_map(axes: Any, first: Sequence[float], second: Sequence[float], means: np.ndarray) -> None:
+    """A square for each setting, with its number; a cross where every seed diverged or none was trained."""
+    axes.imshow(means, origin="lower", aspect="auto", cmap="viridis")
+    middle = np.nanmean([np.nanmin(means), np.nanmax(means)]) if np.isfinite(means).any() else 0.0
+    for (y, x), value in np.ndenumerate(means):
+        color = "white" if value < middle else "black"
+        text = f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+        axes.text(x, y, text if np.isfinite(value) else "x", color=color, ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(first)), [f"{value:g}" for value in first])
+    axes.set_yticks(range(len(second)), [f"{value:g}" for value in second])

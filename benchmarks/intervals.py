@@ -1,25 +1,83 @@
-"""Interquartile means over tasks and seeds, and their intervals. Agarwal et al., 2021, arXiv:2108.13264."""
+"""Statistics over tasks and seeds, with intervals: means, profiles, comparisons, and the price of tuning.
+
+Definitions of Agarwal et al., 2021, arXiv:2108.13264, and of Kurenkov and Kolesnikov, 2022, arXiv:2110.04156. `strata`
+are the scores of an algorithm's runs, a sequence for each task. Runs are drawn with replacement within each task, by a
+fixed seed: the same scores give the same interval.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
+
+Strata = Sequence[Sequence[float] | np.ndarray]
+RESAMPLES = 2000
 
 
-def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
+def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int | None = None) -> np.ndarray:
     """Mean of the middle half: a quarter of the values, rounded down, is cut at each end."""
-    ordered = np.sort(np.asarray(values, float).ravel())
-    cut = int(0.25 * len(ordered))
-    return float(ordered[cut : len(ordered) - cut].mean())
+    return stats.trim_mean(np.asarray(values, float), 0.25, axis=axis)
 
 
-def bootstrap_interval(strata: Sequence[Sequence[float] | np.ndarray], resamples: int = 2000) -> tuple[float, float]:
-    """95 % stratified percentile-bootstrap interval of the interquartile mean over all strata (e.g. tasks) of runs.
-
-    Within each stratum the runs are drawn with replacement (section 4.1), by a fixed seed: the same values give the
-    same interval.
-    """
+def resampled(strata: Strata, resamples: int = RESAMPLES) -> list[np.ndarray]:
+    """The runs of each task drawn with replacement (section 4.1), `[resamples, runs]` each."""
     rng = np.random.default_rng(0)
     arrays = [np.asarray(values, float) for values in strata]
-    drawn = np.concatenate([x[rng.integers(0, len(x), (resamples, len(x)))] for x in arrays], axis=1)
-    low, high = np.percentile([interquartile_mean(row) for row in drawn], [2.5, 97.5])
+    return [x[rng.integers(0, len(x), (resamples, len(x)))] for x in arrays]
+
+
+def percentile_interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % of what the resamples `[resamples, ...]` gave."""
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def bootstrap_interval(strata: Strata, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % stratified percentile-bootstrap interval of the interquartile mean over the runs of all tasks."""
+    low, high = percentile_interval(interquartile_mean(np.concatenate(resampled(strata, resamples), axis=1), axis=1))
     return float(low), float(high)
+
+
+def performance_profile(strata: Strata, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of runs above each threshold, averaged over tasks (section 4.2), and its pointwise interval."""
+
+    def shares(tasks: Sequence[np.ndarray]) -> np.ndarray:
+        """`[..., thresholds]` of tasks `[..., runs]`."""
+        return np.mean([(x[..., None] > thresholds).mean(axis=-2) for x in tasks], axis=0)
+
+    return shares([np.asarray(x, float) for x in strata]), *percentile_interval(shares(resampled(strata)))
+
+
+def probability_of_improvement(ours: Strata, theirs: Strata) -> tuple[float, float, float]:
+    """P(a run of ours is above one of theirs), ties by half, averaged over tasks (section 4.3), and its interval."""
+
+    def probability(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> np.ndarray:
+        """`[...]` of tasks `[..., runs]`."""
+        above = [np.sign(a[..., :, None] - b[..., None, :]).mean(axis=(-2, -1)) for a, b in zip(x, y, strict=True)]
+        return (1 + np.mean(above, axis=0)) / 2
+
+    point = probability([np.asarray(x, float) for x in ours], [np.asarray(y, float) for y in theirs])
+    draws = resampled([*ours, *theirs])  # both sides in one stream, or equal ones would be drawn alike
+    low, high = percentile_interval(probability(draws[: len(ours)], draws[len(ours) :]))
+    return float(point), float(low), float(high)
+
+
+def expected_best(settings: Strata) -> tuple[np.ndarray, np.ndarray]:
+    """Expected Online Performance: of the best of k = 1, 2, ... settings, each drawn uniformly and evaluated online.
+
+    `settings` has the scores of each setting's seeds; a setting's score is their mean. As in the paper (and Dodge et
+    al., 2019) settings are drawn with replacement, so that the last of the curve is below the best one. Mean and
+    standard deviation over the draws, `[settings]` each. An interval over the seeds would mislead: the maximum of noisy
+    means is too high, and the more so in each resample.
+    """
+    below = np.arange(len(settings) + 1)[:, None] / len(settings)
+    budgets = np.arange(1, len(settings) + 1)
+    weights = np.diff(below**budgets, axis=0)  # P(the best of k is the i-th lowest), [settings, budgets]
+    scores = np.sort([np.mean(x) for x in settings])
+    means = scores @ weights
+    return means, np.sqrt(((scores[:, None] - means) ** 2 * weights).sum(axis=0))
+
+
+def regret(steps: Sequence[float], scores: Sequence[float], best: float = 100.0) -> float:
+    """How far below `best` the scores were, averaged over the steps between the evaluations."""
+    return float(best - np.trapezoid(scores, steps) / (steps[-1] - steps[0]))

@@ -33,7 +33,7 @@ def parts_of(run_dir: Path) -> dict[int, Path]:
 
 
 def merge(run_dir: Path) -> list[str]:
-    """Write the tables, config.json, final.json and curves.png of `run_dir` from its parts; what is missing, in words.
+    """Write the tables, config.json and final.json of `run_dir` from its parts; what is missing, in words.
 
     UsageError for parts that are not of one run.
     """
@@ -60,7 +60,6 @@ def merge(run_dir: Path) -> list[str]:
         config["git_commit"] = "; ".join(dict.fromkeys(str(one["git_commit"]) for one in configs.values()))
         config["git_dirty"] = any(one["git_dirty"] for one in configs.values())
         write_json(run_dir / "config.json", config)
-        plot_curves(run_dir, config)
         if finished:
             write_json(run_dir / "final.json", _final(list(finished.values())))
         else:
@@ -104,18 +103,3 @@ def _merge_table(path: Path, parts: Sequence[Path]) -> None:
     writer.writeheader()
     writer.writerows(sorted(rows, key=ORDER[path.name]))
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def plot_curves(run_dir: Path, config: dict[str, Any]) -> None:
-    """Draw curves.png from evaluations.csv, as a run does at its end."""
-    numbers = {"step": int, "member": int, "return_mean": float, "score_mean": float}
-    rows = Table(run_dir / "evaluations.csv").read()
-    evaluations = [
-        {k: numbers[k](v) if v else None for k, v in row.items() if k in numbers} | {"phase": row["phase"]}
-        for row in rows
-    ]
-    if evaluations:
-        scored = all(row["score_mean"] is not None for row in evaluations)
-        level = config["dataset_returns"].get("score_mean" if scored else "mean")
-        title = f"{config['algorithm']}, {config['flags']['dataset']}"
-        report.plot_curves(run_dir / "curves.png", evaluations, title, level)

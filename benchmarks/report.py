@@ -3,11 +3,13 @@
     python -m benchmarks.report runs/mine            # the directory of a run, or several
     python -m benchmarks.report results/locomotion   # the folder of a suite
 
-Of a run that several processes trained with --shard I/N it merges the parts that are there (`benchmarks/merge.py`),
-and says which are missing. Of a run with --grid it ranks the settings and draws `grid.png` (`benchmarks/grid.py`).
+Of a run it draws `curves.png` (`benchmarks/curves.py`). Of one that several processes trained with --shard I/N it first
+merges the parts that are there (`benchmarks/merge.py`), and says which are missing. Of one with --grid it ranks the
+settings, says what tuning gains, and draws `grid.png` (`benchmarks/grid.py`).
 
 Of a suite it reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below, and writes
-into its own `README.md`, `scores.csv` (a row for each seed), `scores.png` and, for each dataset, `curves_*.png`.
+into its own `README.md`, `scores.csv` (a row for each seed), `scores.png`, `profiles.png` (how likely each score is),
+`best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`.
 `--against num_proposals` adds a table and a figure of the score against that setting, in which the runs differ.
 Text of your own in the folder's `notes.md` goes under the table of scores.
 
@@ -15,8 +17,6 @@ Scores are those of the last policy, never of the best one. A number over seeds 
 stratified bootstrap interval (Agarwal et al., 2021): the strata are the datasets, seeds are drawn within each.
 """
 
-import csv
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -26,24 +26,31 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks import grid, merge
-from benchmarks.intervals import bootstrap_interval, interquartile_mean
+from benchmarks import curves, figures, grid, merge
+from benchmarks.cells import (
+    Cell,
+    about_data,
+    aggregate,
+    before_online,
+    common_datasets,
+    last_evaluations,
+    length_in_words,
+    of_full_length,
+    online_regret,
+    read,
+    short_length,
+    summary,
+    unique,
+    with_diverged,
+    worst_score,
+)
+from benchmarks.intervals import expected_best, probability_of_improvement
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status
 from common.report import table as table_of_run
 
-FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
-NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "shard"}
-NOT_SETTINGS |= {
-    "behavior_checkpoint",
-    "num_updates",
-    "online_steps",
-    "eval_every",
-    "eval_episodes",
-    "final_eval_episodes",
-    "checkpoint_every",
-}
-"""Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
+LAST = 10
+"""Evaluations whose mean stands beside the last one."""
 
 
 @dataclass(frozen=True)
@@ -54,109 +61,6 @@ class Args:
     """Directories of runs, e.g. runs/mine, or folders of suites, e.g. results/locomotion."""
     against: str = ""
     """Of a suite: a setting in which the runs differ; adds a table and a figure of the score against it."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The members of one run that share algorithm, dataset and settings; they differ by their seeds.
-
-    `algorithm` has the settings in which the run differs from the folder's plainest one of the algorithm on the
-    dataset, and what was swept; `dataset` is the environment where the dataset was not trained on.
-    """
-
-    algorithm: str
-    run: str
-    """The same without what was swept."""
-    dataset: str
-    members: list[dict[str, Any]]
-    evaluations: list[dict[str, str]]
-    config: dict[str, Any]
-    final: dict[str, Any]
-    command: str
-
-    def values(self, column: str) -> list[float]:
-        """Final `score_mean` or `return_mean` of the members that have one: the diverged have none."""
-        return [member[column] for member in self.members if member[column] is not None]
-
-
-def trained_on(config: dict[str, Any]) -> str:
-    """The dataset, or without offline updates the environment."""
-    return config["flags"]["dataset"] if config["flags"]["num_updates"] else config["environment"]
-
-
-def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
-    """The flags in which a run differs from another one of the same algorithm on the same dataset."""
-    ours, theirs = config["flags"], reference["flags"]
-    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name)]
-    return "".join(
-        f" {name}={ours[name]:g}" if isinstance(ours[name], float) else f" {name}={ours[name]}" for name in names
-    )
-
-
-def read(folder: Path) -> list[Cell]:
-    """All cells below `folder`, by dataset and algorithm. UsageError where there is none or one is there twice."""
-    runs = {}
-    for run in sorted(path.parent for path in folder.glob("*/config.json")):
-        if missing := [name for name in FILES if not (run / name).exists()]:
-            raise UsageError(f"{run} has no {missing[0]}")
-        runs[run] = [json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")]
-    # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
-    references: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in sorted(runs, key=lambda run: len(run.name)):
-        references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
-    cells: dict[tuple[str, str], Cell] = {}
-    for run, (config, final, command) in runs.items():
-        with open(run / "evaluations.csv", newline="") as file:
-            evaluations = list(csv.DictReader(file))
-        name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for member in final["members"]:
-            swept = "".join(f" {name}={value:g}" for name, value in member["swept"].items())
-            groups.setdefault(name + swept, []).append(member)
-        for algorithm, members in groups.items():
-            key = (trained_on(config), algorithm)
-            if key in cells:
-                raise UsageError(f"{folder} has {algorithm} on {key[0]} twice")
-            indices = {str(member["member"]) for member in members}
-            rows = [row for row in evaluations if row["member"] in indices]
-            cells[key] = Cell(algorithm, name, key[0], members, rows, config, final, command["command"])
-    if not cells:
-        raise UsageError(f"{folder} has no results: run benchmarks/suite.py first")
-    return [cells[key] for key in sorted(cells)]
-
-
-def unique(values: Sequence[Any]) -> list[Any]:
-    """The values without repetition, in order of first appearance."""
-    return list(dict.fromkeys(values))
-
-
-def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
-    """Interquartile mean over all strata and its interval; None if a stratum is empty."""
-    if not strata or not all(len(values) for values in strata):
-        return None
-    low, high = bootstrap_interval(strata)
-    return {"iqm": interquartile_mean([x for values in strata for x in values]), "low": low, "high": high}
-
-
-def aggregate(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, float] | None]]:
-    """The scored datasets that every algorithm has, and over them the summary of each algorithm."""
-    algorithms = unique([cell.algorithm for cell in cells])
-    scores = {(cell.dataset, cell.algorithm): cell.values("score_mean") for cell in cells}
-    datasets = unique([cell.dataset for cell in cells])
-    common = [name for name in datasets if all(scores.get((name, algorithm)) for algorithm in algorithms)]
-    return common, {algorithm: summary([scores[name, algorithm] for name in common]) for algorithm in algorithms}
-
-
-def before_online(cell: Cell) -> list[float]:
-    """Each member's score where the online phase begins; empty without an online phase or scores."""
-    rows = [row for row in cell.evaluations if row["phase"] == "online"]
-    first = min((int(row["step"]) for row in rows), default=0)
-    return [float(row["score_mean"]) for row in rows if int(row["step"]) == first and row["score_mean"]]
-
-
-def about_data(cell: Cell) -> dict[str, Any] | None:
-    """Returns of the dataset's own episodes; None where it was not trained on."""
-    return cell.config.get("dataset_returns") if cell.config["flags"]["num_updates"] else None
 
 
 # Tables
@@ -174,18 +78,10 @@ def show(value: dict[str, float] | None, lost: int = 0, length: str = "") -> str
     return text + (f", {lost} diverged" if lost else "") + (f", after {length}" if length else "")
 
 
-def short_length(cell: Cell, cells: Sequence[Cell]) -> str:
-    """Updates, or environment steps of a run that has only these, where the longest of the cells has more."""
-    for name, unit in (("updates", ""), ("online_steps", " steps")):
-        if 0 < cell.final[name] < max(other.final[name] for other in cells):
-            return f"{cell.final[name]:,}{unit}"
-    return ""
-
-
 def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]], list[str]], heads: list[str]) -> str:
     """Datasets by algorithms, after what `of_data` says of the dataset; `column` is `score_mean` or `return_mean`.
 
-    A run that is shorter than the longest has its length beside it.
+    A run that is shorter than the longest has its length beside it, and no part in the row over all datasets.
     """
     algorithms = sorted({cell.algorithm for cell in cells})
     rows = []
@@ -205,20 +101,84 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
         datasets, totals = aggregate(cells)
         if datasets:
             name = f"all {len(datasets)}" if len(datasets) == len(rows) else f"the {len(datasets)} with every algorithm"
-            short = {cell.algorithm for cell in cells if short_length(cell, cells) and cell.dataset in datasets}
-            texts = [show(totals[one]) + (", of unequal lengths" if one in short else "") for one in algorithms]
-            rows.append([name, *[""] * len(heads), *texts])
+            lengths = unique([cell.length for cell in cells])
+            name += f" of {length_in_words(max(lengths, key=sum))}" if len(lengths) > 1 else ""
+            rows.append([name, *[""] * len(heads), *(show(totals.get(one)) for one in algorithms)])
     return markdown(["dataset", *heads, *algorithms], rows)
 
 
 def fine_tuning(cells: Sequence[Cell]) -> str:
-    """Scores before and after the online phase, for the cells that have one."""
+    """Scores before and after the online phase, and its regret, for the cells that have one."""
     rows = []
     for cell in cells:
-        steps = str(cell.final["online_steps"])
-        scores = [show(summary([values])) for values in (before_online(cell), cell.values("score_mean"))]
-        rows.append([f"{cell.algorithm}, {cell.dataset}", str(cell.final["updates"]), steps, *scores])
-    return markdown(["run", "offline updates", "environment steps", "before", "after"], rows)
+        scores = (before_online(cell), cell.values("score_mean"), online_regret(cell))
+        rows.append([f"{cell.algorithm}, {cell.dataset}", *map(str, cell.length)])
+        rows[-1] += [show(summary([values])) for values in scores]
+    return markdown(["run", "offline updates", "environment steps", "before", "after", "regret"], rows)
+
+
+def last_and_best(cells: Sequence[Cell]) -> str:
+    """The last evaluation, the mean of the last ten, and the best one."""
+    rows = []
+    for cell in cells:
+        last, every = last_evaluations(cell, LAST), last_evaluations(cell, sys.maxsize)
+        count = max(map(len, last.values()), default=0)
+        means = show(summary([[sum(values) / len(values) for values in last.values()]]))
+        best = show(summary([[max(values) for values in every.values()]]))
+        texts = [show(summary([cell.values("score_mean")])), means + (f", of {count}" if count < LAST else ""), best]
+        rows.append([f"{cell.algorithm}, {cell.dataset}", *texts])
+    return markdown(["run", "last", f"mean of the last {LAST}", "best (by hindsight)"], rows)
+
+
+def diverged(cells: Sequence[Cell]) -> str:
+    """How many seeds each cell lost, and its score with and without them; empty where none did."""
+    rows = []
+    for cell in cells:
+        if cell.lost:
+            name, worst = f"{cell.algorithm}, {cell.dataset}", f"{worst_score(cells, cell.dataset):.1f}"
+            scores = [show(summary([values])) for values in (cell.values("score_mean"), with_diverged(cell, cells))]
+            rows.append([name, str(len(cell.members)), str(len(cell.lost)), *scores, worst])
+    heads = ["run", "seeds", "diverged", "score of the others", "score of all, the diverged at the worst", "the worst"]
+    return markdown(heads, rows) if rows else ""
+
+
+def strata_of(cells: Sequence[Cell]) -> dict[str, list[list[float]]]:
+    """By algorithm, the scores on each dataset that all have, of full length; seeds that diverged at the worst."""
+    full = of_full_length(cells)
+    found = {(cell.algorithm, cell.dataset): with_diverged(cell, cells) for cell in full}
+    datasets, algorithms = common_datasets(full), sorted({cell.algorithm for cell in full})
+    return {one: [found[one, name] for name in datasets] for one in algorithms} if datasets else {}
+
+
+def improvements(strata: dict[str, list[list[float]]]) -> str:
+    """The probability that a run of the row's algorithm is above one of the column's."""
+    rows = []
+    for ours, x in strata.items():
+        found = {theirs: probability_of_improvement(x, y) for theirs, y in strata.items() if theirs != ours}
+        texts = (f"{found[o][0]:.2f} [{found[o][1]:.2f}, {found[o][2]:.2f}]" if o in found else "" for o in strata)
+        rows.append([ours, *texts])
+    return markdown(["P(row > column)", *strata], rows)
+
+
+def tuned_settings(cells: Sequence[Cell]) -> dict[str, dict[str, list[list[float]]]]:
+    """By dataset and algorithm, the scores of each setting, where several of one length are there."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for cell in of_full_length(cells):
+        of_dataset = found.setdefault(cell.dataset, {})
+        of_dataset.setdefault(cell.config["algorithm"], []).append(with_diverged(cell, cells))
+    several = {name: {a: x for a, x in algorithms.items() if len(x) > 1} for name, algorithms in found.items()}
+    return {name: algorithms for name, algorithms in several.items() if algorithms}
+
+
+def expected_bests(tuned: dict[str, dict[str, list[list[float]]]]) -> str:
+    """Expected Online Performance at each number of settings tried."""
+    budgets = range(1, 1 + max(len(settings) for algorithms in tuned.values() for settings in algorithms.values()))
+    rows = []
+    for dataset, algorithms in tuned.items():
+        for algorithm, settings in algorithms.items():
+            texts = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in zip(*expected_best(settings), strict=True)]
+            rows.append([f"{algorithm}, {dataset}", *texts, *["-"] * (len(budgets) - len(texts))])
+    return markdown(["settings tried", *map(str, budgets)], rows)
 
 
 def updates_of(cells: Sequence[Cell]) -> str:
@@ -289,100 +249,6 @@ def write_scores(path: Path, cells: Sequence[Cell]) -> None:
     Table(path).append(rows)
 
 
-# Figures
-
-
-def finish_curves(axes: Any, phase: str, scored: bool, average: float | None, title: str) -> None:
-    """Labels, legend, and the average of the dataset as a dashed line, on the axes of a phase's learning curves."""
-    if average is not None:
-        axes.axhline(average, color="tab:gray", linestyle="--", linewidth=1.0, label="average of the dataset")
-    axes.set_xlabel("gradient updates" if phase == "offline" else "environment steps")
-    axes.set_ylabel("normalised score" if scored else "return")
-    axes.set_title(title, fontsize=10)
-    legend_below(axes)
-    axes.grid(alpha=0.2)
-
-
-def legend_below(axes: Any) -> None:
-    """A legend under the axes, where long names have room."""
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-
-
-def level(cell: Cell, scored: bool) -> float | None:
-    """The dataset's own average score or return; None where it was not trained on."""
-    return (about_data(cell) or {}).get("score_mean" if scored else "mean")
-
-
-def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
-    """All algorithms on one dataset: mean over seeds, and the band from the worst to the best of them.
-
-    From where a seed is lost to divergence, a cross, each of the others is drawn by itself. Returns instead of scores
-    where there is no dataset: in the unit of most learning curves from scratch.
-    """
-    from matplotlib.figure import Figure
-
-    rows = [row for cell in cells for row in cell.evaluations]
-    scored = cells[0].config["flags"]["num_updates"] > 0 and all(row["score_mean"] for row in rows)
-    column = "score_mean" if scored else "return_mean"
-    phases = [phase for phase in ("offline", "online") if any(row["phase"] == phase for row in rows)]
-    figure = Figure(figsize=(6.0 * max(1, len(phases)), 4.0 + 0.2 * len(cells)), layout="constrained")
-    for i, phase in enumerate(phases):
-        axes = figure.add_subplot(1, len(phases), i + 1)
-        for number, cell in enumerate(cells):
-            by_member: dict[str, dict[int, float]] = {}
-            for row in cell.evaluations:
-                if row["phase"] == phase:
-                    by_member.setdefault(row["member"], {})[int(row["step"])] = float(row[column])
-            color, steps = f"C{number}", sorted({step for values in by_member.values() for step in values})
-            whole = [step for step in steps if all(step in values for values in by_member.values())]
-            found = [[values[step] for values in by_member.values()] for step in whole]
-            axes.plot(whole, [sum(values) / len(values) for values in found], color=color, label=cell.algorithm)
-            axes.fill_between(whole, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, linewidth=0)
-            for values in by_member.values():
-                rest = {step: value for step, value in values.items() if step >= whole[-1]}
-                if len(rest) > 1:
-                    axes.plot(list(rest), list(rest.values()), color=color, linewidth=1.0, linestyle=":")
-                if steps[-1] not in values or len(cell.values("return_mean")) == 0:
-                    axes.plot(max(values), values[max(values)], "x", color=color)
-        title = f"{cells[0].dataset} ({phase}): mean and range over seeds"
-        finish_curves(axes, phase, scored, level(cells[0], scored), title)
-    figure.savefig(path, dpi=120)
-
-
-def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
-    """Final scores: the interquartile mean with its interval, the seeds as dots, the dataset's average as a line."""
-    from matplotlib.figure import Figure
-
-    datasets = unique([cell.dataset for cell in cells])
-    algorithms = sorted({cell.algorithm for cell in cells})
-    figure = Figure(figsize=(max(6.0, 2.0 + 1.8 * len(datasets)), 4.0 + 0.2 * len(algorithms)), layout="constrained")
-    axes = figure.add_subplot()
-    labelled: set[str] = set()
-    for cell in cells:
-        values = cell.values("score_mean")
-        value = summary([values])
-        if value is None:
-            continue
-        place = algorithms.index(cell.algorithm)
-        x = datasets.index(cell.dataset) + 0.7 * ((place + 0.5) / len(algorithms) - 0.5)
-        label = None if cell.algorithm in labelled else cell.algorithm
-        labelled.add(cell.algorithm)
-        axes.vlines(x, value["low"], value["high"], color=f"C{place}", linewidth=2.0)
-        axes.plot(x, value["iqm"], "_", color=f"C{place}", markersize=16, markeredgewidth=2.5, label=label)
-        axes.plot([x] * len(values), values, "o", color=f"C{place}", markersize=3, alpha=0.6)
-    for i, dataset in enumerate(datasets):
-        average = level(next(cell for cell in cells if cell.dataset == dataset), True)
-        if average is not None:
-            axes.hlines(average, i - 0.4, i + 0.4, color="tab:gray", linestyle="--", linewidth=1.0)
-    axes.set_xticks(range(len(datasets)), [name.replace("/", "/\n") for name in datasets], fontsize=8)
-    axes.set_ylabel("normalised score")
-    axes.set_title("Final score; dashed: average of the dataset", fontsize=10)
-    if labelled:
-        legend_below(axes)
-    axes.grid(axis="y", alpha=0.2)
-    figure.savefig(path, dpi=120)
-
-
 def lines_against(cells: Sequence[Cell], name: str) -> dict[str, dict[float, Cell]]:
     """Cells by what they share, then by their value of `name`; UsageError for what is no number of every run."""
     lines: dict[str, dict[float, Cell]] = {}
@@ -398,46 +264,63 @@ def lines_against(cells: Sequence[Cell], name: str) -> dict[str, dict[float, Cel
     return {label: dict(sorted(line.items())) for label, line in lines.items()}
 
 
-def plot_against(path: Path, lines: dict[str, dict[float, Cell]], name: str) -> None:
-    """Final score at each value of `name`: interquartile mean, interval as a band, the dataset's average dashed."""
-    from matplotlib.figure import Figure
-
-    values = sorted({value for line in lines.values() for value in line})
-    figure = Figure(figsize=(7.0, 4.0 + 0.2 * len(lines)), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (label, line) in enumerate(lines.items()):
-        found = {values.index(value): summary([cell.values("score_mean")]) for value, cell in line.items()}
-        found = {place: value for place, value in found.items() if value is not None}
-        axes.plot(list(found), [value["iqm"] for value in found.values()], "o-", color=f"C{number}", label=label)
-        low, high = ([value[end] for value in found.values()] for end in ("low", "high"))
-        axes.fill_between(list(found), low, high, color=f"C{number}", alpha=0.15, linewidth=0)
-        average = level(next(iter(line.values())), True)
-        if average is not None:
-            axes.axhline(average, color=f"C{number}", linestyle="--", linewidth=1.0)
-    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-    axes.set_xlabel(name)
-    axes.set_ylabel("normalised score")
-    axes.set_title("Final score, interval over seeds; dashed: average of the dataset", fontsize=10)
-    legend_below(axes)
-    axes.grid(alpha=0.2)
-    figure.savefig(path, dpi=120)
-
-
 def table_against(lines: dict[str, dict[float, Cell]], name: str) -> str:
     """The figure's numbers."""
     values = sorted({value for line in lines.values() for value in line})
+    cells = [cell for line in lines.values() for cell in line.values()]
     rows = []
     for label, line in lines.items():
         texts = []
         for value in values:
             scores = line[value].values("score_mean") if value in line else []
             lost = len(line[value].members) - len(scores) if value in line else 0
-            texts.append(show(summary([scores]), lost) if value in line else "not run")
+            length = short_length(line[value], cells) if value in line else ""
+            texts.append(show(summary([scores]), lost, length) if value in line else "not run")
         rows.append([label, *texts])
     return markdown([name, *(f"{value:g}" for value in values)], rows)
 
 
 # The page
+
+
+def evaluation_practice(folder: Path, cells: Sequence[Cell]) -> list[str]:
+    """The parts of the page that say how far the scores above can be trusted, and their figures."""
+    parts = [
+        "### Last and best\n",
+        f"The mean of the last {LAST} evaluations moves less than the last one; where there are fewer, how many. The "
+        "best evaluation is chosen with the environment's help: a bound, and no result.\n",
+        last_and_best(cells),
+    ]
+    if lost := diverged(cells):
+        parts += [
+            "### Diverged seeds\n",
+            "A seed that diverged has no score and is left out above. Here it also counts as the lowest score of any "
+            "seed on its dataset, as it does in what follows.\n",
+            lost,
+        ]
+    strata = strata_of(cells)
+    if len(strata) > 1:
+        count = len(next(iter(strata.values())))
+        figures.plot_profiles(folder / "profiles.png", strata)
+        parts += [
+            "### Comparison\n",
+            f"Runs of {length_in_words(max((cell.length for cell in cells), key=sum))}, over {count} dataset(s) that "
+            "all have: the probability of improvement, ties by half, and performance profiles, with 95 % stratified "
+            "bootstrap intervals (Agarwal et al., 2021).\n",
+            improvements(strata),
+            "![Performance profiles](profiles.png)\n",
+        ]
+    if tuned := tuned_settings(cells):
+        figures.plot_expected_best(folder / "best_of_k.png", tuned, cells)
+        parts += [
+            "### The best of k settings\n",
+            "The expected score of the best of k settings, each chosen at random and evaluated online, ± the standard "
+            "deviation over the choice (Kurenkov and Kolesnikov, 2022). A setting's score is the mean of its seeds: "
+            "the fewer they are, the more the right end owes to luck.\n",
+            expected_bests(tuned),
+            "![Expected score of the best of k settings](best_of_k.png)\n",
+        ]
+    return parts
 
 
 def write(folder: Path, against: str = "") -> None:
@@ -458,11 +341,11 @@ def write(folder: Path, against: str = "") -> None:
     with_score = {cell.dataset for cell in cells if cell.values("score_mean")}
     scored = [cell for cell in cells if cell.dataset in with_score]  # with those that diverged there
     if against:
-        plot_against(folder / f"against_{against}.png", lines, against)
+        figures.plot_against(folder / f"against_{against}.png", lines, against)
         parts += [f"## Score against {against}\n", table_against(lines, against)]
         parts += [f"![Score against {against}](against_{against}.png)\n"]
     if scored:
-        plot_scores(folder / "scores.png", scored)
+        figures.plot_scores(folder / "scores.png", scored)
 
         def score(about: dict[str, Any]) -> list[str]:
             return ["-" if about["score_mean"] is None else f"{about['score_mean']:.1f}"]
@@ -474,6 +357,7 @@ def write(folder: Path, against: str = "") -> None:
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),
             "![Final scores](scores.png)\n",
+            *evaluation_practice(folder, scored),
         ]
 
     def returns(about: dict[str, Any]) -> list[str]:
@@ -484,13 +368,15 @@ def write(folder: Path, against: str = "") -> None:
     if tuned := [cell for cell in scored if before_online(cell) and cell.final["updates"]]:
         parts += [
             "## Fine-tuning\n",
-            "Score where the online phase begins, and the final score after it.\n",
+            "Score where the online phase begins, and the final score after it. The regret is the distance from an "
+            "expert's 100, averaged over the online phase by its evaluations: of two runs that end alike, the one "
+            "of lower regret was good earlier.\n",
             fine_tuning(tuned),
         ]
     parts += ["## Learning curves\n"]
     for dataset in unique([cell.dataset for cell in cells]):
         name = f"curves_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}.png"
-        plot_curves(folder / name, [cell for cell in cells if cell.dataset == dataset])
+        figures.plot_curves(folder / name, [cell for cell in cells if cell.dataset == dataset])
         parts.append(f"![{dataset}]({name})\n")
     parts += ["## Speed\n", speed(cells), origin(cells)]
     (folder / "README.md").write_text("\n".join(parts))
@@ -505,18 +391,21 @@ def is_run(folder: Path) -> bool:
 
 
 def of_run(run_dir: Path) -> None:
-    """Merge the parts, draw grid.png, print the last evaluation. UsageError where nothing has finished."""
+    """Merge the parts, draw the figures, print the last evaluation. UsageError where nothing has finished."""
     missing = merge.merge(run_dir) if merge.parts_of(run_dir) else []
     for line in missing:
         print(f"{run_dir}: {line}", file=sys.stderr)
+    curves.draw(run_dir)
     config, final = (merge.read_json(run_dir / name) for name in ("config.json", "final.json"))
     title = f"{config['algorithm']}, {config['flags']['dataset']}"
+    scored = final["aggregate"]["score"]["iqm"] is not None
+    level = config["dataset_returns"].get("score_mean" if scored else "mean")
     if final["members"][0]["swept"]:
-        grid.plot(run_dir / "grid.png", final["members"], title)
+        grid.plot(run_dir / "grid.png", final["members"], title, level)
         print(f"{title}: interquartile mean over the seeds, and its 95 % interval\n{grid.ranking(final['members'])}")
+        print(grid.tuning(final["members"]))
     else:
-        scored = final["aggregate"]["score"]["iqm"] is not None
-        print(table_of_run(title, final, config["dataset_returns"].get("score_mean" if scored else "mean")))
+        print(table_of_run(title, final, level))
     print(f"results in {run_dir}")
 
 

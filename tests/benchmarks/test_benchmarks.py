@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import bc, report, suite, throughput
 from common.cli import UsageError
@@ -273,9 +274,10 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
                 file.write(f"online,{step},{i},{i},{step},0,{score},0,10\n")
     report.main([str(tmp_path)])
     page = (tmp_path / "README.md").read_text()
-    row = cells_of(page, "iql, easy")  # of the first table with such rows
-    assert row == ["iql, easy", "200", "70", "15.0 [10.0, 20.0]", "50.0 [40.0, 60.0]"]
-    assert "bc, easy" not in page[: page.index("## Learning curves")], "it has no online phase"
+    part = page[page.index("## Fine-tuning") : page.index("## Learning curves")]
+    row = cells_of(part, "iql, easy")
+    assert row[1:] == ["200", "70", "15.0 [10.0, 20.0]", "50.0 [40.0, 60.0]", "67.5 [60.0, 75.0]"]
+    assert "bc, easy" not in part, "it has no online phase"
     assert "offline updates: 100 (bc); 200 (iql)" in page
     assert cells_of(page, "easy")[2:] == ["5.0 [5.0, 5.0], after 100", "50.0 [40.0, 60.0]"]
 
@@ -308,6 +310,78 @@ def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
     page = (tmp_path / "README.md").read_text()
     assert cells_of(page, "hard")[3] == "not run"
     assert cells_of(page, "the 1 with every algorithm")[2] == "10.0 [10.0, 10.0]"
+
+
+def test_runs_of_other_lengths_are_left_out_of_averages_and_comparisons(tmp_path, monkeypatch):
+    for algorithm, dataset, score, updates in (
+        ("bc", "easy", 10.0, 100),
+        ("bc", "hard", 20.0, 100),
+        ("iql", "easy", 30.0, 100),
+        ("iql", "hard", 90.0, 7),
+        ("cql", "easy", 99.0, 7),
+    ):
+        write_run(tmp_path, algorithm, dataset, [score], num_updates=updates)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: drawn.append((path.stem, self)))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    total = cells_of(page, "the 1 with every algorithm of 100 updates")
+    assert total[2:] == ["10.0 [10.0, 10.0]", "-", "30.0 [30.0, 30.0]"]
+    assert cells_of(page, "hard")[4] == "90.0 [90.0, 90.0], after 7"
+    assert cells_of(page, "P(row > column)") == ["P(row > column)", "bc", "iql"]
+    assert cells_of(page[page.index("P(row") :], "iql")[1:] == ["1.00 [1.00, 1.00]", ""]
+    titles = {}
+    for axes in dict(drawn)["scores"].axes:
+        if axes.get_visible():
+            titles[axes.get_title()] = sorted(x for line in axes.lines for x in set(line.get_xdata()))
+    assert titles == {
+        "easy\nafter 100 updates": [10, 10, 30, 30, 30],  # seed and mean of each, and the data's average
+        "hard\nafter 100 updates": [20, 20, 30],
+        "easy\nafter 7 updates": [30, 99, 99],
+        "hard\nafter 7 updates": [30, 90, 90],
+    }
+    shorter = {axes.get_title().split("\n")[0]: axes.title.get_color() for axes in dict(drawn)["curves_easy"].axes}
+    assert shorter == {"bc": "black", "cql": "tab:red", "iql": "black"}
+
+
+def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
+    """Of twelve evaluations after the untrained one, of which the second is the best."""
+    write_run(tmp_path, "iql", "easy", [7.0, None])
+    scores = [1000.0, 3.0, 80.0, *range(10, 19), 7.0]
+    lines = [f"offline,{100 * i},0,0,0,0,{score},0,10\n" for i, score in enumerate(scores)]
+    table = tmp_path / "iql_easy" / "evaluations.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n" + "".join(lines) + "offline,0,1,1,0,0,500,0,10\n")
+    report.write(tmp_path)
+    row = cells_of((tmp_path / "README.md").read_text(), "iql, easy")
+    assert row[1:] == ["7.0 [7.0, 7.0]", "13.3 [13.3, 13.3]", "80.0 [80.0, 80.0]"]  # (10 + ... + 18 + 7) / 10
+
+
+def test_diverged_seeds_are_counted_and_may_stand_at_the_worst(tmp_path):
+    write_run(tmp_path, "iql", "easy", [50.0, None, 40.0, None])
+    write_run(tmp_path, "bc", "easy", [4.0, 10.0])
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    row = cells_of(page[page.index("### Diverged seeds") :], "iql, easy")
+    assert row[1:4] == ["4", "2", "45.0 [40.0, 50.0]"]
+    assert row[4].startswith("22.0 [4.0, ") and row[5] == "4.0"  # of 4 | 4 40 | 50
+    compared = cells_of(page[page.index("P(row") :], "iql")
+    assert compared[1].startswith("0.62 [")  # two of four are above both; the lost ones equal 4 and lose to 10
+
+
+def test_the_best_of_k_settings_is_over_the_runs_of_one_algorithm(tmp_path, monkeypatch):
+    for rate, scores in ((1, [10.0, 30.0]), (2, [40.0, 40.0]), (3, [None, 10.0])):
+        write_run(tmp_path, "awr", "easy", scores, rate=rate)
+    write_run(tmp_path, "bc", "easy", [25.0])
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: drawn.append((path.stem, self)))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    row = cells_of(page[page.index("### The best of k") :], "awr, easy")
+    # Means 20, 40 and, the lost one at 10, 10: of two draws the best is 40 in 5 of 9, 20 in 3 of 9.
+    assert [text.split()[0] for text in row[1:]] == ["23.3", "30.0", f"{(10 + 20 * 7 + 40 * 19) / 27:.1f}"]
+    (axes,) = dict(drawn)["best_of_k"].axes
+    levels = {line.get_label(): set(line.get_ydata()) for line in axes.lines if line.get_label() != "awr"}
+    assert levels == {"data's average": {30.0}, "bc": {25.0}}
 
 
 def test_report_against_a_setting_has_a_line_for_what_the_runs_share(tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import grid, intervals, report
+from benchmarks import grid, report
 from benchmarks.grid import Sweep
 from common.report import summarise
 
@@ -70,13 +70,13 @@ def drawn(members: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **options: (figures.append(self), save(self, *args, **options))
     )
-    grid.plot(path, members, "iql")
+    grid.plot(path, members, "iql", 12.5)
     assert path.read_bytes().startswith(b"\x89PNG")
     return figures[0]
 
 
 def test_the_figure_has_a_panel_for_each_hyperparameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    beta, rate = drawn(MEMBERS, tmp_path / "grid.png", monkeypatch).axes
+    beta, rate, both, best = drawn(MEMBERS, tmp_path / "grid.png", monkeypatch).axes
     assert [(axes.get_xlabel(), axes.get_xscale()) for axes in (beta, rate)] == [("beta", "linear"), ("rate", "log")]
     assert {axes.get_ylabel() for axes in (beta, rate)} == {"normalised score"}
     lines = {line.get_label(): line for line in beta.lines}
@@ -87,6 +87,43 @@ def test_the_figure_has_a_panel_for_each_hyperparameter(tmp_path: Path, monkeypa
     assert x == pytest.approx(beta.transData.transform((1.0, 0))[0]) and 0 < (y - low) / (high - low) < 0.1
     points = np.concatenate([line.get_xydata() for name, line in lines.items() if name.startswith("_")])
     assert sorted(points[:, 1]) == [1, 2, 3, 10, 20, 30, 100]
+    for axes in (beta, rate, best):
+        (level,) = [line for line in axes.lines if line.get_label() == "data's average"]
+        assert set(level.get_ydata()) == {12.5}
+    assert (both.get_xlabel(), both.get_ylabel()) == ("beta", "rate")
+    assert {text.get_position(): text.get_text() for text in both.texts} == {
+        (0, 0): "1.5",
+        (1, 0): "15.0",
+        (0, 1): "51.5",
+        (1, 1): "30.0",
+    }
+    assert best.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
+
+
+def test_a_setting_without_seeds_is_a_cross_on_the_map() -> None:
+    first, second, means = grid.interactions([MEMBERS[0], MEMBERS[3], MEMBERS[4]], "score_mean")
+    assert (first, second) == ([0.5, 1.0], [1e-4, 1e-2])
+    assert np.array_equal(means, [[1.0, 10.0], [np.nan, np.nan]], equal_nan=True)
+    axes = Figure().add_subplot()
+    grid.plot_map(axes, first, second, means)
+    assert [text.get_text() for text in axes.texts] == ["1.0", "10.0", "x", "x"]
+
+
+def test_one_hyperparameter_has_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [entry({"beta": value}, 0, 1.0) for value in (1.0, 2.0)]
+    assert [axes.get_xlabel() for axes in drawn(members, tmp_path / "grid.png", monkeypatch).axes] == [
+        "beta",
+        "settings tried",
+    ]
+
+
+def test_what_tuning_gains_counts_the_diverged_at_the_worst() -> None:
+    assert grid.with_worst(MEMBERS) == [[10.0, 20.0], [30.0, 1.0], [1.0, 2.0], [3.0, 100.0]]
+    header, *rows = [line.split() for line in grid.tuning(MEMBERS).splitlines()]
+    assert " ".join(header) == "settings tried expected score of the best deviation"
+    assert [row[0] for row in rows] == ["1", "2", "4"]
+    # Means 1.5, 15, 15.5 and 51.5; of two draws they are the best in 1, 3, 5 and 7 of 16.
+    assert rows[0][1] == "20.9" and rows[1][1] == f"{(1.5 + 45 + 77.5 + 360.5) / 16:.1f}"
 
 
 def test_returns_are_drawn_where_there_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +162,3 @@ def test_the_report_of_a_run_with_a_grid(tmp_path: Path, capsys: pytest.CaptureF
         assert (tmp_path / "grid.png").exists() == (members is not plain)
         (tmp_path / "grid.png").unlink(missing_ok=True)
     assert any(line.split() == ["dataset", "55.5"] for line in lines)
-
-
-def test_the_interval_is_over_seeds_within_each_task() -> None:
-    assert intervals.interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
-    assert intervals.bootstrap_interval([[1.0], [5.0]]) == (3.0, 3.0), "a stratum of one seed has no spread"
-    low, high = intervals.bootstrap_interval([[0.0, 10.0]])
-    assert (low, high) == (0.0, 10.0) == intervals.bootstrap_interval([[10.0, 0.0]])

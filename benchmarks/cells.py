@@ -1,0 +1,195 @@
+"""The results of a suite, read from its folder: cells of members that differ by their seeds only."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.curves import Curves, curves_of
+from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
+from common.cli import UsageError
+
+FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
+NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "shard"}
+NOT_SETTINGS |= {
+    "behavior_checkpoint",
+    "num_updates",
+    "online_steps",
+    "eval_every",
+    "eval_episodes",
+    "final_eval_episodes",
+    "checkpoint_every",
+}
+"""Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The members of one run that share algorithm, dataset and settings; they differ by their seeds.
+
+    `algorithm` has the settings in which the run differs from the folder's plainest one of the algorithm on the
+    dataset, and what was swept; `dataset` is the environment where the dataset was not trained on.
+    """
+
+    algorithm: str
+    run: str
+    """The same without what was swept."""
+    dataset: str
+    members: list[dict[str, Any]]
+    evaluations: list[dict[str, str]]
+    config: dict[str, Any]
+    final: dict[str, Any]
+    command: str
+
+    def values(self, column: str) -> list[float]:
+        """Final `score_mean` or `return_mean` of the members that have one: the diverged have none."""
+        return [member[column] for member in self.members if member[column] is not None]
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """Offline updates and environment steps."""
+        return self.final["updates"], self.final["online_steps"]
+
+    @property
+    def lost(self) -> set[str]:
+        """The members that diverged, as the tables name them."""
+        return {str(member["member"]) for member in self.members if member["diverged"]}
+
+    def curves(self, phase: str, column: str) -> Curves:
+        """By member, what the evaluations of the phase have in the column, against the steps."""
+        return curves_of((row for row in self.evaluations if row["phase"] == phase), column)
+
+
+def trained_on(config: dict[str, Any]) -> str:
+    """The dataset, or without offline updates the environment."""
+    return config["flags"]["dataset"] if config["flags"]["num_updates"] else config["environment"]
+
+
+def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
+    """The flags in which a run differs from another one of the same algorithm on the same dataset."""
+    ours, theirs = config["flags"], reference["flags"]
+    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name)]
+    return "".join(
+        f" {name}={ours[name]:g}" if isinstance(ours[name], float) else f" {name}={ours[name]}" for name in names
+    )
+
+
+def read(folder: Path) -> list[Cell]:
+    """All cells below `folder`, by dataset and algorithm. UsageError where there is none or one is there twice."""
+    runs = {}
+    for run in sorted(path.parent for path in folder.glob("*/config.json")):
+        if missing := [name for name in FILES if not (run / name).exists()]:
+            raise UsageError(f"{run} has no {missing[0]}")
+        runs[run] = [json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")]
+    # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
+    references: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: len(run.name)):
+        references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
+    cells: dict[tuple[str, str], Cell] = {}
+    for run, (config, final, command) in runs.items():
+        with open(run / "evaluations.csv", newline="") as file:
+            evaluations = list(csv.DictReader(file))
+        name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for member in final["members"]:
+            swept = "".join(f" {name}={value:g}" for name, value in member["swept"].items())
+            groups.setdefault(name + swept, []).append(member)
+        for algorithm, members in groups.items():
+            key = (trained_on(config), algorithm)
+            if key in cells:
+                raise UsageError(f"{folder} has {algorithm} on {key[0]} twice")
+            indices = {str(member["member"]) for member in members}
+            rows = [row for row in evaluations if row["member"] in indices]
+            cells[key] = Cell(algorithm, name, key[0], members, rows, config, final, command["command"])
+    if not cells:
+        raise UsageError(f"{folder} has no results: run benchmarks/suite.py first")
+    return [cells[key] for key in sorted(cells)]
+
+
+def unique(values: Sequence[Any]) -> list[Any]:
+    """The values without repetition, in order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
+    """Interquartile mean over all strata and its interval; None if a stratum is empty."""
+    if not strata or not all(len(values) for values in strata):
+        return None
+    low, high = bootstrap_interval(strata)
+    return {"iqm": float(interquartile_mean([x for values in strata for x in values])), "low": low, "high": high}
+
+
+def of_full_length(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that are as long as the longest one: only these are averaged over datasets, and compared."""
+    longest = max((cell.length for cell in cells), key=sum)
+    return [cell for cell in cells if cell.length == longest]
+
+
+def common_datasets(cells: Sequence[Cell]) -> list[str]:
+    """The datasets on which every algorithm has a score."""
+    algorithms = {cell.algorithm for cell in cells}
+    scored = {(cell.dataset, cell.algorithm) for cell in cells if cell.values("score_mean")}
+    return [name for name in unique([c.dataset for c in cells]) if all((name, a) in scored for a in algorithms)]
+
+
+def aggregate(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, float] | None]]:
+    """Of the cells of full length: the datasets that every algorithm has, and the summary of each over them."""
+    full = of_full_length(cells)
+    common = common_datasets(full)
+    scores = {(cell.dataset, cell.algorithm): cell.values("score_mean") for cell in full}
+    return common, {one: summary([scores[name, one] for name in common]) for one in unique([c.algorithm for c in full])}
+
+
+def worst_score(cells: Sequence[Cell], dataset: str) -> float:
+    """The lowest final score of any seed on the dataset, which stands for a seed that diverged; 0 if there is none."""
+    return min((x for cell in cells if cell.dataset == dataset for x in cell.values("score_mean")), default=0.0)
+
+
+def with_diverged(cell: Cell, cells: Sequence[Cell]) -> list[float]:
+    """Final scores of all its seeds, those that diverged at the dataset's worst."""
+    values = cell.values("score_mean")
+    return values + [worst_score(cells, cell.dataset)] * (len(cell.members) - len(values))
+
+
+def before_online(cell: Cell) -> list[float]:
+    """Each member's score where the online phase begins; empty without an online phase or scores."""
+    return [curve[min(curve)] for curve in cell.curves("online", "score_mean").values()]
+
+
+def online_regret(cell: Cell) -> list[float]:
+    """Each member's distance from an expert's score, averaged over the online phase."""
+    curves = [sorted(curve.items()) for curve in cell.curves("online", "score_mean").values() if len(curve) > 1]
+    return [regret(*zip(*curve, strict=True)) for curve in curves]
+
+
+def last_evaluations(cell: Cell, count: int) -> dict[str, list[float]]:
+    """By member that is left, the scores of the last phase's last evaluations, but for those before any training."""
+    curves = cell.curves("online", "score_mean") or cell.curves("offline", "score_mean")
+    trained = {member: [curve[step] for step in sorted(curve) if step > 0] for member, curve in curves.items()}
+    return {member: values[-count:] for member, values in trained.items() if values and member not in cell.lost}
+
+
+def about_data(cell: Cell) -> dict[str, Any] | None:
+    """Returns of the dataset's own episodes; None where it was not trained on."""
+    return cell.config.get("dataset_returns") if cell.config["flags"]["num_updates"] else None
+
+
+def level(cell: Cell, scored: bool) -> float | None:
+    """The dataset's own average score or return; None where it was not trained on."""
+    return (about_data(cell) or {}).get("score_mean" if scored else "mean")
+
+
+def length_in_words(length: tuple[int, int]) -> str:
+    """Such as `100,000 updates, then 50,000 steps online`."""
+    parts = [f"{n:,} {what}" for n, what in zip(length, ("updates", "steps online"), strict=True) if n]
+    return ", then ".join(parts) or "untrained"
+
+
+def short_length(cell: Cell, cells: Sequence[Cell]) -> str:
+    """Updates, or environment steps of a run that has only these, where the longest of the cells has more."""
+    for name, unit in (("updates", ""), ("online_steps", " steps")):
+        if 0 < cell.final[name] < max(other.final[name] for other in cells):
+            return f"{cell.final[name]:,}{unit}"
+    return ""
