@@ -59,31 +59,37 @@ def curves_of(rows: Iterable[dict[str, str]], column: str, start: int = 0) -> Cu
 
 
 def to_the_end(curves: Curves, lost: Iterable[str]) -> list[dict[int, float]]:
-    """The curves of the members that did not diverge (of all, where all did), without those that end early."""
-    left = [curve for member, curve in curves.items() if member not in lost] or list(curves.values())
+    """The curves of the members that did not diverge, without those that end early."""
+    left = [curve for member, curve in curves.items() if member not in lost]
     return [curve for curve in left if max(curve) == max(map(max, left))]
 
 
-def last_value(curves: Curves, lost: Iterable[str]) -> float:
-    """Interquartile mean of the last values, by which settings are ranked."""
-    return float(interquartile_mean([curve[max(curve)] for curve in to_the_end(curves, lost)]))
+def last_values(curves: Curves, lost: Iterable[str]) -> list[float]:
+    """Where those curves end."""
+    return [curve[max(curve)] for curve in to_the_end(curves, lost)]
 
 
 def describe(curves: Curves, lost: Iterable[str]) -> str:
     """The last value, its 95 % interval over the seeds, and how many diverged."""
-    found = aggregate([curve[max(curve)] for curve in to_the_end(curves, lost)])
+    found, diverged = aggregate(last_values(curves, lost)), len(curves.keys() & set(lost))
+    if found["iqm"] is None:
+        return f"{diverged} diverged"
     interval = "" if found["ci_low"] is None else f" [{found['ci_low']:.1f}, {found['ci_high']:.1f}]"
-    diverged = len(curves.keys() & set(lost))
     return f"{found['iqm']:.1f}{interval}" + (f", {diverged} diverged" if diverged else "")
 
 
 def plot(axes: Any, curves: Curves, lost: Iterable[str], each: bool = True, **style: Any) -> None:
-    """The interquartile mean as a line, each member's own thin beneath it, and a cross where one diverged."""
+    """The interquartile mean as a line, each member's own thin beneath it, and a cross where one diverged.
+
+    Where all diverged there is no mean, and each has its own line in any case.
+    """
+    from matplotlib.ticker import EngFormatter
+
     whole = to_the_end(curves, lost)
-    steps = sorted(set.intersection(*map(set, whole)))
+    steps = sorted(set.intersection(*map(set, whole))) if whole else []
     style = {"color": "C0", "linewidth": 2.0, "markersize": 5.0} | style
-    marker = "o" if len(steps) <= FEW else ""
-    if each and len(curves) > 1:
+    marker = "o" if max(map(len, curves.values())) <= FEW else ""
+    if (each and len(curves) > 1) or not whole:
         for curve in curves.values():
             at = sorted(curve)
             thin = {"color": style["color"], "alpha": 0.4, "linewidth": 0.8, "markersize": 0.6 * style["markersize"]}
@@ -92,7 +98,11 @@ def plot(axes: Any, curves: Curves, lost: Iterable[str], each: bool = True, **st
     for member in curves.keys() & set(lost):
         end = max(curves[member])
         axes.plot(end, curves[member][end], "x", color=style["color"], markersize=8)
+    value = next(iter(next(iter(curves.values())).values()))
+    axes.update_datalim([(0, value), (1, value)])  # so that a lone evaluation does not stand among fractions of a step
+    axes.autoscale_view()
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def figure_of(run_dir: Path) -> Any:
 
     if last := panels.get((name, phases[-1])):
         whole = [setting for setting, members in groups.items() if set(members) - lost and within(last, setting)]
-        rank = {setting: last_value(within(last, setting), lost) for setting in whole}
+        rank = {setting: interquartile_mean(last_values(within(last, setting), lost)) for setting in whole}
         groups = dict(sorted(groups.items(), key=lambda group: -rank.get(group[0], -math.inf)))
 
     width, heights = (8.5 if grid else 6.0), [2.2 if row == name else 1.0 for row in names]
@@ -171,6 +181,8 @@ def figure_of(run_dir: Path) -> Any:
                     seeds = len(to_the_end(mine, lost))
                     what = f"mean of {seeds}" if seeds < 4 else f"interquartile mean of {seeds}"
                 style["label"] = f"{what}: last {describe(mine, lost)}"
+                if set(mine) <= lost:
+                    style["label"] = f"{setting or 'all'}: {describe(mine, lost)}"
             plot(axes, mine, lost, each=not grid, **style)
         finish(axes, row, curves)
         if row == name:

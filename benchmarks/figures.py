@@ -71,7 +71,7 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
             if not panel:
                 continue
             for cell in panel:
-                plot_seeds(axes, cell.values("score_mean"), algorithms.index(cell.algorithm), colors[cell.algorithm])
+                plot_seeds(axes, cell, algorithms.index(cell.algorithm), colors[cell.algorithm])
             data_line(axes.axvline, level(panel[0], True))
             title = axes.set_title(f"{panel[0].dataset}\nafter {length_in_words(panel[0].length)}", fontsize=8)
             title.set_color(SHORTER if panel[0].length != lengths[0] else "black")
@@ -80,17 +80,22 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
             axes.set_ylim(len(algorithms) - 0.4, -0.6)
             axes.tick_params(labelbottom=True, labelsize=8)
             axes.grid(axis="x", alpha=0.2)
-    red = "; red: shorter than the others" if len(lengths) > 1 else ""
-    figure.supxlabel(f"normalised score; dashed: the data's average{red}", fontsize=9)
+    notes = ["dashed: the data's average"] * any(level(cell, True) is not None for cell in cells)
+    notes += ["red: shorter than the others"] * (len(lengths) > 1)
+    figure.supxlabel("; ".join(["normalised score", *notes]), fontsize=9)
     figure.savefig(path, dpi=120)
 
 
-def plot_seeds(axes: Any, scores: Sequence[float], y: float, color: str) -> None:
-    """A row of a panel: the seeds as dots, their interquartile mean and its interval."""
+def plot_seeds(axes: Any, cell: Cell, y: int, color: str) -> None:
+    """A row of a panel: the seeds as dots, their interquartile mean and its interval, and how many diverged."""
+    scores = cell.values("score_mean")
     if value := summary([scores]):
         axes.hlines(y, value["low"], value["high"], color=color, linewidth=2.0)
         axes.plot(value["iqm"], y, "|", color=color, markersize=14, markeredgewidth=2.5)
         axes.plot(scores, [y] * len(scores), "o", color=color, markersize=3, alpha=0.6)
+    if cell.lost:
+        where = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axes.text(0.98, y, f"{len(cell.lost)} diverged", fontsize=7, color=color, **where)
 
 
 def plot_curves(path: Path, cells: Sequence[Cell]) -> None:

@@ -125,7 +125,11 @@ def last_and_best(cells: Sequence[Cell]) -> str:
         count = max(map(len, last.values()), default=0)
         means = show(summary([[sum(values) / len(values) for values in last.values()]]))
         best = show(summary([[max(values) for values in every.values()]]))
-        texts = [show(summary([cell.values("score_mean")])), means + (f", of {count}" if count < LAST else ""), best]
+        texts = [
+            show(summary([cell.values("score_mean")])),
+            means + (f", of {count}" if 0 < count < LAST else ""),
+            best,
+        ]
         rows.append([f"{cell.algorithm}, {cell.dataset}", *texts])
     return markdown(["run", "last", f"mean of the last {LAST}", "best (by hindsight)"], rows)
 

@@ -350,7 +350,7 @@ def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
     scores = [1000.0, 3.0, 80.0, *range(10, 19), 7.0]
     lines = [f"offline,{100 * i},0,0,0,0,{score},0,10\n" for i, score in enumerate(scores)]
     table = tmp_path / "iql_easy" / "evaluations.csv"
-    table.write_text(table.read_text().splitlines()[0] + "\n" + "".join(lines) + "offline,0,1,1,0,0,500,0,10\n")
+    table.write_text(table.read_text().splitlines()[0] + "\n" + "".join(lines) + "offline,100,1,1,0,0,500,0,10\n")
     report.write(tmp_path)
     row = cells_of((tmp_path / "README.md").read_text(), "iql, easy")
     assert row[1:] == ["7.0 [7.0, 7.0]", "13.3 [13.3, 13.3]", "80.0 [80.0, 80.0]"]  # (10 + ... + 18 + 7) / 10

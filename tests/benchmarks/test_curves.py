@@ -105,6 +105,14 @@ def test_a_diverged_seed_ends_with_a_cross_and_is_in_no_mean(tmp_path: Path) -> 
     assert labels(axes)[0].startswith("mean of 2: last 3.0 [") and labels(axes)[0].endswith("], 1 diverged")
 
 
+def test_where_all_diverged_there_is_no_mean(tmp_path: Path) -> None:
+    write_run(tmp_path, {0: [0.0, 9.0, 5.0], 1: [0.0, 3.0]}, diverged=(0, 1))
+    axes = axes_of(tmp_path)[0, 0]
+    assert labels(axes) == ["all: 2 diverged", "data's average: 33.0"]
+    assert sorted(line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "x") == [[3.0], [5.0]]
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 2.0] == [0]
+
+
 def test_a_grid_has_a_line_for_each_setting_the_best_first(tmp_path: Path) -> None:
     """Two seeds each; a setting all of whose seeds diverged comes last, however high it was."""
     swept = {i: {"beta": float(i // 2)} for i in range(6)}
@@ -112,10 +120,13 @@ def test_a_grid_has_a_line_for_each_setting_the_best_first(tmp_path: Path) -> No
     write_run(tmp_path, {i: [0.0, score] for i, score in last.items()}, swept, diverged=(4, 5))
     axes = axes_of(tmp_path)[0, 0]
     named = [label.split(" [")[0] for label in labels(axes)]
-    assert named == ["beta=1: last 60.0", "beta=0: last 2.0", "beta=2: last 99.0", "data's average: 33.0"]
+    assert named == ["beta=1: last 60.0", "beta=0: last 2.0", "beta=2: 2 diverged", "data's average: 33.0"]
     lines = [line for line in axes.lines if line.get_label().startswith("beta")]
     assert len(lines) == 3 and len({line.get_color() for line in lines}) == 3
-    assert len([line for line in axes.lines if len(line.get_xdata()) == 2 and line not in lines]) == 1, "the level only"
+    lost = [line for line in lines if not len(line.get_xdata())]
+    assert [line.get_label() for line in lost] == ["beta=2: 2 diverged"], "no mean of those that are out"
+    others = [line for line in axes.lines if len(line.get_xdata()) == 2 and line not in lines]
+    assert len(others) == 3, "the level, and each of the lost"
 
 
 def test_of_many_settings_the_best_have_a_name_and_the_others_are_grey(tmp_path: Path) -> None:
