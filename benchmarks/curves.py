@@ -94,7 +94,8 @@ def plot(axes: Any, curves: Curves, lost: Iterable[str], each: bool = True, **st
             at = sorted(curve)
             thin = {"color": style["color"], "alpha": 0.4, "linewidth": 0.8, "markersize": 0.6 * style["markersize"]}
             axes.plot(at, [curve[step] for step in at], marker=marker, **thin)
-    axes.plot(steps, [interquartile_mean([curve[step] for curve in whole]) for step in steps], marker=marker, **style)
+    means = interquartile_mean([[curve[step] for step in steps] for curve in whole], axis=0) if steps else []
+    axes.plot(steps, means, marker=marker, **style)
     for member in curves.keys() & set(lost):
         end = max(curves[member])
         axes.plot(end, curves[member][end], "x", color=style["color"], markersize=8)
