@@ -421,7 +421,7 @@ def plot(path: Path, cells: Sequence[report.Cell]) -> None:
     axes.set_ylabel("success rate, %")
     axes.set_ylim(-3.0, 103.0)
     axes.set_title("door-binary: interquartile mean over seeds and its 95 % interval", fontsize=10)
-    report.legend_below(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
 

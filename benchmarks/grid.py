@@ -60,6 +60,17 @@ def tuning(members: Sequence[dict[str, Any]]) -> str:
     return aligned(["settings tried", f"expected {figure_of(members)} of the best", "deviation"], rows)
 
 
+def table(final: dict[str, Any], dataset_returns: dict[str, Any]) -> str:
+    """The last evaluation in text: members, or a grid's settings from best to worst, and the data's own average."""
+    members, figure = final["members"], figure_of(final["members"])
+    level, whole = dataset_returns.get("score_mean" if figure == "score" else "mean"), final["aggregate"][figure]
+    rows = [[f"seed {m['seed']}", m[f"{figure}_mean"], None, None] for m in members]
+    rows += [["interquartile mean", whole["iqm"], whole["ci_low"], whole["ci_high"]]] if len(members) > 1 else []
+    heads = ["", f"final {figure}", "from", "to"]
+    text = ranking(members) if members[0]["swept"] else aligned(heads, rows)
+    return text if level is None else f"{text}\nthe data's own episodes: {level:.1f}"
+
+
 class Sweep(NamedTuple):
     """What a panel of the figure shows of one swept hyperparameter."""
 

@@ -47,7 +47,7 @@ from benchmarks.cells import (
 from benchmarks.intervals import expected_best, probability_of_improvement
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status
-from common.report import table as table_of_run
+from common.report import read_json
 
 LAST = 10
 """Evaluations whose mean stands beside the last one."""
@@ -400,16 +400,14 @@ def of_run(run_dir: Path) -> None:
     for line in missing:
         print(f"{run_dir}: {line}", file=sys.stderr)
     curves.draw(run_dir)
-    config, final = (merge.read_json(run_dir / name) for name in ("config.json", "final.json"))
+    config, final = (read_json(run_dir / name) for name in ("config.json", "final.json"))
     title = f"{config['algorithm']}, {config['flags']['dataset']}"
     scored = final["aggregate"]["score"]["iqm"] is not None
     level = config["dataset_returns"].get("score_mean" if scored else "mean")
+    print(f"{title}\n{grid.table(final, config['dataset_returns'])}")
     if final["members"][0]["swept"]:
         grid.plot(run_dir / "grid.png", final["members"], title, level)
-        print(f"{title}: interquartile mean over the seeds, and its 95 % interval\n{grid.ranking(final['members'])}")
         print(grid.tuning(final["members"]))
-    else:
-        print(table_of_run(title, final, level))
     print(f"results in {run_dir}")
 
 

@@ -4,7 +4,6 @@ Shapes are written `[batch, dim]`. Every module takes unbatched leading axes as 
 act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,7 @@ import optax
 Initializer = Callable[..., jax.Array]
 
 
-def orthogonal(
-    key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, gain: float = math.sqrt(2.0)
-) -> jax.Array:
+def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, gain: float = 2**0.5) -> jax.Array:
     """Orthonormal columns (rows, where they are fewer) times `gain`, as the official IQL and jaxrl start every layer.
 
     The matrices are those of flax's `orthogonal`, up to rounding: Gram-Schmidt, done twice for accuracy, gives the
@@ -57,8 +54,8 @@ class MLP(nn.Module):
     output_dim: int
     kernel_init: Initializer = orthogonal
     layer_norm: bool = False
-    dropout_rate: float = 0.0
     last_init: Initializer | None = None
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool = False) -> jax.Array:
@@ -88,14 +85,8 @@ class QEnsemble(nn.Module):
 
     @nn.compact
     def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
-        members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=self.num_critics,
-        )
+        axes: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+        members = nn.vmap(MLP, **axes, axis_size=self.num_critics)
         q = members(self.hidden_dim, self.num_layers, 1, self.kernel_init, self.layer_norm, last_init=self.last_init)
         # States are repeated, in the rows of one matrix. Sharing their part of the first layer between the n actions
         # is slower on a CPU, CQL's updates by a quarter: its gradient is a sum over n in large strides.

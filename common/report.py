@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import importlib
 import importlib.metadata
 import io
@@ -51,6 +52,33 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON; numbers that are not finite become null."""
     finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     write_atomically(path, lambda file: file.write((json.dumps(finite, indent=2) + "\n").encode()))
+
+
+def claim(path: Path, new: bool, resume: bool) -> tuple[Path, Any]:
+    """Make the run directory, and hold it until the returned lock is closed or the process ends.
+
+    A `new` one gets a number behind its name if there is one of that name. UsageError if it is held, or holds another
+    run that is not to be resumed.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for i in itertools.count():
+            own = path.with_name(f"{path.name}-{i}") if i else path
+            try:
+                own.mkdir(exist_ok=not new)
+                break
+            except FileExistsError:  # two runs may start in the same instant
+                if not new:
+                    raise
+        lock = open(own / ".lock", "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another process is writing to {own}; use another --run-dir") from None
+    except OSError as error:
+        raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
+    if not resume and any((own / name).exists() for name in ("config.json", "metrics.csv")):
+        raise UsageError(f"{own} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
+    return own, lock
 
 
 def read_json(path: Path) -> dict[str, Any]:

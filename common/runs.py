@@ -6,8 +6,6 @@ length when a run is resumed. No pickle anywhere.
 
 import dataclasses
 import datetime
-import fcntl
-import itertools
 import json
 import os
 import re
@@ -27,7 +25,7 @@ from common.data import Dataset, normalized_score
 from common.environments import Returns
 from common.members import Members, Metrics
 from common.replay import Transform
-from common.report import append_rows, fill_tree, read_tree, save_tree, write_json
+from common.report import append_rows, claim, fill_tree, read_tree, save_tree, write_json
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
 STRETCH = 100  # and between looks at signals and divergence
@@ -47,9 +45,12 @@ class Run:
 
     def __init__(self, name: str, args: RunArgs, members: Members) -> None:
         self.name, self.args, self.members, self.started = name, args, members, time.time()
-        slug = re.sub(r"[^\w./-]", "_", args.dataset).strip("./")
+        self.source = args.env if args.env and not args.num_updates else args.dataset  # online from scratch: no data
+        slug = re.sub(r"[^\w./-]", "_", self.source).strip("./")
         self.label = f"{name} {slug} {time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = self._claim(Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}")))
+        path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
+        path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
+        self.path, self.lock = claim(path, new=not args.run_dir, resume=args.resume)
         self.checkpoint, self.best = (self.path / "checkpoint" / name for name in ("state.npz", "best.npz"))
         self.alive = (np.arange(len(members.seeds)) < members.count).astype(np.int32)
         self.done = {"pretraining": 0, "offline": 0, "online": 0}
@@ -60,25 +61,6 @@ class Run:
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         self.flags |= self.flags.pop("hp")._asdict()
         self.tracker: Any = None
-
-    def _claim(self, path: Path) -> Path:
-        """Make the directory and hold it until the process ends; UsageError if it is held, or holds another run."""
-        if not self.args.run_dir:  # unused: two runs may start in the same second
-            candidates = (path.with_name(f"{path.name}-{i}") if i else path for i in itertools.count())
-            path = next(candidate for candidate in candidates if not candidate.exists())
-        if self.args.shard:
-            path /= f"part-{self.args.shard.partition('/')[0]}"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(path / ".lock", "w")  # noqa: SIM115  the system lets go of it however the process ends
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
-        except OSError as error:
-            raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
-        if not self.args.resume and any((path / name).exists() for name in ("config.json", "metrics.csv")):
-            raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
-        return path
 
     def __enter__(self) -> Self:
         self.handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -138,7 +120,7 @@ class Run:
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= report.provenance() | {"population": self.members.total}
         write_json(self.path / "config.json", config | {"members": members})
-        labels = [f"{self.name} {self.args.dataset} {self.members.label(i)}" for i in range(len(members))]
+        labels = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
         configs = [config | self.flags | member["hyperparameters"] | member for member in members]
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             if (tracking := optional("tracking")) is None:
@@ -147,7 +129,7 @@ class Run:
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         end = f", resumed at {self.done}" if found else ""
-        print(f"{self.name} on {self.args.dataset}, preset {self.args.preset}: {where}{end}", flush=True)
+        print(f"{self.name} on {self.source}, preset {self.args.preset}: {where}{end}", flush=True)
         return trees
 
     def _identity(self) -> dict[str, Any]:
@@ -254,14 +236,16 @@ class Run:
         for i in np.flatnonzero(self.alive):
             found, success = {"return": result.returns[i]}, result.successes[i]
             found["score"] = normalized_score(self.domain, result.returns[i])
-            means = {f"{name}_mean": None if x is None else float(x.mean()) for name, x in found.items()}
-            deviations = {f"{name}_std": None if x is None else float(x.std()) for name, x in found.items()}
-            means |= {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
+            numbers: dict[str, Any] = {}
+            for name, x in found.items():
+                numbers |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
+            numbers |= {"episodes": len(success)}
+            numbers |= {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
             where = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
-            rows.append(where | means | deviations | {"episodes": len(success)})
-            tracked[i] = {f"evaluation/{name}": x for name, x in (means | deviations).items()}
+            rows.append(where | numbers)
+            tracked[i] = {f"evaluation/{name}": x for name, x in numbers.items()}
             best = max((r["return_mean"] for r in self.evaluations if r["member"] == where["member"]), default=-np.inf)
-            if self.args.keep_best and means["return_mean"] > best:
+            if self.args.keep_best and numbers["return_mean"] > best:
                 self._keep(i)
         self.evaluations += rows
         append_rows(self.path / "evaluations.csv", rows)
@@ -303,9 +287,9 @@ class Run:
             swept = {f"final_{name}_iqm": final["aggregate"][name]["iqm"] for name in ("score", "return")}
             self.tracker.finish(own, swept | {"diverged_members": len(self.diverged)}, 0 if last else 3)
         try:  # everything is written: neither a picture nor a terminal can fail the run
-            if (curves := optional("curves")) is not None:
-                curves.draw(self.path)
-                print(curves.table(self.path))
-            print(f"results in {self.path}", flush=True)
+            if (reports := optional("report")) is not None:
+                reports.of_run(self.path)
+            else:
+                print(f"results in {self.path}", flush=True)
         except Exception as error:
             print(f"no curves.png or table: {one_line(error)}", file=sys.stderr)

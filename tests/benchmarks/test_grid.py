@@ -157,8 +157,24 @@ def test_the_report_of_a_run_with_a_grid(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "final.json").write_text(json.dumps({"members": members} | summarise(members)))
         report.main([str(tmp_path)])
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith("iql, easy: ") and lines[-1] == f"results in {tmp_path}"
+        assert lines[0] == "iql, easy" and lines[-1] == f"results in {tmp_path}"
         assert any(line.split()[0] == first for line in lines)
         assert (tmp_path / "grid.png").exists() == (members is not plain)
         (tmp_path / "grid.png").unlink(missing_ok=True)
     assert any(line.split() == ["dataset", "55.5"] for line in lines)
+
+
+def test_the_table_ranks_the_settings_of_a_sweep() -> None:
+    scores = {1.0: [1.0, 2.0], 2.0: [None, None], 3.0: [50.0, 70.0]}
+    members = [
+        {"seed": seed, "swept": {"beta": beta}, "score_mean": score, "return_mean": score, "diverged": None}
+        for beta, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    text = grid.table({"members": members} | summarise(members), {"score_mean": 33.3})
+    order = [text.index(word) for word in ("beta=3", "beta=1", "beta=2", "33.3")]
+    assert order == sorted(order) and "60.0" in text and "diverged" in text
+    for member in members:
+        member["swept"] = {}
+    seeds = grid.table({"members": members[:2]} | summarise(members[:2]), {})
+    assert "seed 0" in seeds and "seed 1" in seeds and "1.5" in seeds and "interquartile" in seeds

@@ -20,6 +20,7 @@ from gymnasium import spaces
 from test_environments import UNFIT
 
 from benchmarks import sources
+from benchmarks.datasets import write_npz
 from common.cli import UsageError
 from common.data import load
 from common.replay import Transitions, episode_returns
@@ -526,6 +527,37 @@ def test_what_is_missing_is_downloaded(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_minari(dataset_id, TWO_ENDINGS))
     assert len(load("far/away-v0", "Any1-v0").transitions.rewards) == 6
     assert list(minari.list_local_datasets()) == ["far/away-v0"]
+
+
+def test_sets_are_joined(tmp_path: Path) -> None:
+    """Minari's and files alike; the first one names the environment, and all must be of it."""
+    write_minari("test/two-v0", TWO_ENDINGS)
+    one = {name: x[:, :1] if x.ndim == 2 else x for name, x in good_npz().items()}
+    np.savez(tmp_path / "mine.npz", **one, env="Any1-v0")
+    joined = load(f"{tmp_path / 'mine.npz'}+test/two-v0")
+    assert (joined.env_spec, len(joined.transitions.rewards)) == ("Any1-v0", 5 + 6)
+    np.testing.assert_array_equal(joined.transitions.rewards[:5], one["rewards"].astype(np.float32))
+    assert joined.transitions.rewards[5:].tolist() == [1, 2, 3, 4, 5, 6]
+    np.savez(tmp_path / "other.npz", **good_npz(), env="Any32-v0")
+    assert "takes 1 actions" in usage_error(f"test/two-v0+{tmp_path / 'other.npz'}", "Any1-v0")
+    np.savez(tmp_path / "a+b.npz", **one, env="Any1-v0")
+    assert len(load(str(tmp_path / "a+b.npz")).transitions.rewards) == 5, "a file's own name"
+
+
+def test_an_exported_set_is_the_same(tmp_path: Path) -> None:
+    space = spaces.Box(np.float32([-2]), np.float32([6]))
+
+    class Wide(Any1):
+        action_space = space
+
+    gym.register("Wide-v0", entry_point=Wide, max_episode_steps=9)
+    recorded = episode(column(*range(4)), [1, 2, 3], True, actions=np.float32([[-2], [0], [6]]))
+    write_minari("test/wide-v0", [recorded], action_space=space)
+    whole = load("test/wide-v0", "Wide-v0")
+    exported = load(str(write_npz(whole, tmp_path / "wide.npz")))
+    assert (exported.env_spec, exported.low.tolist(), exported.high.tolist()) == ("Wide-v0", [-2], [6])
+    for ours, theirs in zip(exported.transitions, whole.transitions, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_without_benchmarks_one_line_says_how_to_read_other_sets(monkeypatch: pytest.MonkeyPatch) -> None:

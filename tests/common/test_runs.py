@@ -30,6 +30,7 @@ from conftest import (
 
 from algorithms.iql import Args
 from common import environments, members, report, runs
+from common.cli import UsageError
 from common.runs import Run
 
 IQL = ROOT / "algorithms" / "iql.py"
@@ -55,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path, spawn: Callab
 
 
 def test_files_of_a_run(finished: Path) -> None:
-    names = {"config.json", "metrics.csv", "evaluations.csv", "final.json", "returns.csv", "curves.png"}
+    names = {"config.json", "metrics.csv", "evaluations.csv", "final.json", "returns.csv", "curves.png", "grid.png"}
     assert {path.name for path in finished.iterdir()} - {".lock"} == {*names, "checkpoint"}
     assert [path.name for path in (finished / "checkpoint").iterdir()] == ["state.npz"]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -334,6 +335,43 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert_same_tables(run, uninterrupted)
 
 
+# Policies
+
+
+def test_the_best_policy_of_each_member_is_kept_beside_the_last(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Returns at 0, 10 and 20 updates: the first member is best at 10, the second at 0."""
+    found = iter(([1.0, 9.0], [5.0, 3.0], [2.0, 2.0]))
+    states: list[np.ndarray] = []
+
+    def run(self: environments.Evaluator, policy: Any, episodes: int, stopping: Any) -> environments.Returns:
+        returns = np.array(next(found))[:, None]
+        (name,) = (name for name in arrays_of(tmp_path / "run") if name.endswith("actor['params']['log_std']"))
+        states.append(arrays_of(tmp_path / "run")[name])
+        return environments.Returns(returns, np.full_like(returns, np.nan))
+
+    monkeypatch.setattr(environments.Evaluator, "run", run)
+    flags = ["--num-seeds", "2", "--keep-best", "True", "--eval-every", "10", "--num-updates", "20"]
+    assert iql(*small_run, *flags, "--run-dir", tmp_path / "run").status == 0
+    best = report.read_tree(tmp_path / "run" / "checkpoint" / "best.npz")[0]
+    (kept,) = (array for name, array in best.items() if name.endswith("actor['params']['log_std']"))
+    assert not np.array_equal(states[0], states[1]) and not np.array_equal(states[1], states[2])
+    np.testing.assert_array_equal(kept, [states[1][0], states[0][1]])
+    assert not any("ring" in name for name in best)
+
+
+def test_a_policy_that_is_not_there_is_one_line(finished: Path, tmp_path: Path) -> None:
+    for call, words in (
+        (lambda: report.load_policy(tmp_path), "config.json"),
+        (lambda: report.load_policy(finished, 6), "no member 6; it has [0, 1, 2, 3, 4, 5]"),
+        (lambda: report.load_policy(finished, best=True), "no checkpoint"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert words in str(caught.value)
+
+
 # Divergence
 
 
@@ -515,6 +553,18 @@ def test_two_runs_of_one_second_get_two_directories(
     for _ in range(2):
         assert iql(*small_run, "--num-updates", "5", "--eval-every", "0").status == 0
     assert [path.parent.name for path in sorted(Path("runs").rglob("final.json"))] == ["now", "now-1"]
+
+
+def test_two_runs_of_one_instant_get_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second looked before the first had made its directory, so that to it none exists."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    monkeypatch.setattr(Path, "exists", lambda *_, **__: False)
+    args = Args()
+    runs = [Run("iql", args, members.make_members(args)) for _ in range(3)]
+    assert [run.path.name for run in runs] == ["now", "now-1", "now-2"]
+    for run in runs:
+        run.lock.close()
 
 
 def test_a_parameter_that_breaks_in_the_last_update_counts_as_divergence(
