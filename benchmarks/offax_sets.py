@@ -264,7 +264,7 @@ def _recipe(env: str, quality: str, transitions: int) -> dict[str, Any]:
     }
 
 
-def _is_current(directory: Path, recipe: dict[str, Any]) -> bool:
+def is_current(directory: Path, recipe: dict[str, Any]) -> bool:
     """Whether the set at `directory` was made by `recipe`; UsageError if what is there is not ours."""
     if not directory.exists():
         return False
@@ -284,13 +284,13 @@ def ensure(dataset_id: str, transitions: int | None = None) -> Path:
     recipe = _recipe(env, quality, transitions or TRANSITIONS)
     root = datasets_root()
     directory = root / dataset_id
-    if _is_current(directory, recipe):
+    if is_current(directory, recipe):
         return directory
     building = root / ".offax-building" / f"{env}-{quality}"
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
         with lock(building.with_suffix(".lock"), f"another process is collecting {dataset_id}"):
-            if not _is_current(directory, recipe):  # else another process made it while this one waited
+            if not is_current(directory, recipe):  # else another process made it while this one waited
                 _build(dataset_id, recipe, building, directory)
     except OSError as error:
         raise UsageError(
@@ -358,7 +358,7 @@ def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:
     env, quality = parse(dataset_id)
     policies = read_policies(env) if quality != "random" else {}
     episodes: list[Episode] = []
-    progress = _progress(f"collecting {dataset_id}", sum(transitions for _, transitions in recipe["parts"]))
+    progress = progress_bar(f"collecting {dataset_id}", sum(transitions for _, transitions in recipe["parts"]))
     for index, (policy, transitions) in enumerate(recipe["parts"]):
         seed = [SEED, list(ENVS).index(env), QUALITIES.index(quality), index]
         layers = [(w.astype(float), b.astype(float)) for w, b in policies[policy]] if policy else None
@@ -366,7 +366,7 @@ def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:
     return episodes
 
 
-def _progress(what: str, total: int) -> Callable[[int], None]:
+def progress_bar(what: str, total: int) -> Callable[[int], None]:
     """Say on stderr how many of the steps are made: on a terminal in one line that is rewritten, else at each fifth."""
     done, shown = 0, -1
     terminal = sys.stderr.isatty()
