@@ -114,10 +114,13 @@ class Args(RunArgs):
         refuse_sweep(self, unused, f"with --weights {self.weights}")
 
 
-PRESETS = {  # CORL's, and the authors' script for human demonstrations with rewards of 0 and -1
+# CORL's, and the authors' script for human demonstrations with rewards of 0 and -1. OGBench's are
+# ours: the networks and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC.
+PRESETS = {
     "locomotion": {"temperature": 1 / 3},
     "antmaze": {"temperature": 0.1, "reward_shift": -1.0},
     "adroit": {"temperature": 0.1},
+    "ogbench": {"temperature": 0.1, "hidden_dim": 512, "num_layers": 4},
     "demonstrations": {
         "weights": "softmax",
         "softmax_temperature": 0.5,

@@ -103,7 +103,8 @@ class Args(RunArgs):
 
 
 # CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the
-# first Q-function with five layers.
+# first Q-function with five layers. OGBench's are ours: its weight of AntMaze, with the networks of the baselines in
+# FQL's code (Park et al., 2025), which has no CQL.
 PRESETS = {
     "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
     "antmaze": {
@@ -118,6 +119,13 @@ PRESETS = {
         "reward_shift": -5.0,
     },
     "adroit": {"conservative_weight": 1.0, "actor_learning_rate": 1e-4, "normalize_observations": True},
+    "ogbench": {
+        "conservative_weight": 5.0,
+        "actor_learning_rate": 1e-4,
+        "hidden_dim": 512,
+        "num_layers": 4,
+        "critic_layers": 4,
+    },
 }
 
 

@@ -79,10 +79,13 @@ class Args(RunArgs):
     """Critic updates for each update of the policy and the targets (authors' code)."""
 
 
-PRESETS = {  # CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does
+# CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the
+# networks are those of ReBRAC in FQL's code (Park et al., 2025); the weight is ours.
+PRESETS = {
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
     "adroit": {"alpha": 2.5},
+    "ogbench": {"alpha": 2.5, "hidden_dim": 512, "num_layers": 4},
 }
 
 

@@ -188,6 +188,7 @@ def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
 
 # Families of environments that share settings, by how their name or a part of the dataset's begins.
 FAMILIES = {
+    "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
     "antmaze": r"ant_?maze",
     "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
     "kitchen": r"(franka)?kitchen(?![a-z])",

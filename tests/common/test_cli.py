@@ -101,6 +101,13 @@ def test_the_preset_is_on_record() -> None:
         ("x.npz", "gymnasium.envs.mujoco:Hopper-v5", "locomotion"),
         ("x.npz", "gymnasium_robotics:AdroitHandDoor-v1", "adroit"),
         ("D4RL/kitchen/mixed-v2", "gymnasium_robotics:FrankaKitchen-v1", "kitchen"),
+        ("cube-single-play-singletask-v0", None, "ogbench"),
+        ("antmaze-large-navigate-singletask-task2-v0", None, "ogbench"),
+        ("ogbench/pointmaze-medium-navigate-local-v0", None, "ogbench"),
+        ("~/.ogbench/data/humanoidmaze-medium-stitch-v0.npz", None, "ogbench"),
+        ("x.npz", "scene-singletask-v0", "ogbench"),
+        ("antmaze-large-play-v2.hdf5", None, "antmaze"),
+        ("D4RL/pointmaze/large-dense-v2", None, "none"),
     ],
 )
 def test_presets_match_whole_names(dataset: str, env: str | None, expected: str) -> None:
