@@ -29,6 +29,7 @@ from common.environments import REFERENCE_RETURNS, quiet_mujoco
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
 TRANSITIONS = 200_000
+NETWORK_SECONDS = 3.0
 POLICIES = Path(__file__).parent / "behavior_policies_v0"
 SEED = 20_250
 FORMAT = 1  # raise it when collection changes: sets made by an older one are then rebuilt

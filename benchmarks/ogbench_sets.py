@@ -36,10 +36,11 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.offax_sets import is_current, lock, progress_bar
+from benchmarks.offax_sets import NETWORK_SECONDS, datasets_root, is_current, lock, progress_bar
 from common.cli import UsageError, exit_status, one_line
-from common.data import NETWORK_SECONDS, Dataset, _checked, datasets_root, read_npz
+from common.data import Dataset, check
 from common.environments import action_bounds, make_raw, quiet_mujoco
+from common.report import read_npz
 
 KINDS = "navigate|stitch|explore|play|noisy"
 NAME = re.compile(rf"(?P<world>[\w-]+)-(?P<kind>{KINDS})-singletask(?P<task>-task[1-5])?-v0")
@@ -84,7 +85,8 @@ def recognises(id_or_path: str) -> bool:
 def _package() -> ModuleType:
     """`ogbench`, whose import registers its environments; UsageError where it is not installed."""
     try:
-        with quiet_mujoco(), warnings.catch_warnings():
+        quiet_mujoco()
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a missing display
             return importlib.import_module("ogbench")
     except ModuleNotFoundError as error:
@@ -255,7 +257,7 @@ def load(id_or_path: str, env: str | None = None) -> Dataset:
         arrays = transitions(id_or_path, read_npz(str(path)), goal_of(made))
     finally:
         made.close()
-    found = _checked(id_or_path, arrays, low, high)
+    found = check(id_or_path, arrays, low, high)
     if found.observations.shape[1] != obs_dim:
         raise UsageError(f"{id_or_path} has {found.observations.shape[1]} observations, {spec.id} has {obs_dim}")
     return Dataset(id_or_path, found, spec, "success", low, high)
@@ -435,7 +437,8 @@ def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> N
     parts = [building / f"{i:04}.npz" for i in range(recipe["trajectories"])]
     progress = progress_bar(f"collecting {name}", len(parts))
     progress(sum(part.exists() for part in parts))
-    with quiet_mujoco(), warnings.catch_warnings():
+    quiet_mujoco()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mode = {} if recipe["world"] in MAZES else {"mode": "data_collection"}
         limit = recipe["transitions"] + 1

@@ -14,35 +14,33 @@ import os
 import re
 import threading
 import urllib.request
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import h5py
-import minari
 import numpy as np
-from minari.dataset.minari_dataset import parse_dataset_id
-from minari.serialization import deserialize_space
 
-from benchmarks import offax_sets
+from benchmarks import offax_sets, ogbench_sets
 from benchmarks.offax_sets import datasets_root
 from common.cli import UsageError, one_line
-from common.data import Dataset, bounds_of, check
+from common.data import Dataset, bounds_of, check, load_npz
 from common.environments import action_bounds, domain_of
 from common.replay import Transitions
 
-NETWORK_SECONDS = 3.0
-
 
 def load(id_or_path: str, env: str | None) -> Dataset:
-    """Read the set, got first if it is missing; UsageError if that cannot be."""
-    if not id_or_path.lower().endswith((".hdf5", ".h5")):
+    """Read the set, got first if it is missing, to be evaluated in `env` or its own; UsageError if that cannot be."""
+    if ogbench_sets.recognises(id_or_path):
+        return ogbench_sets.load(id_or_path, env)
+    if id_or_path.lower().endswith(".npz"):
+        return load_npz(id_or_path, env)
+    if id_or_path.lower().endswith((".hdf5", ".h5")):
+        found = load_d4rl(id_or_path, env)
+    else:
         ensure(id_or_path)
-        return load_minari(id_or_path)
-    if not Path(id_or_path).is_file():
-        raise UsageError(f"there is no file {id_or_path}")
-    return load_d4rl(id_or_path, env)
+        found = load_minari(id_or_path)
+    return replace(found, env_spec=env, domain=domain_of(env)) if env else found
 
 
 def ensure(dataset_id: str) -> Path:
@@ -50,6 +48,9 @@ def ensure(dataset_id: str) -> Path:
 
     UsageError, in one line, for what is no id, and for a set that is missing and cannot be had.
     """
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError):  # the latter for an id without a version
@@ -72,6 +73,9 @@ def ensure(dataset_id: str) -> Path:
 
 def load_minari(dataset_id: str) -> Dataset:
     """Read a set that is in Minari's directory; UsageError if it is not, or damaged."""
+    import h5py
+    from minari.serialization import deserialize_space
+
     data, spec = datasets_root() / dataset_id / "data", None
     columns: dict[str, list[np.ndarray]] = {name: [] for name in Transitions._fields}
     try:
@@ -123,18 +127,22 @@ def _server_answers() -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(url, timeout=NETWORK_SECONDS).close()
+            urllib.request.urlopen(url, timeout=offax_sets.NETWORK_SECONDS).close()
         except OSError as error:
             if not isinstance(error, urllib.request.HTTPError):  # which is an answer all the same
                 return
         answered.set()
 
     threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(NETWORK_SECONDS)
+    return answered.wait(offax_sets.NETWORK_SECONDS)
 
 
 def load_d4rl(path: str, env: str | None) -> Dataset:
     """Read a D4RL file; its environment is known by the file's name, if it is of gymnasium's own."""
+    import h5py
+
+    if not Path(path).is_file():
+        raise UsageError(f"there is no file {path}")
     names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
     try:
         with h5py.File(path, "r") as file:
@@ -162,9 +170,9 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
     columns = (*(raw[name] for name in names[:3]), following, terminal, truncation)
     arrays = {name: column[keep] for name, column in zip(Transitions._fields, columns, strict=True)}
 
-    spec, match = env, re.match("(halfcheetah|hopper|walker2d|ant(?!_?maze))(?![a-z])", Path(path).stem.lower())
+    spec, match = None, re.match("(halfcheetah|hopper|walker2d|ant(?!_?maze))(?![a-z])", Path(path).stem.lower())
     domain = match[1] if match else None
-    if env is None and domain:
+    if domain:
         # D4RL's own environments are version 2; version 4 has their observations and rewards.
         name = "HalfCheetah" if domain == "halfcheetah" else domain.capitalize()
         spec = copy.deepcopy(gym.spec(f"{name}-v4"))

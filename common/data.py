@@ -58,8 +58,7 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         return Dataset("none", Transitions(*(np.zeros(x, np.float32) for x in shapes)), env, domain_of(env), low, high)
     parts = [id_or_path] if os.path.exists(id_or_path) else id_or_path.split("+")
     found, *others = (_read(part, env) for part in parts)
-    spec = env or found.env_spec
-    if spec is None:
+    if (spec := found.env_spec) is None:
         raise UsageError(f"{id_or_path} does not name its environment; pass --env ID")
     obs_dim, low, high = spaces_of(spec)
     for one in (found, *others):
@@ -77,12 +76,12 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
 
 def _read(name: str, env: str | None) -> Dataset:
     path = os.path.expanduser(name)
-    if path.lower().endswith(".npz"):
-        return load_npz(path, env)
-    if (sources := optional("sources")) is None:
+    if (sources := optional("sources")) is not None:
+        return sources.load(path, env)
+    if not path.lower().endswith(".npz"):
         how = "copy benchmarks/sources.py too, or make one in a clone of Offax: python -m benchmarks.datasets export"
         raise UsageError(f"{name} is no .npz, which alone can be read without the rest of Offax; {how} {name}")
-    return sources.load(path, env)
+    return load_npz(path, env)
 
 
 def spaces_of(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:

@@ -55,11 +55,14 @@ def domain_of(spec: Any) -> str | None:
     return match[match.lastindex]
 
 
-def normalized_score(domain: str | None, returns: np.ndarray) -> np.ndarray | None:
+def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndarray | None = None) -> np.ndarray | None:
     """100 (R - random) / (expert - random), float64 of the shape of `returns`; None where D4RL published none.
 
     On AntMaze, where D4RL's episodes end at the goal, whoever reaches it has 100, however long the reward goes on.
+    Where success is the score, as on OGBench, 100 for an episode with success, and None without `successes`.
     """
+    if domain == "success" and successes is not None:
+        return 100.0 * np.asarray(successes, np.float64)
     if domain not in REFERENCE_RETURNS:
         return None
     low, high = REFERENCE_RETURNS[domain]

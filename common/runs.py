@@ -235,7 +235,7 @@ class Run:
         rows, tracked = [], [{} for _ in self.members.indices]
         for i in np.flatnonzero(self.alive):
             found, success = {"return": result.returns[i]}, result.successes[i]
-            found["score"] = normalized_score(self.domain, result.returns[i])
+            found["score"] = normalized_score(self.domain, result.returns[i], success)
             numbers: dict[str, Any] = {}
             for name, x in found.items():
                 numbers |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
