@@ -79,7 +79,7 @@ def _read(name: str, env: str | None) -> Dataset:
     if (sources := optional("sources")) is not None:
         return sources.load(path, env)
     if not path.lower().endswith(".npz"):
-        how = "copy benchmarks/sources.py too, or make one in a clone of Offax: python -m benchmarks.datasets export"
+        how = "copy benchmarks/ too, or make one in a clone of Offax: python -m benchmarks.datasets export"
         raise UsageError(f"{name} is no .npz, which alone can be read without the rest of Offax; {how} {name}")
     return load_npz(path, env)
 

@@ -565,7 +565,7 @@ def test_without_benchmarks_one_line_says_how_to_read_other_sets(monkeypatch: py
     monkeypatch.setitem(sys.modules, "benchmarks.sources", None)
     for name in ("offax/hopper/medium-v0", "hopper.hdf5"):
         message = usage_error(name)
-        assert "benchmarks/sources.py" in message and f"benchmarks.datasets export {name}" in message
+        assert "copy benchmarks/ too" in message and f"benchmarks.datasets export {name}" in message
 
 
 def test_no_home_directory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
