@@ -222,10 +222,14 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
     args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
+    switches, given = {f"--{name}" for name, field in fields.items() if field.type is bool}, []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):  # --track by itself is --track True
+        alone = following.startswith("--") and "--" + word[2:].replace("-", "_") in switches and word.startswith("--")
+        given += [word, "True"] if alone else [word]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("dataset", "env", "preset"):
         first.add_argument(f"--{name}", nargs="?", default=getattr(plain, name))
-    chosen = first.parse_known_args(argv)[0]
+    chosen = first.parse_known_args(given)[0]
     if chosen.preset not in ("auto", "none", *presets):
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
     preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
@@ -237,7 +241,7 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            return tyro.cli(args_type, args=argv, default=default, config=flat).replace(preset=preset)
+            return tyro.cli(args_type, args=given, default=default, config=flat).replace(preset=preset)
     except SystemExit as stop:
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]

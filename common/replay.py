@@ -41,7 +41,9 @@ class Transform(NamedTuple):
     reward_shift: float
 
     def observations(self, observations: np.ndarray) -> np.ndarray:
-        """Transformed observations `[..., obs_dim]`, float32."""
+        """Transformed observations `[..., obs_dim]`, float32; no copy where there is nothing to do."""
+        if not self.observation_mean.any() and (self.observation_std == 1.0).all():
+            return np.asarray(observations, np.float32)
         return ((observations - self.observation_mean) / self.observation_std).astype(np.float32)
 
     def rewards(self, rewards: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LINES, MODULES, LONGEST = 1_745, 8, 300
+LINES, MODULES, LONGEST = 1_752, 8, 300
 COMMON = sorted(path for path in (ROOT / "common").rglob("*.py") if path.name != "__init__.py")
 
 

@@ -69,6 +69,12 @@ def chosen(*argv: str) -> Args:
     return parse(Args, PRESETS, list(argv))
 
 
+def test_a_switch_by_itself_is_meant() -> None:
+    args = chosen("--track", "--wandb-group", "resume", "--normalize_returns", "--quiet", "False", "--keep-best")
+    assert (args.track, args.wandb_group, args.normalize_returns) == (True, "resume", True)
+    assert (args.quiet, args.keep_best, args.resume) == (False, True, False)
+
+
 def test_presets_follow_the_names_and_flags_win() -> None:
     assert chosen("--dataset", "offax/walker2d/medium-v0").normalize_returns is True
     assert chosen("--dataset", "D4RL/antmaze/umaze-v1").reward_shift == -1
