@@ -51,7 +51,6 @@ def test_defaults_of_the_contract() -> None:
         ["--no-such-flag", "1"],
         ["--num-seeds", "three"],
         ["--num-seeds", "1.5"],
-        ["--quiet"],
         ["--quiet", "maybe"],
         ["--beta", "large"],
         ["--dataset"],
