@@ -1,0 +1,165 @@
+"""Updates per second of every algorithm on one accelerator, by the size of the population.
+
+    python benchmarks/accelerator.py --out results/accelerator.csv
+
+Needs jax, flax, optax, numpy and tyro alone: data are random numbers of HalfCheetah's sizes, nothing is evaluated.
+Small populations come first, and every measurement is a row of the CSV as soon as there is one, so that a run that is
+cut off keeps what it has; after `--minutes` no new one begins. A row has
+
+* `updates_per_second`, of all members together, over at least `--seconds`, after the first call;
+* `first_seconds`, from the start of a population to the end of its first update: initialising and compiling;
+* `flops`, floating-point operations of one member's update by XLA's own count, and `share_of_peak`, what the rate makes
+  of the device's peak (PEAKS), where it is known: JAX's default on NVIDIA's GPUs are products in TF32;
+* `peak_gib`, the most memory that the device had in use up to then; `replay_gib`, what the shared data take of it.
+
+On a CPU members take turns; `--batched True` vmaps them there as on a GPU.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from algorithms import awac, awr, cql, emaq, iql, td3_bc
+from benchmarks.tables import Table, aligned
+from common.cli import exit_status
+from common.members import make_members, use_compilation_cache
+from common.replay import Replay, Transitions
+
+# TFLOP/s of dense products, from NVIDIA's data sheets (SXM): in float32 and in TF32.
+PEAKS = {"H100": (67.0, 494.5), "H200": (67.0, 494.5), "A100": (19.5, 156.0)}
+ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "iql": (iql, {}),
+    "awac": (awac, {}),
+    "td3_bc": (td3_bc, {}),
+    "awr": (awr, {}),
+    "cql": (cql, {}),
+    "emaq-cpu": (emaq, {name: x for name, x in emaq.PRESETS["cpu"].items() if name in emaq.Args.__dataclass_fields__}),
+    "emaq": (emaq, {}),
+}
+LARGEST = {"emaq": 4}
+"""Members at most, where one alone fills the device."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Updates per second of every algorithm on one accelerator."""
+
+    out: Path = Path("accelerator.csv")
+    """The CSV, which is gone on with if it exists: what it has is not measured again."""
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    """Which, in this order."""
+    members: tuple[int, ...] = (1, 2, 4, 16, 64, 256)
+    """Sizes of the population, in this order; 2 is for EMaQ at the paper's sizes, which goes no further than 4."""
+    rows: int = 1_000_000
+    """Transitions of the data."""
+    obs_dim: int = 17
+    """Numbers in an observation."""
+    action_dim: int = 6
+    """Numbers in an action."""
+    hidden_dim: int | None = None
+    """Width of the layers. Default: the algorithm's own."""
+    seconds: float = 3.0
+    """Least time of a measurement."""
+    minutes: float = 8.0
+    """Time after which no new measurement begins."""
+    batched: bool = False
+    """Vmap the members on a CPU too."""
+
+
+def random_transitions(args: Args) -> Transitions:
+    """Episodes of 1,000 steps, cut by their time limit, with random numbers for everything else."""
+    rng, size = np.random.default_rng(0), args.rows
+    observations = rng.standard_normal((size + 1, args.obs_dim), np.float32)
+    actions = rng.uniform(-1.0, 1.0, (size, args.action_dim)).astype(np.float32)
+    none, ends = np.zeros(size, np.float32), (np.arange(size) % 1000 == 999).astype(np.float32)
+    return Transitions(observations[:-1], actions, rng.standard_normal(size, np.float32), observations[1:], none, ends)
+
+
+def flops_of(script: Any, state: Any, hp: Any, settings: Any, data: Transitions) -> float | None:
+    """Floating-point operations of one update of one member; None where it is more than a minibatch's, or not said."""
+    if not hasattr(script, "update"):
+        return None
+    batch = jax.tree.map(lambda x: x[: settings.batch_size], data)
+    found = jax.jit(partial(script.update, args=settings)).lower(state, batch, hp).compile().cost_analysis()
+    return found.get("flops") if isinstance(found, dict) else None
+
+
+def measure(name: str, count: int, args: Args, data: Transitions) -> dict[str, Any]:
+    """One row: `count` members of the algorithm on one device."""
+    script, settings = ALGORITHMS[name]
+    sizes = {} if args.hidden_dim is None else {"hidden_dim": args.hidden_dim}
+    settings = script.Args(num_seeds=count, preset="none", **settings | sizes)
+    began = time.perf_counter()
+    members = make_members(settings)
+    shapes = {"args": settings, "obs_dim": args.obs_dim, "action_dim": args.action_dim}
+    state, offline = members.start(partial(script.init, **shapes)), members.replicate(data)
+    train, pool = members.map(partial(script.train, args=settings), batched=args.batched), None
+    if script is emaq and settings.draws_ahead:
+        draw = members.map(partial(emaq.draw_pool, args=settings), batched=args.batched)
+        pool = draw(state, members.hp, Replay(offline), members.keys(1))
+    replay = Replay(offline) if pool is None else Replay(offline, None, members.places, pool)
+
+    def run(state: Any, updates: int) -> Any:
+        return jax.block_until_ready(
+            train(state, members.hp, replay, np.full(len(members.seeds), updates, np.int32))[0]
+        )
+
+    state = run(state, 1)
+    first, updates, seconds = time.perf_counter() - began, 10, 0.0
+    while seconds < args.seconds:
+        updates = max(updates * 2, int(1.1 * updates * args.seconds / seconds)) if seconds else updates
+        start = time.perf_counter()
+        state = run(state, updates)
+        seconds = time.perf_counter() - start
+    device = members.mesh.devices.flat[0]
+    one, hp = (jax.tree.map(lambda x: x[0], tree) for tree in (state, members.hp))
+    flops = None if name == "awr" else flops_of(script, one, hp, settings, offline)
+    peak = next((peaks[1] for kind, peaks in PEAKS.items() if kind in device.device_kind), None)
+    rate, stats = count * updates / seconds, device.memory_stats() or {}
+    return {
+        "algorithm": name,
+        "members": count,
+        "updates_per_second": rate,
+        "first_seconds": first,
+        "flops": flops,
+        "share_of_peak": flops * rate / (peak * 1e12) if flops and peak else None,
+        "peak_gib": stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None,
+        "replay_gib": sum(x.nbytes for x in jax.tree.leaves((offline, pool))) / 2**30,
+        "device": device.device_kind,
+        "devices": members.mesh.size,
+        "jax": jax.__version__,
+    }
+
+
+def main(args: Args) -> None:
+    """Measure what the CSV lacks, smallest populations first."""
+    use_compilation_cache()
+    began, table, data = time.monotonic(), Table(args.out), random_transitions(args)
+    done = {(row["algorithm"], row["members"]) for row in table.read()}
+    for count in args.members:
+        for name in args.algorithms:
+            alone = name not in LARGEST and count == 2
+            if (name, str(count)) in done or count > LARGEST.get(name, count) or alone:
+                continue
+            if time.monotonic() - began > 60.0 * args.minutes:
+                print("out of time: what is missing is measured by the same command again", file=sys.stderr)
+                return
+            try:
+                table.append([measure(name, count, args, data)])
+            except jax.errors.JaxRuntimeError as error:  # out of memory, for one
+                print(f"{name}, {count} members: {str(error).splitlines()[0]}", file=sys.stderr)
+            jax.clear_caches()
+    columns = ("algorithm", "members", "updates_per_second", "first_seconds", "share_of_peak", "peak_gib")
+    print(aligned(columns, [[row[name] for name in columns] for row in table.read()]))
+
+
+if __name__ == "__main__":
+    with exit_status():
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
