@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -42,6 +45,18 @@ def test_a_copied_algorithm_takes_the_readmes_edits_and_runs_alone(tmp_path: Pat
     assert ran.returncode == 0, ran.stderr
     with np.load(tmp_path / "run" / "checkpoint" / "state.npz", allow_pickle=False) as file:
         assert any("critic" in name and "LayerNorm" in name for name in file.files)
+
+
+def test_a_policy_is_loaded_as_written(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.search(r"<!-- policy -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num-updates", "2", "--eval-every", "0", "--max-episode-steps", "5", "--run-dir", "runs/mine"]
+    assert script("iql", *small_run, *flags).status == 0
+    values: dict[str, Any] = {}
+    exec(code, values)
+    assert values["policy"](np.zeros((4, 11))).shape == (4, 3) and np.isfinite(values["reward"])
 
 
 def test_commands_name_scripts_and_flags_that_exist() -> None:
