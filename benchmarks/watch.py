@@ -121,7 +121,17 @@ def playable(spec: Any, config: dict[str, Any]) -> gym.Env:
     sizes = [*scaled.observation_space.shape, *scaled.action_space.shape]
     if sizes != [len(config["transform"]["observation_mean"]), len(config["action_low"])]:
         raise UsageError(f"{name} has other sizes of observations and actions than the policy: {sizes}")
+    follow(scaled)
     return scaled.env  # without the rescaling of actions, which the policy does
+
+
+def follow(env: gym.Env) -> None:
+    """Draw by the model's camera that tracks it, if it has one: gymnasium 1.4's own stands still and loses a walker."""
+    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+        import mujoco
+
+        camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        renderer.camera_id = camera if camera >= 0 else renderer.camera_id
 
 
 def picture(env: gym.Env) -> np.ndarray:

@@ -292,6 +292,20 @@ def test_the_first_backend_that_draws_is_taken(
     monkeypatch.setenv("MUJOCO_GL", "")  # so that what was set is taken back
 
 
+FILM_AND_LEAVE = """
+import json, sys
+from benchmarks import watch
+watch.main([sys.argv[1]])
+env = watch.playable("Hopper-v5", json.load(open(f"{sys.argv[1]}/config.json")))
+for distance in (0, 20):
+    env.reset(seed=0)
+    position, velocity = env.unwrapped.data.qpos.copy(), env.unwrapped.data.qvel.copy()
+    env.unwrapped.set_state(position + [distance, 0, 0, 0, 0, 0], velocity)
+    red, green = env.render()[..., :2].astype(int).transpose(2, 0, 1)
+    print((red > 1.5 * green + 20).sum(), end=" ")  # the leg alone is brown
+"""
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gymnasium's half-made viewer
 def test_a_film_of_mujoco(
     tmp_path: Path,
@@ -316,7 +330,7 @@ def test_a_film_of_mujoco(
     ]
     if not any(draws):
         pytest.skip("neither EGL nor OSMesa draws on this machine")
-    process = spawn("-m", "benchmarks.watch", tmp_path, env=plain)
+    process = spawn("-c", FILM_AND_LEAVE, tmp_path, env=plain)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == "", err
     (row,) = rows_of(tmp_path / "returns.csv")
@@ -328,6 +342,8 @@ def test_a_film_of_mujoco(
         for i in (0, film.n_frames - 1):
             film.seek(i)
             frames.append(np.asarray(film.convert("RGB"), int))
+    near, far = map(int, out.splitlines()[-1].split())
+    assert near > 300 and far == pytest.approx(near, rel=0.2), "it is seen wherever it goes"
     assert frames[0].std() > 20, "a floor, a sky and a leg"
     assert np.abs(frames[1] - frames[0]).max() > 50, "it moves"
 
