@@ -4,10 +4,10 @@
     python -m benchmarks.watch runs/mine --member best --episodes 3 --out best.mp4
 
 Episode i has the seed of the last evaluation's episode i, so what is seen is what `returns.csv` counts (on the same
-machine, and of a policy that draws nothing). Of a population, `best` and `worst` go by the last return. A GIF plays at
-most 30 frames a second and has at most 500 of them, in real time: of long episodes every n-th frame is left. An MP4 has
-no such end, and needs `pip install imageio-ffmpeg`. Where there is no display, MuJoCo draws by EGL or OSMesa; set
-MUJOCO_GL to choose yourself.
+machine, and of a policy that draws nothing). Of a population, `best` and `worst` go by the last return; of one trained
+in parts, name the part: it has the checkpoint. A film plays in real time, 30 frames a second at most; a GIF has at most
+500 frames, of long episodes every n-th, and an MP4, which needs `pip install imageio-ffmpeg`, as many as there are.
+Where there is no display, MuJoCo draws by EGL or OSMesa; set MUJOCO_GL to choose yourself.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import tyro
 
 from common.cli import Count, UsageError, exit_status, one_line
 from common.data import load
-from common.environments import evaluation_seed, make_environment, make_raw, normalized_score, scalar
+from common.environments import evaluation_seed, make_environment, normalized_score, scalar
 from common.report import Policy, load_policy, read_json
 
 SMOOTH = 30
@@ -96,12 +96,14 @@ def member_of(run_dir: Path, config: dict[str, Any], member: str) -> tuple[int, 
 def environment_of(config: dict[str, Any], env: str | None) -> tuple[Any, str | None]:
     """What to play in, a gymnasium id or EnvSpec, and the family of its reference returns."""
     flags = config["flags"]
-    if flags["dataset"].startswith("offax/") and "+" not in flags["dataset"]:
-        env = env or config["environment"]  # these sets' environments are plain ids: no need of the data
+    env = env or flags["env"]
+    if not env and flags["dataset"].startswith("offax/") and "+" not in flags["dataset"]:
+        env = config["environment"]  # these sets' environments are plain ids: no need of the data
     try:
-        dataset = load(flags["dataset"], env or flags["env"], only_env=True)
+        dataset = load(flags["dataset"], env, only_env=True)
     except UsageError as error:
-        raise UsageError(f"{error}; --env {config['environment']} plays without the data") from None
+        hint = "" if env else f"; --env {config['environment']} plays without the data"
+        raise UsageError(f"{error}{hint}") from None
     return dataset.env_spec, dataset.domain
 
 
@@ -110,14 +112,13 @@ def playable(spec: Any, config: dict[str, Any]) -> gym.Env:
 
     UsageError if it draws nothing, or has other sizes than the policy.
     """
-    name, made = getattr(spec, "id", spec), make_raw(spec)
-    modes = made.metadata.get("render_modes", [])
-    made.close()
-    if "rgb_array" not in modes:
-        raise UsageError(
-            f"{name} cannot be drawn: of its render modes ({', '.join(modes) or 'none'}) none is rgb_array"
-        )
-    scaled = make_environment(spec, config["flags"]["max_episode_steps"], render_mode="rgb_array")
+    name = getattr(spec, "id", spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gymnasium's, of OGBench, which names no modes and draws all the same
+        try:
+            scaled = make_environment(spec, config["flags"]["max_episode_steps"], render_mode="rgb_array")
+        except UsageError as error:  # it could be made before, without the mode
+            raise UsageError(f"{name} cannot be drawn: {error}") from None
     sizes = [*scaled.observation_space.shape, *scaled.action_space.shape]
     if sizes != [len(config["transform"]["observation_mean"]), len(config["action_low"])]:
         raise UsageError(f"{name} has other sizes of observations and actions than the policy: {sizes}")
@@ -127,7 +128,8 @@ def playable(spec: Any, config: dict[str, Any]) -> gym.Env:
 
 def follow(env: gym.Env) -> None:
     """Draw by the model's camera that tracks it, if it has one: gymnasium 1.4's own stands still and loses a walker."""
-    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+    walker = getattr(env.unwrapped, "ant_env", env.unwrapped)  # of gymnasium-robotics' AntMaze
+    if renderer := getattr(walker, "mujoco_renderer", None):
         import mujoco
 
         camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")

@@ -51,7 +51,10 @@ class Drawn(gym.Env):
 
 
 class Undrawn(Drawn):
-    metadata = {"render_modes": ["human"]}  # noqa: RUF012
+    """As one that was written without a thought of drawing."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
 
 IDS = {
@@ -184,8 +187,9 @@ def test_a_long_film_plays_in_real_time(
         (["--member", "3"], "--member 3: choose best, worst or one of 0, 1, 2"),
         (["--out", "film.avi"], "must end in .gif or .mp4"),
         (["--episodes", "0"], "--episodes 0"),
-        (["--env", "Offax/Undrawn-v0"], "Offax/Undrawn-v0 cannot be drawn: of its render modes (human)"),
+        (["--env", "Offax/Undrawn-v0"], "Offax/Undrawn-v0 cannot be drawn: "),
         (["--env", "Offax/Flat-v0"], "Offax/Flat-v0 draws uint8 [8, 8]"),
+        (["--env", "Offax/None-v0"], "cannot make environment Offax/None-v0"),
         (["--env", "Hopper-v5"], "Hopper-v5 has other sizes of observations and actions than the policy: [11, 3]"),
     ],
 )
@@ -251,6 +255,8 @@ def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyP
         config = {"flags": {"dataset": dataset, "env": trained}, "environment": trained or "Hopper-v5"}
         assert watch.environment_of(config, given) == ("with options", "ant")
         assert read.pop() == (dataset, found)
+    with pytest.raises(UsageError, match="it is not there$"):
+        watch.environment_of({"flags": {"dataset": "gone", "env": "Hopper-v5"}, "environment": "Hopper-v5"}, None)
     with pytest.raises(UsageError, match="it is not there; --env Hopper-v5 plays without the data"):
         watch.environment_of({"flags": {"dataset": "gone", "env": None}, "environment": "Hopper-v5"}, None)
 
