@@ -255,7 +255,7 @@ def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyP
         config = {"flags": {"dataset": dataset, "env": trained}, "environment": trained or "Hopper-v5"}
         assert watch.environment_of(config, given) == ("with options", "ant")
         assert read.pop() == (dataset, found)
-    with pytest.raises(UsageError, match="it is not there$"):
+    with pytest.raises(UsageError, match=r"it is not there$"):
         watch.environment_of({"flags": {"dataset": "gone", "env": "Hopper-v5"}, "environment": "Hopper-v5"}, None)
     with pytest.raises(UsageError, match="it is not there; --env Hopper-v5 plays without the data"):
         watch.environment_of({"flags": {"dataset": "gone", "env": None}, "environment": "Hopper-v5"}, None)
