@@ -6,7 +6,7 @@
 Episode i has the seed of the last evaluation's episode i, so what is seen is what `returns.csv` counts (on the same
 machine, and of a policy that draws nothing). Of a population, `best` and `worst` go by the last return; of one trained
 in parts, name the part: it has the checkpoint. A film plays in real time, 30 frames a second at most; a GIF has at most
-500 frames, of long episodes every n-th, and an MP4, which needs `pip install imageio-ffmpeg`, as many as there are.
+600 frames, of long episodes every n-th, and an MP4, which needs `pip install imageio-ffmpeg`, as many as there are.
 Where there is no display, MuJoCo draws by EGL or OSMesa; set MUJOCO_GL to choose yourself.
 """
 
@@ -35,7 +35,7 @@ from common.report import Policy, load_policy, read_json
 
 SMOOTH = 30
 """Frames a second, at most."""
-MOST = 500
+MOST = 600
 """Frames of a GIF, at most: its player holds all of them in memory."""
 HEADLESS = ("egl", "osmesa")
 DRAW = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
