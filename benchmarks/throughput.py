@@ -103,7 +103,7 @@ SCRIPTS = (
     Script("awr", updates=10_000, first=1000),
     Script("td3_bc", updates=4000),
     Script("cql", updates=200),
-    Script("cql", "--num-actions 1", updates=400),
+    Script("cql", "--preset cpu", updates=400),
     Script("emaq", "--preset cpu", updates=1250, rows=20_000, behavior_updates=1100),
     Script("emaq", updates=63, first=63, rows=2000, behavior_updates=200),
 )

@@ -57,7 +57,7 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
         self.clock: dict[str, list[tuple[int, float]]] = {}  # of each phase: steps and time at first and at last
-        self.phase, self.signal, self.row, self.note, self.shown = "offline", 0, None, "", time.time()
+        self.phase, self.signal, self.row, self.note = "offline", 0, None, ""
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         self.flags |= self.flags.pop("hp")._asdict()
         self.tracker: Any = None
@@ -160,7 +160,7 @@ class Run:
         """
         dues = [LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
         # A whole stretch has its row wherever it ends.
-        self.phase, self.total, self.dues = phase, total, [1] if whole else [n for n in dues if n]
+        self.phase, self.total, self.dues, self.shown = phase, total, [1] if whole else [n for n in dues if n], 0.0
         while True:
             if self.signal:
                 print(f"stopped; go on with --run-dir {self.args.run_dir or self.path} --resume True", file=sys.stderr)
@@ -180,7 +180,7 @@ class Run:
         return (members or int(self.alive.sum())) * (stop - start) / (ended - began) if stop > start else None
 
     def _progress(self, phase: str, total: int) -> None:
-        """A line on stderr: rewritten on a terminal, else a new one every half minute."""
+        """A line on stderr, as soon as there is a rate: rewritten on a terminal, else a new one every half minute."""
         terminal, done, rate = sys.stderr.isatty(), self.done[phase], self.rate(phase, members=1)
         if self.args.quiet or not rate or not (terminal or time.time() - self.shown >= 30 or done >= total):
             return

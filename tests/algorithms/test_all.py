@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from functools import cache, partial
@@ -33,6 +34,7 @@ from conftest import (
 
 from common import cli, replay
 from common.environments import evaluation_seed
+from common.members import Members
 from common.replay import Replay, Transitions
 from common.report import load_policy
 
@@ -103,14 +105,14 @@ def test_main_is_short_and_shows_the_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_the_loop_is_that_of_iql(name: str) -> None:
-    """But for what IQL says of its cosine: what whole runs of IQL show holds for these."""
+    """But for what IQL says of its cosine, and CQL of its hours: what whole runs of IQL show holds for these."""
 
     def lines(of: str) -> list[str]:
         text = (ROOT / "algorithms" / f"{of}.py").read_text()
         text = text[text.index("def main(") :].replace(f'"{of}"', '"name"')
         return [line for line in text.splitlines() if line.strip()]
 
-    own, iql = lines(name), lines("iql")
+    own, iql = [line for line in lines(name) if "foretell(" not in line], lines("iql")
     assert [line for line in own if line not in iql] == []
     extra = iql.copy()
     for line in own:
@@ -465,3 +467,31 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(
     assert_same_arrays(run, whole)
     assert_same_tables(run, whole)
     assert [path.name for path in (run / "checkpoint").iterdir()] == ["state.npz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "hours"),
+    [
+        ("emaq", [], (180, 400)),  # results/emaq-speed: 0.7162 s/update, 199 hours of a million
+        ("emaq", ["--num-updates", "20"], (1.5, 6)),  # of the behaviour model
+        ("emaq", ["--preset", "cpu", "--num-updates", "100000"], None),
+        ("cql", [], (15, 80)),
+        ("cql", ["--num-updates", "10000"], None),
+        ("cql", ["--quiet", "True"], None),
+    ],
+)
+def test_hours_without_an_accelerator_are_said_before_anything_is_compiled(
+    name: str, flags: list[str], hours: tuple[float, float] | None, tiny: Path, script: Any, monkeypatch: Any
+) -> None:
+    def stop(*_: Any) -> None:
+        raise cli.UsageError("compiling")
+
+    monkeypatch.setattr(Members, "start", stop)
+    preset = [] if "--preset" in flags else ["--preset", "locomotion"]
+    outcome = script(name, "--dataset", tiny, "--env", "Hopper-v5", *preset, *flags)
+    *said, last = outcome.err.splitlines()
+    assert last == "error: compiling"
+    assert len(said) == (hours is not None)
+    if hours is not None:
+        assert hours[0] < float(re.search(r"roughly (\d+) hours", said[0])[1]) < hours[1]
+        assert "--preset cpu" in said[0]

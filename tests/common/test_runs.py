@@ -84,6 +84,19 @@ def test_evaluations_are_at_their_steps(finished: Path) -> None:
         assert float(row["score_std"]) == pytest.approx(spread, rel=1e-5)
 
 
+def test_how_long_each_phase_takes_is_said_as_soon_as_there_is_a_rate(
+    tmp_path: Path, small_run: list[str], iql: Any
+) -> None:
+    """Not on a terminal; the first stretch compiles, and is in no rate."""
+    flags = [*small_run, "--num-updates", "400", "--online-steps", "300", "--eval-every", "0"]
+    outcome = iql(*flags, "--quiet", "False", "--run-dir", tmp_path / "loud")
+    lines = [line for line in outcome.err.splitlines() if line.endswith("left")]
+    assert [line.split(",")[0] for line in lines] == [
+        *("iql offline 200/400", "iql offline 400/400", "iql online 200/300", "iql online 300/300")
+    ]
+    assert iql(*flags, "--run-dir", tmp_path / "quiet") == (0, outcome.out.replace("loud", "quiet"), "")
+
+
 def test_config_tells_how_it_was_made(finished: Path, tiny: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["algorithm"] == "iql" and config["environment"] == "Hopper-v5" and config["transitions"] == 400
