@@ -1,42 +1,85 @@
 """List, collect and describe datasets.
 
-python -m benchmarks.datasets                                  # the sets that need no network
+python -m benchmarks.datasets                                  # the sets that need no network, and all on this disk
 python -m benchmarks.datasets build offax/hopper/medium-v0     # collect ahead of the first use; without ids, all
-python -m benchmarks.datasets stats offax/hopper/medium-v0     # returns and endings of ids or files
+python -m benchmarks.datasets stats offax/hopper/medium-v0     # returns and endings; without ids, of all on disk
 python -m benchmarks.datasets export offax/hopper/medium-v0 medium.npz    # for an algorithm's file without the rest
 """
 
 import argparse
+import os
+import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks import offax_sets
+from benchmarks import offax_sets, sources
 from benchmarks.offax_sets import datasets_root
 from benchmarks.tables import aligned
-from common.cli import exit_status
+from common.cli import UsageError, exit_status
 from common.data import Dataset, load, normalized_score
 from common.replay import episode_returns
-from common.report import write_atomically
+from common.report import read_json, write_atomically
 
-STATISTICS = ("dataset", "env", "transitions", "episodes", "mean", "min", "max", "normalised", "terminated")
+STATISTICS = ("dataset", "env", "transitions", "episodes", "mean", "min", "max", "normalised", "terminated", "MB")
 
 
 def statistics(dataset: Dataset) -> list[str]:
-    """The columns of `STATISTICS`: returns of episodes, mean normalised return, share of episodes that terminated."""
+    """The columns of `STATISTICS` but its size: returns of episodes, mean normalised one, share that terminated."""
     transitions, returns = dataset.transitions, episode_returns(dataset.transitions)
     scores = normalized_score(dataset.domain, returns)
     numbers = [f"{x:.1f}" for x in (returns.mean(), returns.min(), returns.max())]
     return [
         dataset.id,
-        str(getattr(dataset.env_spec, "id", dataset.env_spec)),
+        str(getattr(dataset.env_spec, "id", dataset.env_spec or "-")),
         str(len(transitions.rewards)),
         str(len(returns)),
         *numbers,
         "-" if scores is None else f"{scores.mean():.1f}",
         f"{np.count_nonzero(transitions.terminations) / len(returns):.3f}",
     ]
+
+
+def on_disk() -> dict[str, dict[str, Any]]:
+    """What the metadata of each set in Minari's directory say of it, by its id; nothing, where they are damaged."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(datasets_root().glob("**/data/metadata.json")):
+        name = path.parents[1].relative_to(datasets_root()).as_posix()
+        if not name.startswith("."):  # else it is being made
+            found[name] = {}
+            with suppress(UsageError):
+                found[name] = read_json(path)
+    return found
+
+
+def megabytes(name: str) -> float | None:
+    """Size on disk of a file, or of a set with all that is in its directory."""
+    path = next((path for path in (Path(name).expanduser(), datasets_root() / name) if path.exists()), None)
+    files = [path, *path.rglob("*")] if path else []
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6 if files else None
+
+
+def row_of(name: str, env: str | None) -> list[Any]:
+    """The columns of `STATISTICS` for an id or a file, or several joined by "+"; no environment is made of an id.
+
+    A set on disk that cannot be read, or is not of vectors, has what its metadata say, and a line on stderr says why.
+    UsageError for another one that cannot be read.
+    """
+    joined = "+" in name and not os.path.exists(name)
+    try:
+        found = load(name, env) if joined else sources.load(os.path.expanduser(name), env)
+        return [*statistics(found), megabytes(name)]
+    except UsageError as error:
+        if (about := on_disk().get(name)) is None:
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+    spec = re.search(r'"id": "([^"]+)"', str(about.get("env_spec")))
+    known = [spec and spec[1], about.get("total_steps"), about.get("total_episodes")]
+    return [name, *known, *[None] * (len(STATISTICS) - 5), megabytes(name)]
 
 
 def write_npz(dataset: Dataset, path: Path) -> Path:
@@ -52,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without a command it lists. SystemExit(2), with one line on stderr, for what does not work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.datasets", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="the datasets that need no network, and whether they are on this disk (default)")
+    commands.add_parser("list", help="the datasets that need no network, and all of Minari's on this disk (default)")
     build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
     build.add_argument("ids", nargs="*", help="which (default: all)")
     stats = commands.add_parser("stats", help="table of returns and endings")
-    stats.add_argument("ids", nargs="+", help="dataset ids, .npz or D4RL .hdf5 paths")
+    stats.add_argument("ids", nargs="*", help="dataset ids, .npz or D4RL .hdf5 paths (default: all on this disk)")
     stats.add_argument("--env", help="the environment, for files that do not name it")
     export = commands.add_parser("export", help="write a set as the .npz that a copied algorithm reads by itself")
     export.add_argument("id", help="dataset id or D4RL .hdf5 path")
@@ -70,11 +113,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.command == "export":
             print(write_npz(load(args.id, args.env), args.path or Path(args.id.replace("/", "-")).with_suffix(".npz")))
         elif args.command == "stats":
-            print(aligned(STATISTICS, [statistics(load(name, args.env)) for name in args.ids]))
+            print(aligned(STATISTICS, [row_of(name, args.env) for name in args.ids or on_disk()]))
         else:
-            for dataset_id in offax_sets.ids():
-                there = (datasets_root() / dataset_id / "data").exists()
-                print(f"{dataset_id:36}{'on disk' if there else 'collected on first use'}")
+            there = on_disk()
+            for name in [*offax_sets.ids(), *sorted(there.keys() - offax_sets.ids())]:
+                state = "collected on first use"
+                if name in there:
+                    rows = there[name].get("total_steps", "?")
+                    state = f"on disk, {rows} transitions, {megabytes(name):.1f} MB"
+                print(f"{name:36}{state}")
 
 
 if __name__ == "__main__":

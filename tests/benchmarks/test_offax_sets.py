@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,14 +350,15 @@ def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys
     datasets.main(["stats", str(tmp_path / "mine.npz")])
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == list(datasets.STATISTICS)
-    assert row.split()[1:] == ["Hopper-v5", "40", "2", "20.0", "20.0", "20.0", "1.2", "0.500"]
+    size = (tmp_path / "mine.npz").stat().st_size / 1e6
+    assert row.split()[1:] == ["Hopper-v5", "40", "2", "20.0", "20.0", "20.0", "1.2", "0.500", f"{size:.1f}"]
 
 
 def test_the_command_line_builds_and_refuses(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets.main(["build", RANDOM])
     assert capsys.readouterr().out == f"{root / RANDOM}\n"
     datasets.main(["list"])
-    assert f"{RANDOM:36}on disk" in capsys.readouterr().out
+    assert f"{RANDOM:36}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
     for words, message in (
         (["stats", "x/y"], "'x/y' is neither"),
         (["build", "offax/x-v0"], "no dataset"),
@@ -365,6 +367,34 @@ def test_the_command_line_builds_and_refuses(root: Path, capsys: pytest.CaptureF
             datasets.main(words)
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_own_sets_are_listed_and_described_without_their_environment(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose environment cannot be made has its returns; one that cannot be read, what its metadata say."""
+    datasets.main(["build", RANDOM])
+    for name, change in (("mine/unmade-v0", {}), ("pictures-v1", {"total_steps": 77, "total_episodes": 3})):
+        shutil.copytree(root / RANDOM / "data", root / name / "data")
+        file = root / name / "data" / "metadata.json"
+        about = json.loads(file.read_text()) | {"dataset_id": name} | change
+        spec = json.loads(about["env_spec"]) | {"id": "Nowhere-v0", "entry_point": "nowhere:Environment"}
+        file.write_text(json.dumps(about | dict.fromkeys(("env_spec", "eval_env_spec"), json.dumps(spec))))
+    (root / "pictures-v1" / "data" / "main_data.hdf5").write_bytes(bytes(3_000_000))
+    capsys.readouterr()
+    datasets.main([])
+    listed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert listed.keys() == {*offax_sets.ids(), "mine/unmade-v0", "pictures-v1"}
+    assert listed["pictures-v1"] == ["on", "disk,", "77", "transitions,", "3.0", "MB"]
+    datasets.main(["stats"])
+    out, error = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    assert rows.keys() == {RANDOM, "mine/unmade-v0", "pictures-v1"}
+    assert rows["pictures-v1"] == ["Nowhere-v0", "77", "3", "3.0"]
+    assert error.startswith("pictures-v1: pictures-v1 cannot be read") and error.count("\n") == 1
+    assert rows[RANDOM][:2] == ["Hopper-v5", str(TRANSITIONS)]
+    without_score = [*rows[RANDOM][1:6], "-", *rows[RANDOM][7:8]]
+    assert rows["mine/unmade-v0"][:-1] == ["Nowhere-v0", *without_score]
 
 
 def test_help_is_quick() -> None:
