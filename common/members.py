@@ -108,12 +108,12 @@ class Members:
         One by one, so that a member starts the same to the last bit whatever the population.
         """
         hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
-        leaves = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0), hp[0]))
+        initialise = jax.jit(init)
+        leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))
         each = 3 * sum(x.size * x.dtype.itemsize for x in leaves)  # before and after updates, and gradients
         if each * len(hp) > (room := self.memory()):
             what = f"{self.count} members do not fit in {room / 2**30:.3g} GiB of memory"
             raise UsageError(f"{what}, about {room // each} do")
-        initialise = jax.jit(init)
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
@@ -224,7 +224,8 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
 
     The count is traced: chunks of different lengths share one compilation.
     """
-    names = list(jax.eval_shape(step, state)[1])
+    step = jax.jit(step, inline=True)  # traced once
+    names = list(step.eval_shape(state)[1])
     zeros = {name: jnp.zeros((), jnp.float32) for name in names}
     none = {name: jnp.zeros((), jnp.int32) for name in names}
 
