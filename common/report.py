@@ -206,8 +206,8 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     """The trained policy: raw observations `[obs_dim]` or `[batch, obs_dim]` to actions in the environment's own range.
 
     It acts as in the final evaluation, whose returns it repeats to the last digit, or with `sample` as to collect data;
-    `best` is what --keep-best kept. The algorithm's file is imported, as `algorithms.<name>`, `benchmarks.<name>` or
-    `<name>`. UsageError for a directory without a checkpoint and a member that is not in it.
+    `best` is what --keep-best kept. The algorithm's file is imported, as `<name>`, `algorithms.<name>` or
+    `benchmarks.<name>`. UsageError for a directory without a checkpoint and a member that is not in it.
     """
     path, script = Path(run_dir), None
     config = read_json(path / "config.json")
@@ -215,7 +215,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     numbers = [entry["member"] for entry in config["members"]]
     if member not in numbers:
         raise UsageError(f"{path} has no member {member}; it has {numbers}")
-    for package in ("algorithms.", "benchmarks.", ""):
+    for package in ("", "algorithms.", "benchmarks."):  # first of all the copy beside the script
         with contextlib.suppress(ModuleNotFoundError):
             script = script or importlib.import_module(package + config["algorithm"])
     if script is None:

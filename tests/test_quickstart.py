@@ -22,6 +22,7 @@ def test_nothing_that_a_run_left_is_stored() -> None:
             assert cell["outputs"] == [] and cell["execution_count"] is None
 
 
+@pytest.mark.slow
 def test_every_cell_runs(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

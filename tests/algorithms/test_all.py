@@ -144,7 +144,9 @@ def test_presets_are_valid_settings(name: str) -> None:
         assert chosen == settings
 
 
-@every_algorithm
+@pytest.mark.parametrize(
+    "name", [name if name in ("iql", "awr") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_hyperparameters_are_traced_and_members_keep_their_own(name: str) -> None:
     """One compiled program serves every value, and a mapped member is that member alone."""
     script = load(name)
@@ -304,7 +306,7 @@ def learning_rate(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("iql", "emaq") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    "name", [name if name == "iql" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 def test_the_loaded_policy_repeats_the_returns_of_the_last_evaluation(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
@@ -328,6 +330,7 @@ def test_the_loaded_policy_repeats_the_returns_of_the_last_evaluation(
     assert name == "td3_bc" or (noisy(batch) != noisy(batch)).any()
 
 
+@pytest.mark.slow
 @every_run
 def test_a_diverged_member_is_frozen_and_named_and_the_others_go_on(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str
@@ -451,17 +454,17 @@ launch(iql.main, iql.Args, iql.PRESETS)
 def test_killed_at_any_moment_it_resumes_bit_for_bit(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], spawn: Callable[..., Any]
 ) -> None:
-    """One run, killed at writes of each kind, until it is through; first of all before there is any checkpoint."""
+    """One run, killed before there is any checkpoint, and after it has written some."""
     flags = small_flags("iql", small_run, num_updates=120, eval_every=50, checkpoint_every=20, num_seeds=2)
     program, run, whole = tmp_path / "killed.py", tmp_path / "run", tmp_path / "whole"
     program.write_text(KILLED)
     done = []
-    for kind, count in (("metrics", 1), ("written", 2), ("evaluations", 1)):
+    for kind, count in (("metrics", 1), ("written", 2)):
         process = spawn(program, kind, count, *flags, "--run-dir", run, "--resume", "True")
         _, err = process.communicate(timeout=400)
         assert process.returncode == -signal.SIGKILL, err
         done.append(done_in(run)["offline"] if (run / "checkpoint" / "state.npz").exists() else 0)
-    assert done == sorted(done) and done[0] == 0 and 40 <= done[-1] < 120
+    assert done[0] == 0 and 20 <= done[1] < 120
     assert script("iql", *flags, "--run-dir", run, "--resume", "True").status == 0
     assert script("iql", *flags, "--run-dir", whole).status == 0
     assert_same_arrays(run, whole)

@@ -79,6 +79,7 @@ def test_the_behavior_model_has_a_phase_of_its_own(through: Path) -> None:
     assert count_of(through, "critic_opt.count") == count_of(through, "step") == [60, 60]
 
 
+@pytest.mark.slow
 def test_interrupted_in_both_phases_and_in_other_chunks_it_ends_the_same(
     tmp_path: Path, emaq: Emaq, through: Path
 ) -> None:
@@ -191,7 +192,7 @@ def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
     outcome = emaq(*flags, "--proposal-pool", "0", "--run-dir", tmp_path / "none")
     assert (outcome.status, outcome.err) == (0, "")
     # 400 rows, 300 sets of 4 proposals in 3 dimensions for two members: 2.9 MB.
-    monkeypatch.setattr(members, "host_memory", lambda: 5_000_000)
+    monkeypatch.setattr(members.Members, "memory", lambda self: 5_000_000)
     outcome = emaq(*flags, "--proposal-pool", "300", "--run-dir", tmp_path / "short")
     assert outcome.status == 0
     assert outcome.err.count("\n") == 1 and "more than half of the memory" in outcome.err

@@ -118,6 +118,7 @@ def test_a_label_gives_the_same_algorithms_names_of_their_own():
     assert names == [f"{job.name}_long" for job in suite.plan(suite_args())]
 
 
+@pytest.mark.slow
 def test_suite_keeps_going_after_a_failure_and_skips_what_is_done(folder, monkeypatch, capsys):
     args = suite_args(datasets=("missing.npz", "tiny.npz"))
     assert suite.main(args) == 1
@@ -498,6 +499,7 @@ def test_a_page_without_the_place_for_a_table_is_left_alone(tmp_path):
     assert page.read_text() == "<!-- speed -->\n"
 
 
+@pytest.mark.slow
 def test_speed_of_a_script_is_that_of_its_own_run(tmp_path):
     """EMaQ, small: rates of both phases and the memory of the process, whose Python alone takes more than 100 MiB."""
     throughput.write_dataset(tmp_path / "data.npz", 1000, 11, 3)

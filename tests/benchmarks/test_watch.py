@@ -312,6 +312,7 @@ for distance in (0, 20):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gymnasium's half-made viewer
 def test_a_film_of_mujoco(
     tmp_path: Path,

@@ -84,6 +84,7 @@ def test_evaluations_are_at_their_steps(finished: Path) -> None:
         assert float(row["score_std"]) == pytest.approx(spread, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_how_long_each_phase_takes_is_said_as_soon_as_there_is_a_rate(
     tmp_path: Path, small_run: list[str], iql: Any
 ) -> None:
@@ -435,6 +436,7 @@ def test_online_after_offline(tmp_path: Path, small_run: list[str], iql: Any) ->
     assert not np.array_equal(ring["observations"][0], ring["observations"][1])
 
 
+@pytest.mark.slow
 def test_a_signal_within_a_row_ends_it_early(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     """At a stretch of 100 updates, though a row is due after 1,000 only."""
     flags = [*small_run, "--num-updates", "250", "--eval-every", "0", "--resume", "True"]
@@ -447,6 +449,7 @@ def test_a_signal_within_a_row_ends_it_early(tmp_path: Path, small_run: list[str
     assert_same_arrays(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_once_the_online_phase_has_begun_lengths_are_fixed(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     flags = [*small_run, "--num-updates", "10", "--eval-every", "0", "--run-dir", tmp_path / "run"]
     assert iql(*flags, "--online-steps", "5").status == 0
