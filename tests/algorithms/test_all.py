@@ -45,7 +45,8 @@ every_algorithm = pytest.mark.parametrize("name", NAMES)
 every_run = pytest.mark.parametrize(
     "name", [name if name == "iql" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-every_actor_critic = pytest.mark.parametrize("name", [name for name in NAMES if name != "awr"])
+ACTOR_CRITICS = [name for name in NAMES if name != "awr"]
+every_actor_critic = pytest.mark.parametrize("name", ACTOR_CRITICS)
 """Those that draw a transition and update at once; AWR regresses on returns of whole trajectories."""
 SECTIONS = ["Hyperparameters", "Args", "PRESETS", "State", "ADAM", "modules", "init", "update", "act", "train", "main"]
 OTHER_NAMES = {"optimizer": "ADAM", "update_value": "update", "update_actor": None}
@@ -212,7 +213,10 @@ def test_actions_stay_in_their_bounds(name: str) -> None:
     assert float(jnp.abs(noisy - act(jax.random.key(3), sample=True)).max()) > 0.01
 
 
-@every_actor_critic
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("iql", "td3_bc") else pytest.param(name, marks=pytest.mark.slow) for name in ACTOR_CRITICS],
+)
 @pytest.mark.parametrize("num_critics", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_any_number_of_critics_learns_online_from_the_dataset_and_the_ring(name: str, num_critics: int) -> None:
     """Rewards of 100 in a ring as long as the dataset: half of a batch has them, and the loss says so."""
@@ -377,6 +381,7 @@ def test_status_3_where_every_member_diverged(
     assert final["aggregate"]["score"] == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
 
 
+@pytest.mark.slow
 @every_run
 def test_a_member_does_not_depend_on_the_rest_of_the_population(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], name: str

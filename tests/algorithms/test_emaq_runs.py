@@ -202,6 +202,7 @@ def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
     assert_refused(emaq(*again, "--num-updates", "40"), "--proposal-pool 0, this one has 300")
 
 
+@pytest.mark.slow
 def test_online_in_rounds_of_steps_and_as_many_updates(tmp_path: Path, emaq: Emaq) -> None:
     """From scratch, five steps at a time, the first three at random; mu learns with every update."""
     run = tmp_path / "run"

@@ -118,6 +118,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_command_measures_each_member(run: Path, command: Callable[..., Outcome]) -> None:
     """Its figures from pools redrawn here, Q-functions in numpy, and all subsets of the pools."""
     outcome = command(run, "--num-states", 7, "--pool", 5, "--seed", 3)

@@ -77,6 +77,7 @@ def test_exported_policy_is_the_actor() -> None:
     np.testing.assert_allclose(np.log(std), expected_log_std, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_snapshots_and_a_curve_and_goes_on_from_its_checkpoint(tmp_path) -> None:
     args = sac.Args(num_steps=400, num_envs=4, random_steps=100, report_every=200, checkpoint_every=200, hidden_dim=8,
                     updates_per_step=0.5, run_dir=str(tmp_path / "run"))  # fmt: skip

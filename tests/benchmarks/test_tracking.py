@@ -67,6 +67,7 @@ def short(small_run: list[str]) -> list[str]:
     return [*small_run, "--num-updates", "20", "--num-seeds", "2"]
 
 
+@pytest.mark.slow
 def test_off_by_default_and_never_imported(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_whatever_raises_in_wandb_training_goes_on(
     assert (tmp_path / "run/final.json").exists()
 
 
+@pytest.mark.slow
 def test_a_diverged_population_is_finished_once(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_an_error_closes_the_runs_as_failed(
     assert [run.exit_code for run in wandb.runs] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_crash_under_an_agent_leaves_nothing_that_a_sweep_could_take_for_a_result(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

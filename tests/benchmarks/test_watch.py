@@ -132,7 +132,9 @@ def refused(capfd: pytest.CaptureFixture[str], *flags: object) -> str:
     return err
 
 
-@pytest.mark.parametrize("member", [0, 1, 2])
+@pytest.mark.parametrize(
+    "member", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_what_is_seen_is_the_last_evaluation(
     run: Path, tmp_path: Path, filmed: Callable[..., Any], member: int
 ) -> None:

@@ -163,6 +163,7 @@ def uninterrupted(
     return directory
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     tmp_path: Path, small_run: list[str], iql: Any, uninterrupted: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     assert signal.getsignal(signal.SIGINT) is handler, "handlers are given back"
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_ends_it(
     tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
 ) -> None:
@@ -262,6 +264,7 @@ def test_a_failing_evaluation_leaves_a_checkpoint_of_the_state(
     assert_same_tables(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_what_died_before_its_first_checkpoint_starts_again(
     tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +414,7 @@ def test_divergence_is_remembered_after_a_resume(tmp_path: Path, small_run: list
 # The online phase
 
 
+@pytest.mark.slow
 def test_online_after_offline(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     run = tmp_path / "run"
     flags = [*small_run, "--num-updates", "20", "--online-steps", "30", "--num-seeds", "3", "--reward-shift", "-1"]
@@ -545,10 +549,10 @@ def test_a_run_directory_is_not_overwritten(small_run: list[str], iql: Any, take
     ("flags", "word"),
     [
         (["--seed", "3"], "--seed"),
-        (["--beta", "5"], "--beta"),
+        pytest.param(["--beta", "5"], "--beta", marks=pytest.mark.slow),
         (["--hidden-dim", "16"], "--hidden-dim"),
-        (["--grid", "beta=1,2"], "--grid"),
-        (["--normalize-observations", "True"], "--normalize-observations"),
+        pytest.param(["--grid", "beta=1,2"], "--grid", marks=pytest.mark.slow),
+        pytest.param(["--normalize-observations", "True"], "--normalize-observations", marks=pytest.mark.slow),
     ],
 )
 def test_another_configurations_checkpoint(
