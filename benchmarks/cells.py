@@ -64,7 +64,7 @@ class Cell:
 
 def trained_on(config: dict[str, Any]) -> str:
     """The dataset, or without offline updates the environment."""
-    return config["flags"]["dataset"] if config["flags"]["num_updates"] else config["environment"]
+    return config["flags"]["dataset"] if config["flags"].get("num_updates", 1) else config["environment"]
 
 
 def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:

@@ -199,7 +199,8 @@ def figure_of(run_dir: Path) -> Any:
         drawn = [row for row in names if (row, phase) in panels]
         all_axes[names.index(drawn[-1]), place].set_xlabel(PHASES[phase])
         all_axes[names.index(drawn[-1]), place].tick_params(labelbottom=True)
-    title = f"{config.get('algorithm', run_dir.name)}, {flags.get('dataset', '')}".rstrip(", ")
+    data = flags.get("dataset") if flags.get("num_updates", 1) else config.get("environment")  # from scratch: no data
+    title = ", ".join([config.get("algorithm", run_dir.name), *([data] if data else [])])
     several = "" if all(len(group) == 1 for group in groups.values()) else ", interquartile means over their seeds"
     figure.suptitle(title + (f"; {len(groups)} settings{several}" if grid else ""), fontsize=11)
     return figure

@@ -40,6 +40,7 @@ from benchmarks.cells import (
     read,
     short_length,
     summary,
+    trained_on,
     unique,
     with_diverged,
     worst_score,
@@ -401,7 +402,7 @@ def of_run(run_dir: Path) -> None:
         print(f"{run_dir}: {line}", file=sys.stderr)
     curves.draw(run_dir)
     config, final = (read_json(run_dir / name) for name in ("config.json", "final.json"))
-    title = f"{config['algorithm']}, {config['flags']['dataset']}"
+    title = f"{config['algorithm']}, {trained_on(config)}"
     scored = final["aggregate"]["score"]["iqm"] is not None
     level = config["dataset_returns"].get("score_mean" if scored else "mean")
     print(f"{title}\n{grid.table(final, config['dataset_returns'])}")

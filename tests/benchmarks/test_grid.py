@@ -162,6 +162,10 @@ def test_the_report_of_a_run_with_a_grid(tmp_path: Path, capsys: pytest.CaptureF
         assert (tmp_path / "grid.png").exists() == (members is not plain)
         (tmp_path / "grid.png").unlink(missing_ok=True)
     assert "the data's own episodes: 55.5" in lines
+    scratch = config | {"environment": "Hopper-v5", "flags": {"dataset": "unused", "num_updates": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(scratch))
+    report.main([str(tmp_path)])
+    assert capsys.readouterr().out.startswith("iql, Hopper-v5\n"), "online from scratch there is no dataset"
 
 
 def test_the_table_ranks_the_settings_of_a_sweep() -> None:
