@@ -198,8 +198,10 @@ def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     settings = list({tuple(member["swept"].items()): member["swept"] for member in members}.values())
     groups = [{"swept": swept} | of([m for m in members if m["swept"] == swept]) for swept in settings]
-    groups.sort(key=lambda group: -np.inf if group["return"]["iqm"] is None else group["return"]["iqm"], reverse=True)
-    return {"combinations": groups, "aggregate": of(members)}
+    whole = of(members)
+    figure = "return" if whole["score"]["iqm"] is None else "score"
+    groups.sort(key=lambda group: -np.inf if group[figure]["iqm"] is None else group[figure]["iqm"], reverse=True)
+    return {"combinations": groups, "aggregate": whole}
 
 
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
@@ -225,9 +227,9 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     hp = script.Hyperparameters(**config["members"][row]["hyperparameters"])
     flags = {f.name: config["flags"][f.name] for f in dataclasses.fields(script.Args) if f.name != "hp"}
     args, obs_dim = script.Args(hp=hp, **flags), len(transform.observation_mean)
-    like = jax.eval_shape(lambda key: script.init(key, hp, args, obs_dim, len(low)), jax.random.key(0))
+    init = jax.vmap(lambda key: script.init(key, hp, args, obs_dim, len(low)))
+    like = jax.eval_shape(init, jax.random.split(jax.random.key(0), 1))
     own = {name: array[row : row + 1] for name, array in arrays.items() if name.startswith("['state']")}
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), like)
     state = fill_tree(path, own, {"state": like})["state"]
     seed, steps = config["members"][row]["seed"], about["done"]["offline"] + about["done"]["online"]
     width, count = width_of(args.final_eval_episodes, config["population"]), itertools.count()

@@ -1,4 +1,4 @@
-"""The run directory: configuration, tables, checkpoint, results; progress, signals, and the policy that comes of it.
+"""The run directory: configuration, tables, checkpoint, results; progress, and the signals that end a run well.
 
 Files are written whole or not at all, but for the tables, which grow by whole rows and are cut back to the checkpoint's
 length when a run is resumed. No pickle anywhere.
@@ -111,18 +111,16 @@ class Run:
             self.alive[list(self.diverged)] = 0
         for file in self.path.glob("*.csv"):  # rows written after the checkpoint are written again
             os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
-        members = []
-        for i, swept in enumerate(self.members.swept):
-            hp = self.args.hp._asdict() | swept
-            members.append(self.members.who(i) | {"swept": swept, "hyperparameters": hp})
+        hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)
+        members = [self.members.who(i) | {"swept": x, "hyperparameters": hp | x} for i, x in swept]
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= report.provenance() | {"population": self.members.total}
         write_json(self.path / "config.json", config | {"members": members})
-        labels = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
-        configs = [config | self.flags | member["hyperparameters"] | member for member in members]
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
+            labels = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
+            configs = [config | self.flags | member["hyperparameters"] | member for member in members]
             if (tracking := optional("tracking")) is None:
                 raise UsageError("--track True: logging to Weights & Biases is in benchmarks/tracking.py; copy it too")
             self.tracker = tracking.Tracker(self.args, configs, labels, self.label, self.path)
@@ -244,9 +242,8 @@ class Run:
             where = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
             rows.append(where | numbers)
             tracked[i] = {f"evaluation/{name}": x for name, x in numbers.items()}
-            best = max((r["return_mean"] for r in self.evaluations if r["member"] == where["member"]), default=-np.inf)
-            if self.args.keep_best and numbers["return_mean"] > best:
-                self._keep(i)
+        if self.args.keep_best:
+            self._keep({row["member"]: row["return_mean"] for row in rows})
         self.evaluations += rows
         append_rows(self.path / "evaluations.csv", rows)
         if self.tracker:
@@ -256,13 +253,16 @@ class Run:
         if self.args.quiet or not sys.stderr.isatty():
             print(f"{self.phase} {self.done[self.phase]}{self.note}", flush=True)
 
-    def _keep(self, i: int) -> None:
-        """Copy the i-th member from the checkpoint, which is of this very step, into that of the best."""
-        arrays, about = read_tree(self.checkpoint)
-        best = read_tree(self.best)[0] if self.best.exists() else {k: x for k, x in arrays.items() if "['state']" in k}
-        for name in best:
-            best[name][i] = arrays[name][i]
-        report.save_arrays(self.best, best, about)
+    def _keep(self, returns: dict[int, float]) -> None:
+        """Copy the members with their largest returns so far from the checkpoint, which is of this very step."""
+        beaten = {r["member"] for r in self.evaluations if r["return_mean"] >= returns.get(r["member"], -np.inf)}
+        if better := [i for i, index in enumerate(self.members.indices) if index in returns.keys() - beaten]:
+            arrays, about = read_tree(self.checkpoint)
+            states = {name: array for name, array in arrays.items() if name.startswith("['state']")}
+            best = read_tree(self.best)[0] if self.best.exists() else states
+            for name, array in states.items():
+                best[name][better] = array[better]
+            report.save_arrays(self.best, best, about)
 
     def finish(self, result: Returns | None) -> None:
         """The last evaluation, returns.csv, final.json, curves.png and a table; None where every member diverged."""
