@@ -7,21 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import Curves, curves_of
+from benchmarks.curves import Curves, curves_of, trained_on
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
 from common.cli import UsageError
+from common.runs import FREE, LENGTHS
 
 FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
-NOT_SETTINGS = {"run_dir", "resume", "quiet", "seed", "num_seeds", "grid", "dataset", "preset", "track", "shard"}
-NOT_SETTINGS |= {
-    "behavior_checkpoint",
-    "num_updates",
-    "online_steps",
-    "eval_every",
-    "eval_episodes",
-    "final_eval_episodes",
-    "checkpoint_every",
-}
+NOT_SETTINGS = (FREE - {"max_episode_steps"}) | LENGTHS
+NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
 
 
@@ -60,11 +53,6 @@ class Cell:
     def curves(self, phase: str, column: str) -> Curves:
         """By member, what the evaluations of the phase have in the column, against the steps."""
         return curves_of((row for row in self.evaluations if row["phase"] == phase), column)
-
-
-def trained_on(config: dict[str, Any]) -> str:
-    """The dataset, or without offline updates the environment."""
-    return config["flags"]["dataset"] if config["flags"].get("num_updates", 1) else config["environment"]
 
 
 def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:

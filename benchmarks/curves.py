@@ -114,6 +114,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def trained_on(config: dict[str, Any]) -> str:
+    """The dataset, or without offline updates the environment; empty where the record says neither."""
+    flags = config.get("flags", {})
+    return flags.get("dataset", "") if flags.get("num_updates", 1) else config.get("environment", "")
+
+
 def settings_of(config: dict[str, Any]) -> dict[str, str]:
     """By member, its setting of the grid in words."""
     members = config.get("members", [])
@@ -199,8 +205,7 @@ def figure_of(run_dir: Path) -> Any:
         drawn = [row for row in names if (row, phase) in panels]
         all_axes[names.index(drawn[-1]), place].set_xlabel(PHASES[phase])
         all_axes[names.index(drawn[-1]), place].tick_params(labelbottom=True)
-    data = flags.get("dataset") if flags.get("num_updates", 1) else config.get("environment")  # from scratch: no data
-    title = ", ".join([config.get("algorithm", run_dir.name), *([data] if data else [])])
+    title = f"{config.get('algorithm', run_dir.name)}, {trained_on(config)}".rstrip(", ")
     several = "" if all(len(group) == 1 for group in groups.values()) else ", interquartile means over their seeds"
     figure.suptitle(title + (f"; {len(groups)} settings{several}" if grid else ""), fontsize=11)
     return figure

@@ -20,6 +20,11 @@ def figure_of(members: Sequence[dict[str, Any]]) -> str:
     return "score" if any(member["score_mean"] is not None for member in members) else "return"
 
 
+def level_of(config: dict[str, Any], members: Sequence[dict[str, Any]]) -> float | None:
+    """The average of the dataset's own episodes in the unit of `figure_of`; None where there is none."""
+    return config["dataset_returns"].get("score_mean" if figure_of(members) == "score" else "mean")
+
+
 def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:
     """The members of each setting."""
     groups: dict[tuple[tuple[str, float], ...], list[dict[str, Any]]] = {}
@@ -60,10 +65,10 @@ def tuning(members: Sequence[dict[str, Any]]) -> str:
     return aligned(["settings tried", f"expected {figure_of(members)} of the best", "deviation"], rows)
 
 
-def table(final: dict[str, Any], dataset_returns: dict[str, Any]) -> str:
-    """The last evaluation in text: members, or a grid's settings from best to worst, and the data's own average."""
+def table(final: dict[str, Any], level: float | None) -> str:
+    """The last evaluation in text: members, or a grid's settings from best to worst, and the data's own `level`."""
     members, figure = final["members"], figure_of(final["members"])
-    level, whole = dataset_returns.get("score_mean" if figure == "score" else "mean"), final["aggregate"][figure]
+    whole = final["aggregate"][figure]
     rows = [[f"seed {m['seed']}", m[f"{figure}_mean"], None, None] for m in members]
     rows += [["interquartile mean", whole["iqm"], whole["ci_low"], whole["ci_high"]]] if len(members) > 1 else []
     heads = ["", f"final {figure}", "from", "to"]

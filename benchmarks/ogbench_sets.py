@@ -40,7 +40,7 @@ from benchmarks.offax_sets import NETWORK_SECONDS, datasets_root, is_current, lo
 from common.cli import UsageError, exit_status, one_line
 from common.data import Dataset, check
 from common.environments import action_bounds, make_raw, quiet_mujoco
-from common.report import read_npz
+from common.report import read_npz, write_atomically
 
 KINDS = "navigate|stitch|explore|play|noisy"
 NAME = re.compile(rf"(?P<world>[\w-]+)-(?P<kind>{KINDS})-singletask(?P<task>-task[1-5])?-v0")
@@ -446,7 +446,7 @@ def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> N
         record = expert(recipe["world"], recipe["kind"], env)
         for i, part in enumerate(parts):
             if not part.exists():
-                _save(part, _trajectory(record, name, i))
+                save(part, _trajectory(record, name, i))
                 progress(1)
         env.close()
     trajectories = [read_npz(str(part)) for part in parts]
@@ -454,7 +454,7 @@ def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> N
     done = building / "done"
     shutil.rmtree(done, ignore_errors=True)
     done.mkdir()
-    _save(done / f"{folder.name}.npz", arrays)
+    save(done / f"{folder.name}.npz", arrays)
     sums = {key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in arrays.items()}
     manifest = {"id": name, "recipe": recipe, "versions": versions, "sha256": sums, "rows": len(arrays["terminals"])}
     (done / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -475,10 +475,9 @@ def _trajectory(record: Callable[[int], Rows | None], name: str, index: int) -> 
     raise UsageError(f"{name}: no trajectory of 1,000 kept the cube in reach; is this another version of OGBench?")
 
 
-def _save(path: Path, arrays: Rows) -> None:
-    partial = path.with_suffix(".tmp.npz")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
+def save(path: Path, arrays: Rows) -> None:
+    """Write the arrays, compressed, whole or not at all."""
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -402,10 +402,8 @@ def of_run(run_dir: Path) -> None:
         print(f"{run_dir}: {line}", file=sys.stderr)
     curves.draw(run_dir)
     config, final = (read_json(run_dir / name) for name in ("config.json", "final.json"))
-    title = f"{config['algorithm']}, {trained_on(config)}"
-    scored = final["aggregate"]["score"]["iqm"] is not None
-    level = config["dataset_returns"].get("score_mean" if scored else "mean")
-    print(f"{title}\n{grid.table(final, config['dataset_returns'])}")
+    title, level = f"{config['algorithm']}, {trained_on(config)}", grid.level_of(config, final["members"])
+    print(f"{title}\n{grid.table(final, level)}")
     if final["members"][0]["swept"]:
         grid.plot(run_dir / "grid.png", final["members"], title, level)
         print(grid.tuning(final["members"]))

@@ -175,10 +175,10 @@ def test_the_table_ranks_the_settings_of_a_sweep() -> None:
         for beta, values in scores.items()
         for seed, score in enumerate(values)
     ]
-    text = grid.table({"members": members} | summarise(members), {"score_mean": 33.3})
+    text = grid.table({"members": members} | summarise(members), 33.3)
     order = [text.index(word) for word in ("beta=3", "beta=1", "beta=2", "33.3")]
     assert order == sorted(order) and "60.0" in text and "diverged" in text
     for member in members:
         member["swept"] = {}
-    seeds = grid.table({"members": members[:2]} | summarise(members[:2]), {})
+    seeds = grid.table({"members": members[:2]} | summarise(members[:2]), None)
     assert "seed 0" in seeds and "seed 1" in seeds and "1.5" in seeds and "interquartile" in seeds
