@@ -52,25 +52,19 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
+    # For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 locomotion,
+    # 0.3 manipulation).
     temperature: Positive = 1 / 3
-    """For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 locomotion,
-    0.3 manipulation)."""
-    softmax_temperature: Positive = 2.0
-    """For --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations)."""
-    weight_clip: Positive = 100.0
-    """Largest weight of a transition for --weights exp (CORL)."""
+    softmax_temperature: Positive = 2.0  # For --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations).
+    weight_clip: Positive = 100.0  # Largest weight of a transition for --weights exp (CORL).
+    # Largest advantage for --weights softmax (authors' scripts: no limit for locomotion, 0.5 for demonstrations).
     advantage_clip: Positive = 1e6
-    """Largest advantage for --weights softmax (authors' scripts: no limit for locomotion, 0.5 for demonstrations)."""
-    discount: Share = 0.99
-    """Discount factor (paper, table 1)."""
-    polyak: Share = 0.005
-    """Share of the critic that moves into its target at every update (paper, table 1)."""
-    actor_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the policy (paper, table 1)."""
-    critic_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the Q-functions (paper, table 1)."""
+    discount: Share = 0.99  # Discount factor (paper, table 1).
+    polyak: Share = 0.005  # Share of the critic that moves into its target at every update (paper, table 1).
+    actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (paper, table 1).
+    critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, table 1).
+    # L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4).
     actor_weight_decay: NonNegative = 0.0
-    """L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4)."""
 
 
 @dataclass(frozen=True)
@@ -78,30 +72,22 @@ class Args(RunArgs):
     """AWAC: advantage weighted actor-critic."""
 
     hp: Hyperparameters = Hyperparameters()
-    normalize_observations: bool = True
-    """Centre and scale states by the dataset's mean and standard deviation (CORL)."""
+    normalize_observations: bool = True  # Centre and scale states by the dataset's mean and standard deviation (CORL).
+    # Form of the policy's weights: exp of the advantage (CORL) or softmax over the batch (authors' code).
     weights: Literal["exp", "softmax"] = "exp"
-    """Form of the policy's weights: exp of the advantage (CORL) or softmax over the batch (authors' code)."""
+    # V(s) from samples of the policy (CORL, authors' locomotion) or its mode (authors' demonstrations).
     value: Literal["sample", "mode"] = "sample"
-    """V(s) from samples of the policy (CORL, authors' locomotion) or its mode (authors' demonstrations)."""
-    value_samples: Count = 1
-    """Samples for --value sample (CORL and authors' code: 1)."""
+    value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
+    # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3).
     nonpositive_targets: bool = False
-    """Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3)."""
-    num_critics: Count = 2
-    """Q-functions; their minimum is taken over all of them (CORL, authors' code: 2)."""
-    hidden_dim: Count = 256
-    """Width of every hidden layer (paper, table 1)."""
+    num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (CORL, authors' code: 2).
+    hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
+    # Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions).
     num_layers: Count = 3
-    """Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions)."""
-    squash_mean: bool = False
-    """Pass the policy's mean through tanh (CORL: no; authors' code: yes)."""
-    initial_log_std: float = 0.0
-    """Log standard deviation of the policy at the start (CORL: 0; authors' code: -3)."""
-    min_log_std: float = -20.0
-    """Least log standard deviation of the policy (CORL: -20; authors' code: -6)."""
-    max_log_std: float = 2.0
-    """Largest log standard deviation of the policy (CORL: 2; authors' code: 0)."""
+    squash_mean: bool = False  # Pass the policy's mean through tanh (CORL: no; authors' code: yes).
+    initial_log_std: float = 0.0  # Log standard deviation of the policy at the start (CORL: 0; authors' code: -3).
+    min_log_std: float = -20.0  # Least log standard deviation of the policy (CORL: -20; authors' code: -6).
+    max_log_std: float = 2.0  # Largest log standard deviation of the policy (CORL: 2; authors' code: 0).
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the form of the weights does not use."""

@@ -61,24 +61,17 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
+    # The paper's beta, in standard deviations of the advantage; large is behaviour cloning (authors' code).
     temperature: Positive = 1.0
-    """The paper's beta, in standard deviations of the advantage; large is behaviour cloning (authors' code)."""
-    weight_clip: Positive = 20.0
-    """Largest weight of a transition (paper, appendix C)."""
-    discount: Share = 0.99
-    """Discount factor (authors' code)."""
-    td_lambda: Share = 0.95
-    """lambda of the TD(lambda) returns; 1: Monte Carlo (authors' code)."""
-    actor_learning_rate: NonNegative = 5e-5
-    """Step size of the policy (paper, appendix C)."""
-    value_learning_rate: NonNegative = 1e-2
-    """Step size of the value function (authors' code; paper, appendix C: 1e-4)."""
-    momentum: Share = 0.9
-    """Momentum for --optimizer sgd (paper, appendix C)."""
+    weight_clip: Positive = 20.0  # Largest weight of a transition (paper, appendix C).
+    discount: Share = 0.99  # Discount factor (authors' code).
+    td_lambda: Share = 0.95  # lambda of the TD(lambda) returns; 1: Monte Carlo (authors' code).
+    actor_learning_rate: NonNegative = 5e-5  # Step size of the policy (paper, appendix C).
+    value_learning_rate: NonNegative = 1e-2  # Step size of the value function (authors' code; paper, appendix C: 1e-4).
+    momentum: Share = 0.9  # Momentum for --optimizer sgd (paper, appendix C).
+    # Standard deviation of the policy; with --learn-std True, at the start (authors' code: 0.4, Ant 0.2).
     std: Positive = 0.4
-    """Standard deviation of the policy; with --learn-std True, at the start (authors' code: 0.4, Ant 0.2)."""
-    bound_weight: NonNegative = 10.0
-    """Weight of the penalty on mean actions outside [-1, 1] (authors' code)."""
+    bound_weight: NonNegative = 10.0  # Weight of the penalty on mean actions outside [-1, 1] (authors' code).
 
 
 @dataclass(frozen=True)
@@ -86,32 +79,22 @@ class Args(RunArgs):
     """AWR: advantage-weighted regression."""
 
     hp: Hyperparameters = Hyperparameters()
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd has momentum (paper, appendix C)."""
+    optimizer: Literal["sgd", "adam"] = "sgd"  # sgd has momentum (paper, appendix C).
+    # Width of the first hidden layer; each following one is half as wide (paper, appendix C: 128 and 64).
     hidden_dim: Count = 128
-    """Width of the first hidden layer; each following one is half as wide (paper, appendix C: 128 and 64)."""
-    num_layers: Count = 2
-    """Hidden layers of both networks (paper, appendix C)."""
-    value_updates: Count = 200
-    """Updates of the value function in an iteration (paper, appendix C)."""
-    policy_updates: Count = 1000
-    """Updates of the policy in an iteration (paper, appendix C)."""
+    num_layers: Count = 2  # Hidden layers of both networks (paper, appendix C).
+    value_updates: Count = 200  # Updates of the value function in an iteration (paper, appendix C).
+    policy_updates: Count = 1000  # Updates of the policy in an iteration (paper, appendix C).
+    # Environment steps in an online iteration (authors' code; paper, appendix C: about 2000).
     samples_per_iteration: Count = 2048
-    """Environment steps in an online iteration (authors' code; paper, appendix C: about 2000)."""
-    buffer_size: Count = 50_000
-    """Transitions that are kept of the online phase (paper, appendix C)."""
-    num_environments: Count = 2
-    """Environments of each member in the online phase (ours)."""
+    buffer_size: Count = 50_000  # Transitions that are kept of the online phase (paper, appendix C).
+    num_environments: Count = 2  # Environments of each member in the online phase (ours).
+    # States from which mean and standard deviation are taken; 0: states as they are (authors' code).
     normalizer_samples: int = 300_000
-    """States from which mean and standard deviation are taken; 0: states as they are (authors' code)."""
-    scale_values: bool = True
-    """The network's output is V (1 - discount) (paper, Eq. 59)."""
-    normalize_advantages: bool = True
-    """Centre and scale advantages over all rows (paper, Eq. 57)."""
-    clip_weights: bool = True
-    """Limit the weights by weight_clip (paper, appendix C)."""
-    learn_std: bool = False
-    """Learn the standard deviation, one for each action dimension (authors' code: fixed)."""
+    scale_values: bool = True  # The network's output is V (1 - discount) (paper, Eq. 59).
+    normalize_advantages: bool = True  # Centre and scale advantages over all rows (paper, Eq. 57).
+    clip_weights: bool = True  # Limit the weights by weight_clip (paper, appendix C).
+    learn_std: bool = False  # Learn the standard deviation, one for each action dimension (authors' code: fixed).
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""

@@ -55,21 +55,19 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
+    # Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit; authors' code: 5
+    # or 10).
     conservative_weight: NonNegative = 10.0
-    """Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit; authors' code:
-    5 or 10)."""
+    # With --lagrange, the gap above which the penalty's factor rises (JaxCQL: 1; CORL: 0.8 AntMaze).
     target_gap: float = 1.0
-    """With --lagrange, the gap above which the penalty's factor rises (JaxCQL: 1; CORL: 0.8 AntMaze)."""
+    # Entropy per dimension of the action, below which the temperature rises (SAC's paper, table 1).
     target_entropy: float = -1.0
-    """Entropy per dimension of the action, below which the temperature rises (SAC's paper, table 1)."""
-    discount: Share = 0.99
-    """Discount factor (authors' code, CORL)."""
-    polyak: Share = 0.005
-    """Share of the critic that moves into its target at every update (authors' code, CORL)."""
+    discount: Share = 0.99  # Discount factor (authors' code, CORL).
+    polyak: Share = 0.005  # Share of the critic that moves into its target at every update (authors' code, CORL).
+    # Adam's rate for policy and temperature (CORL: 3e-5 locomotion, 1e-4 elsewhere; authors' code: 1e-4).
     actor_learning_rate: NonNegative = 3e-5
-    """Adam's rate for policy and temperature (CORL: 3e-5 locomotion, 1e-4 elsewhere; authors' code: 1e-4)."""
+    # Adam's rate for the Q-functions and the penalty's factor (authors' code, CORL).
     critic_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the Q-functions and the penalty's factor (authors' code, CORL)."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,18 @@ class Args(RunArgs):
     """CQL: conservative Q-learning on soft actor-critic."""
 
     hp: Hyperparameters = Hyperparameters()
-    num_critics: Count = 2
-    """Q-functions; their minimum is taken over all of them (authors' code, CORL: 2)."""
-    hidden_dim: Count = 256
-    """Width of every hidden layer (authors' code, CORL)."""
-    num_layers: Count = 3
-    """Hidden layers of the policy (authors' code, CORL)."""
-    critic_layers: Count = 3
-    """Hidden layers of every Q-function (authors' code, CORL: 3, on AntMaze 5)."""
-    num_actions: Count = 10
-    """The n of the gap and of --max-backup (authors' code, CORL: 10)."""
-    lagrange: bool = False
-    """Learn a factor of the weight that holds the gap at --target-gap (CORL: on AntMaze)."""
+    num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (authors' code, CORL: 2).
+    hidden_dim: Count = 256  # Width of every hidden layer (authors' code, CORL).
+    num_layers: Count = 3  # Hidden layers of the policy (authors' code, CORL).
+    critic_layers: Count = 3  # Hidden layers of every Q-function (authors' code, CORL: 3, on AntMaze 5).
+    num_actions: Count = 10  # The n of the gap and of --max-backup (authors' code, CORL: 10).
+    lagrange: bool = False  # Learn a factor of the weight that holds the gap at --target-gap (CORL: on AntMaze).
+    # Bound below which a state's gap is not lowered further; default: none (CORL: -200 on AntMaze).
     gap_floor: float | None = None
-    """Bound below which a state's gap is not lowered further; default: none (CORL: -200 on AntMaze)."""
-    max_backup: bool = False
-    """Bootstrap from the best of n actions instead of one (CORL: on AntMaze)."""
-    entropy_backup: bool = False
-    """Subtract alpha log pi(a'|s') in the target, as SAC does (authors' code, CORL: not)."""
+    max_backup: bool = False  # Bootstrap from the best of n actions instead of one (CORL: on AntMaze).
+    entropy_backup: bool = False  # Subtract alpha log pi(a'|s') in the target, as SAC does (authors' code, CORL: not).
+    # First updates, with behaviour cloning in place of Q in the policy's loss (CORL: 0; authors' code: 40,000).
     bc_updates: int = 0
-    """First updates, with behaviour cloning in place of Q in the policy's loss (CORL: 0; authors' code: 40,000)."""
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of the target of a gap that has none."""

@@ -59,22 +59,18 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
+    # The paper's lambda: weight of the minimum over the Q-functions, against the maximum (paper, tables 2 and 3).
     ensemble_weight: Share = 1.0
-    """The paper's lambda: weight of the minimum over the Q-functions, against the maximum (paper, tables 2 and 3)."""
+    # The paper's alpha, for --backup soft; 0: mean, large: maximum (ours; paper, appendix J: 1 to 1024).
     softmax_scale: NonNegative = 64.0
-    """The paper's alpha, for --backup soft; 0: mean, large: maximum (ours; paper, appendix J: 1 to 1024)."""
-    discount: Share = 0.99
-    """Discount factor (BRAC, which the paper follows)."""
-    polyak: Share = 0.005
-    """Share of the critic that moves into its target at every update (paper, table 2)."""
-    critic_learning_rate: NonNegative = 1e-4
-    """Adam's rate for the Q-functions (paper, table 2)."""
-    behavior_learning_rate: NonNegative = 5e-4
-    """Adam's rate for the behaviour model (paper, table 2)."""
+    discount: Share = 0.99  # Discount factor (BRAC, which the paper follows).
+    polyak: Share = 0.005  # Share of the critic that moves into its target at every update (paper, table 2).
+    critic_learning_rate: NonNegative = 1e-4  # Adam's rate for the Q-functions (paper, table 2).
+    behavior_learning_rate: NonNegative = 5e-4  # Adam's rate for the behaviour model (paper, table 2).
+    # The paper's tau: online, divides the logits of the proposals to choose from (paper, appendix F: 1 to 20).
     temperature: Positive = 1.0
-    """The paper's tau: online, divides the logits of the proposals to choose from (paper, appendix F: 1 to 20)."""
+    # The paper's beta: online, weight of the Q-functions' standard deviation (paper, appendix F: 0.1 and 1).
     exploration_bonus: NonNegative = 1.0
-    """The paper's beta: online, weight of the Q-functions' standard deviation (paper, appendix F: 0.1 and 1)."""
 
 
 @dataclass(frozen=True)
@@ -82,43 +78,34 @@ class Args(RunArgs):
     """EMaQ: expected-max Q-learning."""
 
     hp: Hyperparameters = Hyperparameters()
-    num_proposals: Count = 100
-    """The paper's N: actions to choose from (ours; paper, figure 1: 5 to 400)."""
+    num_proposals: Count = 100  # The paper's N: actions to choose from (ours; paper, figure 1: 5 to 400).
+    # The best proposal, or the softmax's mean over all (paper, Eq. 11 and appendix J).
     backup: Literal["max", "soft"] = "max"
-    """The best proposal, or the softmax's mean over all (paper, Eq. 11 and appendix J)."""
-    num_critics: Count = 8
-    """The paper's K: Q-functions (paper, table 2)."""
-    hidden_dim: Count = 750
-    """Width of every hidden layer of the Q-functions (paper, table 2)."""
-    num_layers: Count = 3
-    """Hidden layers of the Q-functions (paper, table 2)."""
-    behavior: Literal["autoregressive", "vae"] = "autoregressive"
-    """The behaviour model (paper, appendices B and H)."""
-    behavior_updates: int = 200_000
-    """Updates of the behaviour model before the Q-functions' (ours)."""
+    num_critics: Count = 8  # The paper's K: Q-functions (paper, table 2).
+    hidden_dim: Count = 750  # Width of every hidden layer of the Q-functions (paper, table 2).
+    num_layers: Count = 3  # Hidden layers of the Q-functions (paper, table 2).
+    behavior: Literal["autoregressive", "vae"] = "autoregressive"  # The behaviour model (paper, appendices B and H).
+    behavior_updates: int = 200_000  # Updates of the behaviour model before the Q-functions' (ours).
+    # Run directory whose behaviour models to use in place of training them (ours).
     behavior_checkpoint: str | None = None
-    """Run directory whose behaviour models to use in place of training them (ours)."""
+    # Width of the state's embedding and its hidden layers (paper, appendix G.1); of the vae's (appendix H: 1024).
     embedding_dim: Count = 750
-    """Width of the state's embedding and its hidden layers (paper, appendix G.1); of the vae's (appendix H: 1024)."""
+    # Hidden layers of the state's embedding (paper, appendix G.1); of the vae's two networks (appendix H: 3).
     embedding_layers: Count = 2
-    """Hidden layers of the state's embedding (paper, appendix G.1); of the vae's two networks (appendix H: 3)."""
-    head_dim: Count = 256
-    """Width of the hidden layers of each action dimension (paper, appendix G.1)."""
-    head_layers: Count = 3
-    """Hidden layers of each action dimension (paper, appendix G.1)."""
+    head_dim: Count = 256  # Width of the hidden layers of each action dimension (paper, appendix G.1).
+    head_layers: Count = 3  # Hidden layers of each action dimension (paper, appendix G.1).
+    # Width of a linear map of the earlier action dimensions; 0: as they are (paper, appendices B and G.3).
     prefix_dim: int = 0
-    """Width of a linear map of the earlier action dimensions; 0: as they are (paper, appendices B and G.3)."""
-    num_bins: Count = 40
-    """Bins of each action dimension (paper, appendix G.1)."""
+    num_bins: Count = 40  # Bins of each action dimension (paper, appendix G.1).
+    # Sets of N proposals drawn ahead for each next state of the data, of which an update takes one at random (ours): N
+    # bytes for each member, set, action dimension and state. 0: drawn at each update, as for the vae always.
     proposal_pool: int = 1
-    """Sets of N proposals drawn ahead for each next state of the data, of which an update takes one at random (ours):
-    N bytes for each member, set, action dimension and state. 0: drawn at each update, as for the vae always."""
+    # The pool is drawn anew when a state of the dataset has been used this often on average (ours).
     pool_uses: Count = 8
-    """The pool is drawn anew when a state of the dataset has been used this often on average (ours)."""
+    # On a CPU, where lambda is 1: leave out Q-functions of proposals that cannot be the best (ours).
     screening: bool = True
-    """On a CPU, where lambda is 1: leave out Q-functions of proposals that cannot be the best (ours)."""
+    # The paper's M: online, environment steps in a row, then as many updates; a signal cuts them (appendix F).
     steps_per_iteration: Count = 1
-    """The paper's M: online, environment steps in a row, then as many updates; a signal cuts them (appendix F)."""
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""

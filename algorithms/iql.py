@@ -41,23 +41,17 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
+    # Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data (paper, section
+    # 5: 0.7 locomotion, 0.9 AntMaze).
     expectile: Share = 0.7
-    """Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data
-    (paper, section 5: 0.7 locomotion, 0.9 AntMaze)."""
+    # Inverse temperature of the policy's weights; 0 is behaviour cloning (paper: 3 locomotion, 10 AntMaze).
     beta: NonNegative = 3.0
-    """Inverse temperature of the policy's weights; 0 is behaviour cloning (paper: 3 locomotion, 10 AntMaze)."""
-    discount: Share = 0.99
-    """Discount factor (paper, appendix B)."""
-    polyak: Share = 0.005
-    """Share of the critic that moves into its target at every update (paper, appendix B)."""
-    actor_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the policy, before the cosine (paper, appendix B)."""
-    critic_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the Q-functions (paper, appendix B)."""
-    value_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the value function (paper, appendix B)."""
-    weight_clip: Positive = 100.0
-    """Largest weight of a transition in the policy's loss (authors' code)."""
+    discount: Share = 0.99  # Discount factor (paper, appendix B).
+    polyak: Share = 0.005  # Share of the critic that moves into its target at every update (paper, appendix B).
+    actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy, before the cosine (paper, appendix B).
+    critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, appendix B).
+    value_learning_rate: NonNegative = 3e-4  # Adam's rate for the value function (paper, appendix B).
+    weight_clip: Positive = 100.0  # Largest weight of a transition in the policy's loss (authors' code).
 
 
 @dataclass(frozen=True)
@@ -65,16 +59,12 @@ class Args(RunArgs):
     """IQL: implicit Q-learning."""
 
     hp: Hyperparameters = Hyperparameters()
-    num_critics: Count = 2
-    """Q-functions; their minimum is taken over all of them (paper: 2)."""
-    hidden_dim: Count = 256
-    """Width of every hidden layer (paper, appendix B)."""
-    num_layers: Count = 2
-    """Hidden layers of every network (paper, appendix B)."""
-    dropout: Share = 0.0
-    """Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen)."""
+    num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (paper: 2).
+    hidden_dim: Count = 256  # Width of every hidden layer (paper, appendix B).
+    num_layers: Count = 2  # Hidden layers of every network (paper, appendix B).
+    dropout: Share = 0.0  # Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen).
+    # Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates.
     actor_decay_updates: int | None = None
-    """Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates."""
 
     @property
     def actor_horizon(self) -> int:

@@ -42,24 +42,19 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
+    # Weight of the Q-values, once their mean size is 1, against imitation; 0 is behaviour cloning (paper: 2.5).
     alpha: NonNegative = 2.5
-    """Weight of the Q-values, once their mean size is 1, against imitation; 0 is behaviour cloning (paper: 2.5)."""
-    discount: Share = 0.99
-    """Discount factor (authors' code)."""
+    discount: Share = 0.99  # Discount factor (authors' code).
+    # Share of policy and critic that moves into their targets when the policy is updated (authors' code).
     polyak: Share = 0.005
-    """Share of policy and critic that moves into their targets when the policy is updated (authors' code)."""
-    policy_noise: NonNegative = 0.2
-    """Standard deviation of the noise on the target policy's actions (authors' code)."""
-    noise_clip: NonNegative = 0.5
-    """Largest size of that noise (authors' code)."""
-    actor_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the policy (authors' code)."""
-    critic_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the Q-functions (authors' code)."""
+    policy_noise: NonNegative = 0.2  # Standard deviation of the noise on the target policy's actions (authors' code).
+    noise_clip: NonNegative = 0.5  # Largest size of that noise (authors' code).
+    actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (authors' code).
+    critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (authors' code).
+    # Where the weight of the imitation, which falls from 1 to 0 over the online phase, stops (CORL's ReBRAC: 0.5).
     online_bc_weight: Share = 0.5
-    """Where the weight of the imitation, which falls from 1 to 0 over the online phase, stops (CORL's ReBRAC: 0.5)."""
+    # Standard deviation of the noise on actions while collecting data (TD3's paper: 0.1).
     exploration_noise: NonNegative = 0.1
-    """Standard deviation of the noise on actions while collecting data (TD3's paper: 0.1)."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +62,13 @@ class Args(RunArgs):
     """TD3+BC: twin delayed deep deterministic policy gradient with behaviour cloning."""
 
     hp: Hyperparameters = Hyperparameters()
+    # Centre and scale states by the dataset's mean and standard deviation (paper, Eq. 4).
     normalize_observations: bool = True
-    """Centre and scale states by the dataset's mean and standard deviation (paper, Eq. 4)."""
+    # Q-functions; their minimum is taken over all of them in the target, the policy follows the first (paper: 2).
     num_critics: Count = 2
-    """Q-functions; their minimum is taken over all of them in the target, the policy follows the first (paper: 2)."""
-    hidden_dim: Count = 256
-    """Width of every hidden layer (authors' code)."""
-    num_layers: Count = 2
-    """Hidden layers of every network (authors' code)."""
-    policy_delay: Count = 2
-    """Critic updates for each update of the policy and the targets (authors' code)."""
+    hidden_dim: Count = 256  # Width of every hidden layer (authors' code).
+    num_layers: Count = 2  # Hidden layers of every network (authors' code).
+    policy_delay: Count = 2  # Critic updates for each update of the policy and the targets (authors' code).
 
 
 # CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the

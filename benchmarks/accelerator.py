@@ -51,26 +51,18 @@ LARGEST = {"emaq": 4}
 class Args:
     """Updates per second of every algorithm on one accelerator."""
 
+    # The CSV, which is gone on with if it exists: what it has is not measured again.
     out: Path = Path("accelerator.csv")
-    """The CSV, which is gone on with if it exists: what it has is not measured again."""
-    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
-    """Which, in this order."""
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)  # Which, in this order.
+    # Sizes of the population, in this order; 2 is for EMaQ at the paper's sizes, which goes no further than 4.
     members: tuple[int, ...] = (1, 2, 4, 16, 64, 256)
-    """Sizes of the population, in this order; 2 is for EMaQ at the paper's sizes, which goes no further than 4."""
-    rows: int = 1_000_000
-    """Transitions of the data."""
-    obs_dim: int = 17
-    """Numbers in an observation."""
-    action_dim: int = 6
-    """Numbers in an action."""
-    hidden_dim: int | None = None
-    """Width of the layers. Default: the algorithm's own."""
-    seconds: float = 3.0
-    """Least time of a measurement."""
-    minutes: float = 8.0
-    """Time after which no new measurement begins."""
-    batched: bool = False
-    """Vmap the members on a CPU too."""
+    rows: int = 1_000_000  # Transitions of the data.
+    obs_dim: int = 17  # Numbers in an observation.
+    action_dim: int = 6  # Numbers in an action.
+    hidden_dim: int | None = None  # Width of the layers. Default: the algorithm's own.
+    seconds: float = 3.0  # Least time of a measurement.
+    minutes: float = 8.0  # Time after which no new measurement begins.
+    batched: bool = False  # Vmap the members on a CPU too.
 
 
 def random_transitions(args: Args) -> Transitions:

@@ -251,57 +251,40 @@ def collect(policy: Callable[[np.ndarray], jax.Array], trajectories: int, seed: 
 class Prepare:
     """Make the data: demonstrations, and trajectories of a policy cloned from them."""
 
+    # Minari id, or path of an .npz with actions [all steps, 28], lengths [episodes] and replay_observations [all steps
+    # + episodes, 39]: the first of each episode, and those that the simulator gave for the clipped actions.
     demonstrations: str = "D4RL/door/human-v2"
-    """Minari id, or path of an .npz with actions [all steps, 28], lengths [episodes] and replay_observations [all steps
-    + episodes, 39]: the first of each episode, and those that the simulator gave for the clipped actions."""
-    out: Path = DATA
-    """The .npz to write, which must not exist; what was found goes into the .json of the same name."""
-    clone_updates: int = 25_000
-    """Updates of behaviour cloning, at bc.py's defaults (ours)."""
-    trajectories: int = 500
-    """Episodes of the clone (paper, section 6.1)."""
-    seed: int = 0
-    """Of the clone and of its episodes."""
+    out: Path = DATA  # The .npz to write, which must not exist; what was found goes into the .json of the same name.
+    clone_updates: int = 25_000  # Updates of behaviour cloning, at bc.py's defaults (ours).
+    trajectories: int = 500  # Episodes of the clone (paper, section 6.1).
+    seed: int = 0  # Of the clone and of its episodes.
 
 
 @dataclass(frozen=True)
 class Run:
     """Train each algorithm on the data by its own script, offline and then online."""
 
-    data: Path = DATA
-    """What prepare wrote."""
-    name: str = SUITE
-    """Folder under --runs-dir and --results-dir: another one for runs that belong on another page."""
+    data: Path = DATA  # What prepare wrote.
+    name: str = SUITE  # Folder under --runs-dir and --results-dir: another one for runs that belong on another page.
+    # Scripts in algorithms/ or benchmarks/, without their .py.
     algorithms: tuple[str, ...] = ("awac", "iql", "cql", "td3_bc", "awr", "sac_prior", "bc")
-    """Scripts in algorithms/ or benchmarks/, without their .py."""
-    seed: int = 0
-    """First seed."""
-    num_seeds: int = 3
-    """Seeds of each algorithm, trained in one process."""
-    num_updates: int = 25_000
-    """Offline updates (paper, table 1)."""
-    online_steps: int = 100_000
-    """Environment steps after that."""
-    eval_every: int = 5_000
-    """Updates, then environment steps, between evaluations."""
-    eval_episodes: int = 20
-    """Episodes for each seed in an evaluation."""
-    extra: str = ""
-    """More flags for every script of this call: --extra="--batch-size 256"."""
-    label: str = ""
-    """Follows the names of this call's runs, so that algorithms can be there again with other flags."""
-    runs_dir: Path = Path("runs")
-    """Where run directories with checkpoints go."""
-    results_dir: Path = Path("results")
-    """Where the small files go."""
+    seed: int = 0  # First seed.
+    num_seeds: int = 3  # Seeds of each algorithm, trained in one process.
+    num_updates: int = 25_000  # Offline updates (paper, table 1).
+    online_steps: int = 100_000  # Environment steps after that.
+    eval_every: int = 5_000  # Updates, then environment steps, between evaluations.
+    eval_episodes: int = 20  # Episodes for each seed in an evaluation.
+    extra: str = ""  # More flags for every script of this call: --extra="--batch-size 256".
+    label: str = ""  # Follows the names of this call's runs, so that algorithms can be there again with other flags.
+    runs_dir: Path = Path("runs")  # Where run directories with checkpoints go.
+    results_dir: Path = Path("results")  # Where the small files go.
 
 
 @dataclass(frozen=True)
 class Report:
     """Write the page with the success rates of what `run` kept."""
 
-    results: Path = Path("results", SUITE)
-    """Folder of the results."""
+    results: Path = Path("results", SUITE)  # Folder of the results.
 
 
 def prepare(args: Prepare) -> int:

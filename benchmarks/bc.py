@@ -33,8 +33,7 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
-    actor_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the policy (CORL)."""
+    actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (CORL).
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,9 @@ class Args(RunArgs):
     """BC: behaviour cloning."""
 
     hp: Hyperparameters = Hyperparameters()
-    normalize_observations: bool = True
-    """Centre and scale states by the dataset's mean and standard deviation (CORL)."""
-    hidden_dim: Count = 256
-    """Width of every hidden layer (CORL)."""
-    num_layers: Count = 2
-    """Hidden layers of the policy (CORL)."""
+    normalize_observations: bool = True  # Centre and scale states by the dataset's mean and standard deviation (CORL).
+    hidden_dim: Count = 256  # Width of every hidden layer (CORL).
+    num_layers: Count = 2  # Hidden layers of the policy (CORL).
 
     def validate(self) -> None:
         """UsageError for a count that is out of range, or an online phase."""

@@ -44,22 +44,18 @@ class Hyperparameters(NamedTuple):
     The names that EMaQ's functions read are EMaQ's.
     """
 
+    # The paper's Phi: largest change of a proposal, in each dimension of [-1, 1] (BCQ's code; EMaQ's appendix G.1:
+    # 0.005 to 0.5).
     max_perturbation: NonNegative = 0.05
-    """The paper's Phi: largest change of a proposal, in each dimension of [-1, 1] (BCQ's code; EMaQ's appendix G.1:
-    0.005 to 0.5)."""
+    # The paper's lambda: weight of the minimum over the Q-functions in targets, against the maximum (EMaQ, tables 2 and
+    # 3; BCQ: 0.75).
     ensemble_weight: Share = 1.0
-    """The paper's lambda: weight of the minimum over the Q-functions in targets, against the maximum (EMaQ, tables 2
-    and 3; BCQ: 0.75)."""
-    discount: Share = 0.99
-    """Discount factor (BCQ)."""
+    discount: Share = 0.99  # Discount factor (BCQ).
+    # Share of critic and perturbation that moves into their targets at every update (both papers).
     polyak: Share = 0.005
-    """Share of critic and perturbation that moves into their targets at every update (both papers)."""
-    critic_learning_rate: NonNegative = 1e-4
-    """Adam's rate for the Q-functions (EMaQ, table 2)."""
-    actor_learning_rate: NonNegative = 5e-4
-    """Adam's rate for the perturbation (EMaQ, tables 2 and 3)."""
-    behavior_learning_rate: NonNegative = 5e-4
-    """Adam's rate for the behaviour model (EMaQ, table 2)."""
+    critic_learning_rate: NonNegative = 1e-4  # Adam's rate for the Q-functions (EMaQ, table 2).
+    actor_learning_rate: NonNegative = 5e-4  # Adam's rate for the perturbation (EMaQ, tables 2 and 3).
+    behavior_learning_rate: NonNegative = 5e-4  # Adam's rate for the behaviour model (EMaQ, table 2).
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,8 @@ class Args(emaq.Args):
     """BCQ: batch-constrained Q-learning."""
 
     hp: Hyperparameters = Hyperparameters()
-    backup: tyro.conf.Suppress[Literal["max"]] = "max"
-    """The best proposal: the softmax is EMaQ's alone."""
-    steps_per_iteration: tyro.conf.Suppress[Literal[1]] = 1
-    """Of EMaQ's online phase."""
+    backup: tyro.conf.Suppress[Literal["max"]] = "max"  # The best proposal: the softmax is EMaQ's alone.
+    steps_per_iteration: tyro.conf.Suppress[Literal[1]] = 1  # Of EMaQ's online phase.
 
     def validate(self) -> None:
         """UsageError for a number out of range, or an online phase."""

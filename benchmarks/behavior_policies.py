@@ -40,16 +40,12 @@ MAX_BYTES = 4_000_000
 class Args:
     """Which run, and how closely to measure its snapshots."""
 
+    # Directory of the SAC run; its name is the environment's id unless --env says otherwise.
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Directory of the SAC run; its name is the environment's id unless --env says otherwise."""
-    env: str | None = None
-    """Gymnasium id, e.g. Hopper-v5."""
-    out_dir: Path = offax_sets.POLICIES
-    """Where the two files go (default: into the package)."""
-    steps: int = 10_000
-    """Environment steps per measurement; a choice is confirmed with four times as many."""
-    num_last: int = 5
-    """How many of the last snapshots may become the expert."""
+    env: str | None = None  # Gymnasium id, e.g. Hopper-v5.
+    out_dir: Path = offax_sets.POLICIES  # Where the two files go (default: into the package).
+    steps: int = 10_000  # Environment steps per measurement; a choice is confirmed with four times as many.
+    num_last: int = 5  # How many of the last snapshots may become the expert.
 
 
 def read_snapshot(path: Path) -> Layers:

@@ -27,8 +27,7 @@ class Cell:
     """
 
     algorithm: str
-    run: str
-    """The same without what was swept."""
+    run: str  # The same without what was swept.
     dataset: str
     members: list[dict[str, Any]]
     evaluations: list[dict[str, str]]

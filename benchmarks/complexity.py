@@ -140,31 +140,23 @@ def suboptimality_bound(
 class Args:
     """D(s, N) over N, of a run of EMaQ, for states of its dataset."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run directory of algorithms/emaq.py."""
-    num_states: int = 500
-    """Transitions of the dataset whose states to look at, drawn at random; all, if it has fewer."""
-    pool: int = 400
-    """The pool's M: proposals drawn for each state."""
-    seed: int = 0
-    """Decides transitions and proposals."""
-    dataset: str | None = None
-    """Where the run's dataset is now. Default: where it was."""
-    output: Path | None = None
-    """Directory of complexity.json and complexity.png. Default: that of the run."""
+    run: Annotated[Path, tyro.conf.Positional]  # Run directory of algorithms/emaq.py.
+    num_states: int = 500  # Transitions of the dataset whose states to look at, drawn at random; all, if it has fewer.
+    pool: int = 400  # The pool's M: proposals drawn for each state.
+    seed: int = 0  # Decides transitions and proposals.
+    dataset: str | None = None  # Where the run's dataset is now. Default: where it was.
+    output: Path | None = None  # Directory of complexity.json and complexity.png. Default: that of the run.
 
 
 class Trained(NamedTuple):
     """What is needed of a run."""
 
     args: emaq.Args
+    # Entries of config.json: `member`, `seed`, `swept`, `hyperparameters`; without those that diverged.
     members: list[dict[str, Any]]
-    """Entries of config.json: `member`, `seed`, `swept`, `hyperparameters`; without those that diverged."""
-    behavior: list[Any]
-    """Of each member."""
+    behavior: list[Any]  # Of each member.
     critic: list[Any]
-    transitions: Any
-    """The dataset, transformed as for the run."""
+    transitions: Any  # The dataset, transformed as for the run.
 
 
 def read(directory: Path, dataset: str | None) -> Trained:

@@ -36,8 +36,8 @@ Curves = dict[str, dict[int, float]]
 class Args:
     """The learning curves of runs, into curves.png of each."""
 
+    # Directories of runs, e.g. runs/mine.
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR...")]
-    """Directories of runs, e.g. runs/mine."""
 
 
 def number(text: str | None) -> float:

@@ -32,28 +32,19 @@ from common.report import provenance
 class Args:
     """How much of the target Q-functions' work screening leaves."""
 
+    # Datasets to train on.
     datasets: tuple[str, ...] = ("offax/hopper/medium-v0", "offax/hopper/mixed-v0", "offax/hopper/medium-expert-v0")
-    """Datasets to train on."""
+    # Updates of the Q-functions after which screening is measured.
     stages: tuple[int, ...] = (0, 100, 1000, 3000, 10_000)
-    """Updates of the Q-functions after which screening is measured."""
-    num_critics: Count = 8
-    """K."""
-    num_proposals: Count = 100
-    """N."""
-    hidden_dim: Count = 128
-    """Width of the Q-functions' layers."""
-    num_layers: Count = 3
-    """Hidden layers of the Q-functions."""
-    batch_size: Count = 100
-    """States in a minibatch (that of the paper's figure 1)."""
-    minibatches: Count = 20
-    """Minibatches at each stage."""
-    behavior_updates: int = 5000
-    """Updates of the behaviour model."""
-    seed: int = 0
-    """Seed of the networks and minibatches."""
-    output: Path = Path("results/emaq-speed/screening")
-    """Without its endings .csv and .md."""
+    num_critics: Count = 8  # K.
+    num_proposals: Count = 100  # N.
+    hidden_dim: Count = 128  # Width of the Q-functions' layers.
+    num_layers: Count = 3  # Hidden layers of the Q-functions.
+    batch_size: Count = 100  # States in a minibatch (that of the paper's figure 1).
+    minibatches: Count = 20  # Minibatches at each stage.
+    behavior_updates: int = 5000  # Updates of the behaviour model.
+    seed: int = 0  # Seed of the networks and minibatches.
+    output: Path = Path("results/emaq-speed/screening")  # Without its endings .csv and .md.
 
 
 def run(args: Args) -> None:

@@ -52,22 +52,14 @@ from common.report import provenance
 class Args:
     """What each step away from the textbook version of EMaQ's update saves."""
 
-    dataset: str = "offax/halfcheetah/medium-v0"
-    """States and actions to train on."""
-    preset: str = "locomotion"
-    """Sizes (see PRESETS in algorithms/emaq.py)."""
-    rows: Count = 20_000
-    """Transitions of the dataset that are used, from the first on."""
-    warm_up: Count = 100
-    """Updates of the Q-functions before the first measurement."""
-    updates: Count = 2
-    """Updates in a measurement."""
-    repeats: Count = 5
-    """Measurements of each version."""
-    seed: int = 0
-    """Seed of the networks and minibatches."""
-    output: Path = Path("results/emaq-speed/locomotion")
-    """Without its endings .csv and .md."""
+    dataset: str = "offax/halfcheetah/medium-v0"  # States and actions to train on.
+    preset: str = "locomotion"  # Sizes (see PRESETS in algorithms/emaq.py).
+    rows: Count = 20_000  # Transitions of the dataset that are used, from the first on.
+    warm_up: Count = 100  # Updates of the Q-functions before the first measurement.
+    updates: Count = 2  # Updates in a measurement.
+    repeats: Count = 5  # Measurements of each version.
+    seed: int = 0  # Seed of the networks and minibatches.
+    output: Path = Path("results/emaq-speed/locomotion")  # Without its endings .csv and .md.
 
 
 class Categorical(emaq.AutoregressivePolicy):

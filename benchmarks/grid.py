@@ -79,14 +79,10 @@ def table(final: dict[str, Any], level: float | None) -> str:
 class Sweep(NamedTuple):
     """What a panel of the figure shows of one swept hyperparameter."""
 
-    points: dict[int, list[tuple[float, float]]]
-    """By seed, the value and the score of every member that has one."""
-    line: list[tuple[float, float]]
-    """Each value in order and the interquartile mean over all members that have it."""
-    diverged: list[float]
-    """The value of each member that diverged."""
-    log_scale: bool
-    """Whether the values are positive and span more than a factor of 10."""
+    points: dict[int, list[tuple[float, float]]]  # By seed, the value and the score of every member that has one.
+    line: list[tuple[float, float]]  # Each value in order and the interquartile mean over all members that have it.
+    diverged: list[float]  # The value of each member that diverged.
+    log_scale: bool  # Whether the values are positive and span more than a factor of 10.
 
 
 def sweeps_of(members: Sequence[dict[str, Any]], column: str) -> dict[str, Sweep]:

@@ -70,12 +70,9 @@ class Side(NamedTuple):
 class Trainer(NamedTuple):
     """A side that is ready to run, in its own process."""
 
-    advance: Callable[[int], None]
-    """Do that many updates, a multiple of UNIT, and return when they are finished."""
-    networks: Callable[[], list[list[np.ndarray]]]
-    """The parameters of each network that is trained (targets are not)."""
-    most: int
-    """Updates in one call, at most: after so many, its own script does something else."""
+    advance: Callable[[int], None]  # Do that many updates, a multiple of UNIT, and return when they are finished.
+    networks: Callable[[], list[list[np.ndarray]]]  # The parameters of each network that is trained (targets are not).
+    most: int  # Updates in one call, at most: after so many, its own script does something else.
     device: str
     remark: str = ""
 

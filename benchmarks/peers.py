@@ -79,22 +79,15 @@ REMARKS = {
 class Args:
     """Speed of the updates here beside those of CORL, JAX-CORL and unifloral."""
 
-    corl: Path | None = None
-    """Your clone of CORL."""
-    jax_corl: Path | None = None
-    """Your clone of JAX-CORL."""
-    unifloral: Path | None = None
-    """Your clone of unifloral."""
-    algorithms: tuple[str, ...] = tuple(SETTINGS)
-    """Algorithms to compare."""
+    corl: Path | None = None  # Your clone of CORL.
+    jax_corl: Path | None = None  # Your clone of JAX-CORL.
+    unifloral: Path | None = None  # Your clone of unifloral.
+    algorithms: tuple[str, ...] = tuple(SETTINGS)  # Algorithms to compare.
+    # Members of our population, which is timed too; its rate is that of all members together. 1: none.
     members: int = 8
-    """Members of our population, which is timed too; its rate is that of all members together. 1: none."""
-    rounds: int = 7
-    """Turns of every side."""
-    seconds: float = 2.0
-    """Length of a turn, at least."""
-    out: Path | None = None
-    """Results go to this name with .csv and .md. Default: the terminal only."""
+    rounds: int = 7  # Turns of every side.
+    seconds: float = 2.0  # Length of a turn, at least.
+    out: Path | None = None  # Results go to this name with .csv and .md. Default: the terminal only.
 
     def clones(self) -> dict[str, Path | None]:
         """The path of each peer's clone."""
@@ -178,8 +171,7 @@ class Comparison(NamedTuple):
     theirs: list[float]
     ours: list[float]
     population: list[float]
-    parameters: tuple[int, int] | None
-    """Trained ones, of the peer and of one member here."""
+    parameters: tuple[int, int] | None  # Trained ones, of the peer and of one member here.
     remark: str
 
 

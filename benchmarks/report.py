@@ -58,10 +58,10 @@ LAST = 10
 class Args:
     """Tables and figures of runs, and of the results that benchmarks/suite.py kept."""
 
+    # Directories of runs, e.g. runs/mine, or folders of suites, e.g. results/locomotion.
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
-    """Directories of runs, e.g. runs/mine, or folders of suites, e.g. results/locomotion."""
+    # Of a suite: a setting in which the runs differ; adds a table and a figure of the score against it.
     against: str = ""
-    """Of a suite: a setting in which the runs differ; adds a table and a figure of the score against it."""
 
 
 # Tables

@@ -44,16 +44,11 @@ from common.report import fill_tree, read_tree, save_tree
 class Hyperparameters(NamedTuple):
     """Scalars that may differ between members of a population: traced, never static."""
 
-    actor_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the policy (paper, table 1)."""
-    critic_learning_rate: NonNegative = 1e-3
-    """Adam's rate for the Q-functions (CleanRL; paper: 3e-4)."""
-    alpha_learning_rate: NonNegative = 3e-4
-    """Adam's rate for the temperature (paper, table 1)."""
-    discount: Share = 0.99
-    """Discount factor (paper, table 1)."""
-    polyak: Share = 0.005
-    """Share of the critic that moves into its target at every update (paper, table 1)."""
+    actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (paper, table 1).
+    critic_learning_rate: NonNegative = 1e-3  # Adam's rate for the Q-functions (CleanRL; paper: 3e-4).
+    alpha_learning_rate: NonNegative = 3e-4  # Adam's rate for the temperature (paper, table 1).
+    discount: Share = 0.99  # Discount factor (paper, table 1).
+    polyak: Share = 0.005  # Share of the critic that moves into its target at every update (paper, table 1).
 
 
 @dataclass(frozen=True)
@@ -61,34 +56,21 @@ class Args:
     """SAC: soft actor-critic, online."""
 
     hp: Hyperparameters = Hyperparameters()
-    env: str = "Hopper-v5"
-    """Gymnasium id of an environment with continuous vectors."""
-    seed: int = 0
-    """Seed of networks, environments and sampling."""
-    num_steps: int = 1_000_000
-    """Environment steps in all."""
-    num_envs: int = 8
-    """Environments stepped together."""
-    updates_per_step: float = 1.0
-    """Gradient updates per environment step; times num_envs it must be a whole number."""
-    random_steps: int = 10_000
-    """Steps with uniform random actions before the first update."""
-    batch_size: int = 256
-    """Transitions per update (paper, table 1)."""
-    hidden_dim: int = 256
-    """Width of every hidden layer (paper, table 1)."""
-    num_layers: int = 2
-    """Hidden layers of the actor and of each critic (paper, table 1)."""
-    num_critics: int = 2
-    """Q-functions; the minimum is taken over all of them."""
-    critic_layer_norm: bool = False
-    """Layer normalisation in the critics."""
-    report_every: int = 20_000
-    """Environment steps between a row of the CSV with a snapshot of the policy."""
-    checkpoint_every: int = 100_000
-    """Environment steps between checkpoints."""
+    env: str = "Hopper-v5"  # Gymnasium id of an environment with continuous vectors.
+    seed: int = 0  # Seed of networks, environments and sampling.
+    num_steps: int = 1_000_000  # Environment steps in all.
+    num_envs: int = 8  # Environments stepped together.
+    updates_per_step: float = 1.0  # Gradient updates per environment step; times num_envs it must be a whole number.
+    random_steps: int = 10_000  # Steps with uniform random actions before the first update.
+    batch_size: int = 256  # Transitions per update (paper, table 1).
+    hidden_dim: int = 256  # Width of every hidden layer (paper, table 1).
+    num_layers: int = 2  # Hidden layers of the actor and of each critic (paper, table 1).
+    num_critics: int = 2  # Q-functions; the minimum is taken over all of them.
+    critic_layer_norm: bool = False  # Layer normalisation in the critics.
+    report_every: int = 20_000  # Environment steps between a row of the CSV with a snapshot of the policy.
+    checkpoint_every: int = 100_000  # Environment steps between checkpoints.
+    # Where snapshots/, training.csv and the checkpoint go; an existing checkpoint there is continued.
     run_dir: str = "runs/sac"
-    """Where snapshots/, training.csv and the checkpoint go; an existing checkpoint there is continued."""
 
 
 class GaussianHead(nn.Module):

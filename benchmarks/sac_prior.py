@@ -30,14 +30,10 @@ class Args(RunArgs):
     """SAC with prior data: soft actor-critic on a dataset, then on the union with its own samples."""
 
     hp: sac.Hyperparameters = sac.Hyperparameters()
-    hidden_dim: Count = 256
-    """Width of every hidden layer (paper, table 1)."""
-    num_layers: Count = 2
-    """Hidden layers of the actor and of each critic (paper, table 1)."""
-    num_critics: Count = 2
-    """Q-functions; the minimum is taken over all of them."""
-    critic_layer_norm: bool = False
-    """Layer normalisation in the critics."""
+    hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
+    num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
+    num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
+    critic_layer_norm: bool = False  # Layer normalisation in the critics.
 
 
 PRESETS: dict[str, dict[str, Any]] = {}  # the same settings everywhere

@@ -41,30 +41,22 @@ DIVERGED = 3
 class Args:
     """Train several algorithms on several datasets, a population of seeds at a time."""
 
-    name: str
-    """Names the folders of this suite under --runs-dir and --results-dir."""
-    algorithms: tuple[str, ...] = ("iql", "bc")
-    """Scripts in algorithms/ or benchmarks/, without their .py."""
+    name: str  # Names the folders of this suite under --runs-dir and --results-dir.
+    algorithms: tuple[str, ...] = ("iql", "bc")  # Scripts in algorithms/ or benchmarks/, without their .py.
+    # Dataset ids or paths, in the order in which they are run.
     datasets: tuple[str, ...] = (
         "offax/hopper/medium-v0",
         "offax/hopper/mixed-v0",
         "offax/hopper/medium-expert-v0",
     )
-    """Dataset ids or paths, in the order in which they are run."""
-    seed: int = 0
-    """First seed."""
-    num_seeds: int = 3
-    """Seeds of each algorithm on each dataset, trained in one process."""
-    num_updates: int = 100_000
-    """Offline gradient updates."""
-    extra: str = ""
-    """More flags for every script: --extra="--eval-every 5000 --final-eval-episodes 50"."""
+    seed: int = 0  # First seed.
+    num_seeds: int = 3  # Seeds of each algorithm on each dataset, trained in one process.
+    num_updates: int = 100_000  # Offline gradient updates.
+    extra: str = ""  # More flags for every script: --extra="--eval-every 5000 --final-eval-episodes 50".
+    # Follows the names of this call's runs, so that the same algorithms can join the suite with other flags.
     label: str = ""
-    """Follows the names of this call's runs, so that the same algorithms can join the suite with other flags."""
-    runs_dir: Path = Path("runs/suite")
-    """Where run directories with checkpoints go."""
-    results_dir: Path = Path("results")
-    """Where the small files go."""
+    runs_dir: Path = Path("runs/suite")  # Where run directories with checkpoints go.
+    results_dir: Path = Path("results")  # Where the small files go.
 
 
 @dataclass(frozen=True)

@@ -70,20 +70,15 @@ QUANTITIES = {
 class Args:
     """Speed of IQL on this machine."""
 
-    populations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Members of the populations whose updates are timed."""
-    repeats: int = 5
-    """Measurements of each figure."""
-    timed_updates: int = 4000
-    """Updates of all members together that are timed in a run; at least 1000 for each member."""
-    transitions: int = 200_000
-    """Rows of the synthetic dataset."""
-    start_up: bool = True
-    """Measure the time to the first update too."""
+    populations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # Members of the populations whose updates are timed.
+    repeats: int = 5  # Measurements of each figure.
+    timed_updates: int = 4000  # Updates of all members together that are timed in a run; at least 1000 for each member.
+    transitions: int = 200_000  # Rows of the synthetic dataset.
+    start_up: bool = True  # Measure the time to the first update too.
+    # Measure every algorithm instead. Of the flags above it uses --timed-updates: its lengths are for 4000.
     algorithms: bool = False
-    """Measure every algorithm instead. Of the flags above it uses --timed-updates: its lengths are for 4000."""
+    # Without its endings .csv and .md. Default: results/throughput, or results/speed for all algorithms.
     output: Path | None = None
-    """Without its endings .csv and .md. Default: results/throughput, or results/speed for all algorithms."""
 
 
 class Script(NamedTuple):

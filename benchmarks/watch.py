@@ -45,20 +45,14 @@ DRAW = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>
 class Args:
     """Play episodes of a trained policy into a GIF or an MP4."""
 
+    # Directory of a run, e.g. runs/mine.
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Directory of a run, e.g. runs/mine."""
-    member: str = "0"
-    """Number of the member, or best or worst by the last return."""
-    episodes: Count = 1
-    """Episodes, one after the other."""
-    best: bool = False
-    """The best evaluated policy, which --keep-best True kept, instead of the last one."""
-    env: str | None = None
-    """Environment to play in. Default: the run's own, for whose options the dataset is read."""
-    out: Path | None = None
-    """File to write, .gif or .mp4. Default: member-N.gif in the run's directory."""
-    track: bool = False
-    """Upload the film to Weights & Biases, into the run's project."""
+    member: str = "0"  # Number of the member, or best or worst by the last return.
+    episodes: Count = 1  # Episodes, one after the other.
+    best: bool = False  # The best evaluated policy, which --keep-best True kept, instead of the last one.
+    env: str | None = None  # Environment to play in. Default: the run's own, for whose options the dataset is read.
+    out: Path | None = None  # File to write, .gif or .mp4. Default: member-N.gif in the run's directory.
+    track: bool = False  # Upload the film to Weights & Biases, into the run's project.
 
 
 def choose_backend() -> None:

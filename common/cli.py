@@ -77,62 +77,42 @@ Positive = Annotated[float, Range(0, above=True)]
 class RunArgs:
     """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
 
-    dataset: str = "offax/hopper/medium-expert-v0"
-    """Minari id, or path of an .npz or a D4RL .hdf5 file."""
+    dataset: str = "offax/hopper/medium-expert-v0"  # Minari id, or path of an .npz or a D4RL .hdf5 file.
+    # Gymnasium id to evaluate in, `module:Name-v0` where a module registers it. Default: the dataset's own.
     env: str | None = None
-    """Gymnasium id to evaluate in, `module:Name-v0` where a module registers it. Default: the dataset's own."""
+    # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name.
     preset: str = "auto"
-    """Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name."""
-    seed: int = 0
-    """First seed; it decides networks, minibatches and evaluation."""
-    num_seeds: Count = 1
-    """Members with seeds seed, seed + 1, ..., trained in one process."""
+    seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
+    num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
+    # Hyperparameter values, listed below, to combine with each other and every seed: "discount=0.98,0.99".
     grid: str = ""
-    """Hyperparameter values, listed below, to combine with each other and every seed: "discount=0.98,0.99"."""
-    shard: str = ""
-    """I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md."""
+    shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
+    # Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms.
     num_updates: int = 1_000_000
-    """Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms."""
-    online_steps: int = 0
-    """Environment steps of fine-tuning after the offline phase, with one update each; 0: none."""
+    online_steps: int = 0  # Environment steps of fine-tuning after the offline phase, with one update each; 0: none.
+    # Without offline updates: first environment steps, with uniform actions and no update (CleanRL's SAC).
     random_steps: int = 5_000
-    """Without offline updates: first environment steps, with uniform actions and no update (CleanRL's SAC)."""
-    batch_size: Count = 256
-    """Transitions in a minibatch (the papers of IQL, TD3+BC and SAC)."""
-    eval_every: int = 10_000
-    """Updates (online: environment steps) between evaluations; 0: only at the end (ours)."""
-    eval_episodes: Count = 10
-    """Episodes for each member in an evaluation (IQL's and TD3+BC's papers)."""
-    final_eval_episodes: Count = 100
-    """Episodes for each member in the last evaluation (ours)."""
+    batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
+    eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
+    eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
+    final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
+    # Steps after which an episode is cut; 0: the environment's own limit, or 10,000 where it has none.
     max_episode_steps: int = 0
-    """Steps after which an episode is cut; 0: the environment's own limit, or 10,000 where it has none."""
+    # Updates (online: environment steps) between checkpoints, beside those before evaluations; 0: none (ours).
     checkpoint_every: int = 50_000
-    """Updates (online: environment steps) between checkpoints, beside those before evaluations; 0: none (ours)."""
-    run_dir: str | None = None
-    """Where results go. Default: runs/<algorithm>/<dataset>/<time>."""
+    run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
+    # Keep the best evaluated policy of each member beside the last one, in checkpoint/best.npz.
     keep_best: bool = False
-    """Keep the best evaluated policy of each member beside the last one, in checkpoint/best.npz."""
-    resume: bool = False
-    """Continue from the last checkpoint in --run-dir, or start there if there is none."""
-    normalize_observations: bool = False
-    """Centre and scale states by the dataset's mean and standard deviation."""
-    normalize_returns: bool = False
-    """Scale rewards by 1000 / (largest - smallest episode return of the dataset)."""
-    reward_scale: float = 1.0
-    """Multiplies every reward, offline and online."""
-    reward_shift: float = 0.0
-    """Added to every reward after scaling, offline and online."""
-    track: bool = False
-    """Log to Weights & Biases too; always on under a sweep agent."""
-    wandb_project: str = "offax"
-    """Project of the Weights & Biases runs."""
-    wandb_group: str | None = None
-    """Group of the members' runs. Default: algorithm, dataset and time."""
-    wandb_entity: str | None = None
-    """Weights & Biases user or team. Default: yours."""
-    quiet: bool = False
-    """No progress on stderr."""
+    resume: bool = False  # Continue from the last checkpoint in --run-dir, or start there if there is none.
+    normalize_observations: bool = False  # Centre and scale states by the dataset's mean and standard deviation.
+    normalize_returns: bool = False  # Scale rewards by 1000 / (largest - smallest episode return of the dataset).
+    reward_scale: float = 1.0  # Multiplies every reward, offline and online.
+    reward_shift: float = 0.0  # Added to every reward after scaling, offline and online.
+    track: bool = False  # Log to Weights & Biases too; always on under a sweep agent.
+    wandb_project: str = "offax"  # Project of the Weights & Biases runs.
+    wandb_group: str | None = None  # Group of the members' runs. Default: algorithm, dataset and time.
+    wandb_entity: str | None = None  # Weights & Biases user or team. Default: yours.
+    quiet: bool = False  # No progress on stderr.
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
