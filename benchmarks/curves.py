@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.intervals import interquartile_mean
+from benchmarks.intervals import aggregate, interquartile_mean
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status, one_line
-from common.report import aggregate, write_atomically
+from common.report import write_atomically
 
 PHASES = {"offline": "gradient updates", "online": "environment steps"}
 TABLES = ("evaluations.csv", "metrics.csv")

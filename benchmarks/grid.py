@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.figures import data_line, draw_expected_best, panels
-from benchmarks.intervals import expected_best, interquartile_mean
+from benchmarks.intervals import aggregate, expected_best, interquartile_mean
 from benchmarks.tables import aligned
-from common.report import aggregate
 
 
 def figure_of(members: Sequence[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ fixed seed: the same scores give the same interval.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -81,3 +82,24 @@ def expected_best(settings: Strata) -> tuple[np.ndarray, np.ndarray]:
 def regret(steps: Sequence[float], scores: Sequence[float], best: float = 100.0) -> float:
     """How far below `best` the scores were, averaged over the steps between the evaluations."""
     return float(best - np.trapezoid(scores, steps) / (steps[-1] - steps[0]))
+
+
+def aggregate(values: Sequence[float | None]) -> dict[str, Any]:
+    """Interquartile mean with its interval, of the values that there are; None where they are too few."""
+    x = [value for value in values if value is not None and np.isfinite(value)]
+    low, high = bootstrap_interval([x]) if len(x) > 1 else (None, None)
+    return {"iqm": float(interquartile_mean(x)) if x else None, "ci_low": low, "ci_high": high, "count": len(x)}
+
+
+def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`aggregate` of all members' final scores and returns, and `combinations`: of each swept setting, best first."""
+
+    def of(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {name: aggregate([member[f"{name}_mean"] for member in group]) for name in ("score", "return")}
+
+    settings = list({tuple(member["swept"].items()): member["swept"] for member in members}.values())
+    groups = [{"swept": swept} | of([m for m in members if m["swept"] == swept]) for swept in settings]
+    whole = of(members)
+    figure = "return" if whole["score"]["iqm"] is None else "score"
+    groups.sort(key=lambda group: -np.inf if group[figure]["iqm"] is None else group[figure]["iqm"], reverse=True)
+    return {"combinations": groups, "aggregate": whole}

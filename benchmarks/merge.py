@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import intervals
 from benchmarks.offax_sets import lock
 from benchmarks.tables import Table
-from common import report
 from common.cli import UsageError
 from common.report import read_json, write_atomically, write_json
 from common.runs import FREE
@@ -85,7 +85,7 @@ def _final(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return (
         parts[0]
         | {"members": members}
-        | report.summarise(members)
+        | intervals.summarise(members)
         | {"wall_clock_seconds": max(part["wall_clock_seconds"] for part in parts)}
         | {name: None if None in values else sum(values) for name, values in rates.items()}
     )

@@ -30,7 +30,24 @@ from common.replay import Transitions
 
 
 def load(id_or_path: str, env: str | None) -> Dataset:
-    """Read the set, got first if it is missing, to be evaluated in `env` or its own; UsageError if that cannot be."""
+    """Read a set, or several joined by "+", got first if missing, to be evaluated in `env` or the (first) set's own.
+
+    UsageError if that cannot be.
+    """
+    names = [id_or_path] if os.path.exists(id_or_path) else id_or_path.split("+")
+    first, *others = (_load(os.path.expanduser(name), env) for name in names)
+    if not others:
+        return first
+    for other in others:
+        ours, theirs = ((x.transitions.observations.shape[1], x.low.tolist(), x.high.tolist()) for x in (first, other))
+        if ours != theirs:
+            what = "{0} observations, actions from {1} to {2}".format
+            raise UsageError(f"{first.id} has {what(*ours)}, {other.id} has {what(*theirs)}: they cannot be joined")
+    columns = zip(*(one.transitions for one in (first, *others)), strict=True)
+    return replace(first, id=id_or_path, transitions=Transitions(*map(np.concatenate, columns)))
+
+
+def _load(id_or_path: str, env: str | None) -> Dataset:
     if ogbench_sets.recognises(id_or_path):
         return ogbench_sets.load(id_or_path, env)
     if id_or_path.lower().endswith(".npz"):

@@ -3,33 +3,40 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.cli import RunArgs, one_line
 
+OWN = ("phase", "step", "member", "seed")  # columns of the tables that say whose a row is
+
 
 class Tracker:
-    """Opens the runs, whose `configs` and `names` are those of the members; their files go to `path`.
+    """Opens the runs of the members of `config`, the record of the run, in a group `label`.
 
     Whatever goes wrong in wandb is reported once and tracking is switched off: it never stops training.
     """
 
-    def __init__(self, args: RunArgs, configs: list[dict[str, Any]], names: list[str], group: str, path: Path) -> None:
-        self.step, self.runs, self.swept = 0, [], "WANDB_SWEEP_ID" in os.environ
-        self.enabled = args.track or self.swept
+    def __init__(self, args: RunArgs, config: dict[str, Any], label: str) -> None:
+        self.step, self.runs, self.enabled = 0, [], True
+        members, name = config["members"], config["algorithm"]
+        self.swept, self.indices = "WANDB_SWEEP_ID" in os.environ, [member["member"] for member in members]
+        config = config | config["flags"] | {"members": len(members)}
+        configs = [config | member["hyperparameters"] | member for member in members]
+        names = [
+            f"{label} member {member['member']} seed {member['seed']} {member['swept'] or ''}" for member in members
+        ]
         if self.swept:
-            configs, names = [configs[0] | {"members": len(configs)}], [group]
+            configs, names = configs[:1], [label]
 
         def open_run(i: int, config: dict[str, Any]) -> None:
             import wandb
 
-            place = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group or group}
+            place = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group or label}
             settings = wandb.Settings(silent=True, init_timeout=30)
-            about = {"name": names[i], "job_type": config["algorithm"], "tags": [config["algorithm"], args.preset]}
-            run = wandb.init(**place, **about, config=config, dir=path, reinit="create_new", settings=settings)
+            about = {"name": names[i].strip(), "job_type": name, "tags": [name, args.preset], "dir": config["run_dir"]}
+            run = wandb.init(**place, **about, config=config, reinit="create_new", settings=settings)
             self.runs.append(run)
 
         self._each(open_run, configs)
@@ -42,25 +49,37 @@ class Tracker:
             print(f"wandb: {one_line(error)}; tracking is off, training goes on", file=sys.stderr)
             self.enabled = False
 
-    def log(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Log one dictionary for each member; under an agent, their means."""
-        self.step = step
-        rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
-        if self.swept:
-            names = {name for row in rows for name in row}
-            rows = [{name: float(np.mean([row[name] for row in rows if name in row])) for name in names}]
-        self._each(lambda i, row: self.runs[i].log(row, step=step), rows)
+    def log(self, table: str, rows: list[dict[str, Any]], step: int, rate: float | None) -> None:
+        """Log the `rows` of a table, each to its member's run; under an agent, their means.
 
-    def finish(self, rows: list[dict[str, Any]], swept: dict[str, Any], exit_code: int) -> None:
-        """Write the final figures of each member, or those `swept`, into histories and summaries, and close the runs.
+        `step` counts those of all phases, `rate` is in updates per second, of all members.
+        """
+        self.step, prefix = step, "evaluation/" if table == "evaluations.csv" else ""
+        of_member: dict[int, dict[str, Any]] = {}
+        for row in rows:
+            numbers = {prefix + name: x for name, x in row.items() if name not in OWN and x is not None}
+            of_member[row["member"]] = numbers | ({"updates_per_second": rate} if rate and not prefix else {})
+        each = [of_member.get(i, {}) for i in self.indices]
+        if self.swept:
+            names = {name for row in each for name in row}
+            each = [{name: float(np.mean([row[name] for row in each if name in row])) for name in names}]
+        self._each(lambda i, row: self.runs[i].log(row, step=step), each)
+
+    def finish(self, final: dict[str, Any] | None, exit_code: int) -> None:
+        """Write the figures of final.json, where the run came so far, into histories and summaries; close the runs.
 
         One that is None, as that of a population all of whose members diverged, is not written: with an exit code other
         than 0, a search then takes the worst value among the other runs.
         """
+        figures: list[dict[str, Any]] = [{}] * len(self.runs)
+        if final and self.swept:
+            iqms = {f"final_{name}_iqm": x["iqm"] for name, x in final["aggregate"].items()}
+            figures = [iqms | {"diverged_members": sum(m["diverged"] is not None for m in final["members"])}]
+        elif final:
+            figures = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in final["members"]]
 
         def close(i: int, run: Any) -> None:
-            row = swept if self.swept else rows[i]
-            if written := {name: value for name, value in row.items() if value is not None}:
+            if written := {name: value for name, value in figures[i].items() if value is not None}:
                 run.log(written, step=self.step)  # joins the row of the last evaluation
                 run.summary.update(written)
             run.finish(exit_code=exit_code)

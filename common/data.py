@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Dataset:
 
 
 def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dataset:
-    """Read a dataset, or several joined by "+"; those that are missing are collected or downloaded, if that can be.
+    """Read a dataset; one that is missing is collected or downloaded, if that can be.
 
     `env` is what to evaluate in, instead of the dataset's own. With `only_env` and an `env`, as to train online from
     scratch, nothing is read and there are no rows. UsageError for a dataset that is not there or cannot be used.
@@ -56,32 +56,23 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         obs_dim, low, high = spaces_of(env)
         shapes = [(0, obs_dim), (0, len(low)), (0,), (0, obs_dim), (0,), (0,)]
         return Dataset("none", Transitions(*(np.zeros(x, np.float32) for x in shapes)), env, domain_of(env), low, high)
-    parts = [id_or_path] if os.path.exists(id_or_path) else id_or_path.split("+")
-    found, *others = (_read(part, env) for part in parts)
-    if (spec := found.env_spec) is None:
-        raise UsageError(f"{id_or_path} does not name its environment; pass --env ID")
-    obs_dim, low, high = spaces_of(spec)
-    for one in (found, *others):
-        ours = (one.transitions.observations.shape[1], one.low.tolist(), one.high.tolist())
-        if obs_dim != ours[0] or low.shape != one.low.shape or not np.allclose((low, high), ours[1:]):
-            theirs = f"environment {getattr(spec, 'id', spec)} has {obs_dim} and {low.tolist()} to {high.tolist()}"
-            mine = f"{one.id} has {ours[0]} observations and actions from {ours[1]} to {ours[2]}"
-            raise UsageError(f"{mine}, {theirs}; choose another --env")
-    columns = zip(found.transitions, *(one.transitions for one in others), strict=True)
-    joined = Transitions(*(x[0] if len(x) == 1 else np.concatenate(x) for x in columns))
-    return replace(
-        found, id=id_or_path, transitions=joined, env_spec=spec, domain=domain_of(env) if env else found.domain
-    )
-
-
-def _read(name: str, env: str | None) -> Dataset:
-    path = os.path.expanduser(name)
+    path = os.path.expanduser(id_or_path)
     if (sources := optional("sources")) is not None:
-        return sources.load(path, env)
-    if not path.lower().endswith(".npz"):
+        found = sources.load(path, env)
+    elif path.lower().endswith(".npz"):
+        found = load_npz(path, env)
+    else:
         how = "copy benchmarks/ too, or make one in a clone of Offax: python -m benchmarks.datasets export"
-        raise UsageError(f"{name} is no .npz, which alone can be read without the rest of Offax; {how} {name}")
-    return load_npz(path, env)
+        raise UsageError(f"{path} is no .npz, which alone can be read without the rest of Offax; {how} {path}")
+    if (spec := found.env_spec) is None:
+        raise UsageError(f"{path} does not name its environment; pass --env ID")
+    obs_dim, low, high = spaces_of(spec)
+    ours = (found.transitions.observations.shape[1], found.low.tolist(), found.high.tolist())
+    if obs_dim != ours[0] or low.shape != found.low.shape or not np.allclose((low, high), ours[1:]):
+        theirs = f"environment {getattr(spec, 'id', spec)} has {obs_dim} and {low.tolist()} to {high.tolist()}"
+        mine = f"{found.id} has {ours[0]} observations and actions from {ours[1]} to {ours[2]}"
+        raise UsageError(f"{mine}, {theirs}; choose another --env")
+    return found
 
 
 def spaces_of(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:

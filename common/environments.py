@@ -8,15 +8,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import gymnasium as gym
 import jax
 import numpy as np
 
 from common.cli import UsageError, env_name, one_line
 from common.members import Members
 from common.replay import Transform, Transitions
+
+if TYPE_CHECKING:  # imported where it is used: neither --help nor training by itself needs it
+    import gymnasium as gym
 
 # Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
 REFERENCE_RETURNS = {
@@ -66,31 +68,32 @@ def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndar
     if domain not in REFERENCE_RETURNS:
         return None
     low, high = REFERENCE_RETURNS[domain]
-    returns = np.asarray(returns, np.float64)
-    return 100.0 * ((np.minimum(returns, 1.0) if domain == "antmaze" else returns) - low) / (high - low)
+    return 100.0 * (np.minimum(returns, 1.0 if domain == "antmaze" else np.inf) - low) / (high - low)
 
 
-def action_bounds(name: str, observations: gym.Space, actions: gym.Space) -> tuple[int, np.ndarray, np.ndarray]:
+def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") -> tuple[int, np.ndarray, np.ndarray]:
     """Numbers in the flattened observation, and lowest and highest action `[action_dim]` float32.
 
     The one place that says which spaces fit: observations are vectors of numbers, or dictionaries and tuples of such;
     actions a vector of floats, each with a range. UsageError, naming the dimension, for others.
     """
+    from gymnasium.spaces import Box, Dict, Tuple, flatdim
+
     stack = [observations]
     while stack:
         space = stack.pop()
-        if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
-            stack += space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces
-        elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind not in "fi":
+        if isinstance(space, Dict | Tuple):
+            stack += space.values() if isinstance(space, Dict) else space
+        elif not isinstance(space, Box) or len(space.shape) != 1 or space.dtype.kind not in "fi":
             raise UsageError(f"{name} has observations in {space}; Offax handles vectors of numbers only")
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
+    if not isinstance(actions, Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
         raise UsageError(f"{name} has actions in {actions}; Offax handles vectors of floats only")
     low, high = actions.low.astype(np.float64), actions.high.astype(np.float64)
     fit = (low >= -LARGEST_BOUND) & (low < high) & (high <= LARGEST_BOUND)
     if not fit.all():
         found = f"dimension {fit.argmin()} of the actions is bounded by {low[~fit][0]:g} and {high[~fit][0]:g}"
         raise UsageError(f"{name}: {found}, no range to scale by; give the action space the range that actions have")
-    return gym.spaces.flatdim(observations), low.astype(np.float32), high.astype(np.float32)
+    return flatdim(observations), low.astype(np.float32), high.astype(np.float32)
 
 
 def quiet_mujoco() -> None:
@@ -101,9 +104,11 @@ def quiet_mujoco() -> None:
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
 
 
-def make_raw(spec: Any, **options: Any) -> gym.Env:
+def make_raw(spec: Any, **options: Any) -> "gym.Env":
     """`gymnasium.make(spec)`, with D4RL_TASKS. UsageError if it cannot be made."""
-    name = getattr(spec, "id", spec)
+    import gymnasium as gym
+
+    unknown, name = (gym.error.NameNotFound, gym.error.NamespaceNotFound), getattr(spec, "id", spec)
     options |= D4RL_TASKS.get(env_name(name).partition("_")[0], {})
     make = partial(gym.make, spec, disable_env_checker=True, **options)
     quiet_mujoco()
@@ -112,7 +117,7 @@ def make_raw(spec: Any, **options: Any) -> gym.Env:
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
             try:
                 return make()
-            except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound):
+            except (*unknown, gym.error.VersionNotFound):
                 with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
                     gym.register_envs(importlib.import_module("gymnasium_robotics"))
                 return make()
@@ -120,27 +125,28 @@ def make_raw(spec: Any, **options: Any) -> gym.Env:
         reason = one_line(error)
         if isinstance(error, ModuleNotFoundError):
             reason += "; install what is missing, or put its folder on PYTHONPATH"
-        elif isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound):
+        elif isinstance(error, unknown):
             reason += f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
         elif isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
             reason += '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
         raise UsageError(f"cannot make environment {name}: {reason}") from None
 
 
-def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> gym.Env:
+def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> "gym.Env":
     """The environment of a gymnasium id or EnvSpec, with flat observations and actions in [-1, 1].
 
     Its episodes are cut after `max_episode_steps`; 0: by its own limit, or after LONGEST_EPISODE. `options` are
     gymnasium's, e.g. render_mode. UsageError if it is unknown, fails, or has other spaces than `action_bounds` takes.
     """
+    from gymnasium import spaces, wrappers
+
     env = make_raw(spec, **options | ({"max_episode_steps": max_episode_steps} if max_episode_steps else {}))
     action_bounds(f"environment {getattr(spec, 'id', spec)}", env.observation_space, env.action_space)
     if env.spec is None or env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
-    if not isinstance(env.observation_space, gym.spaces.Box):
-        env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.TransformReward(env, scalar)  # some give arrays of one number
-    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+        env = wrappers.TimeLimit(env, LONGEST_EPISODE)
+    env = env if isinstance(env.observation_space, spaces.Box) else wrappers.FlattenObservation(env)
+    env = wrappers.TransformReward(env, scalar)  # some give arrays of one number
+    return wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
 def scalar(value: Any) -> float:
@@ -149,12 +155,12 @@ def scalar(value: Any) -> float:
 
 
 def evaluation_seed(seed: int, episode: int) -> int:
-    """Seed of an evaluation's episode for the member with `seed`, of 32 bits, which is all that numpy takes."""
+    """Seed of an evaluation's episode for the member with `seed`; numpy takes 32 bits."""
     return (1_000_000 + 1000 * int(seed) + episode) % 2**32
 
 
 def width_of(episodes: int, total: int) -> int:
-    """How many of a member's episodes are run side by side in a population of `total`."""
+    """How many of a member's episodes run side by side in a population of `total` members, those of other parts too."""
     waves = -(-episodes // max(1, MAX_ENVIRONMENTS // total))
     return -(-episodes // waves)
 
@@ -174,13 +180,12 @@ class Evaluator:
     """Runs the members' episodes side by side: one call of the policy for each time step.
 
     Each environment runs one episode and then waits, so long episodes are not under-counted. At most about
-    `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes. How many episodes of a member run at once
-    depends on the `total` of the population, not on how many members this process has.
+    `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes.
     """
 
-    def __init__(self, make: Callable[[], gym.Env], members: Members, transform: Transform) -> None:
+    def __init__(self, make: Callable[[], Any], members: Members, transform: Transform) -> None:
         self.make, self.members, self.transform = make, members, transform
-        self.environments: list[gym.Env] = []
+        self.environments: list[Any] = []
 
     def run(self, policy: Policy, episodes: int, stopping: Callable[[], bool] = lambda: False) -> Returns | None:
         """`episodes` episodes of each member; episode i is seeded by the member's own first seed plus i.
@@ -225,14 +230,15 @@ class Collector:
     """
 
     def __init__(
-        self, make: Callable[[], gym.Env], members: Members, transform: Transform, per_member: int = 1, done: int = 0
+        self, make: Callable[[], Any], members: Members, transform: Transform, per_member: int = 1, done: int = 0
     ) -> None:
+        from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
         self.transform, self.per_member = transform, per_member
         self.padded = np.minimum(np.arange(len(members.seeds)), members.count - 1)
         seeds = members.seeds[: members.count].tolist()
         starts = [int(word) for s in seeds for word in np.random.SeedSequence([s, done]).generate_state(per_member)]
-        same_step = gym.vector.AutoresetMode.SAME_STEP
-        self.environments = gym.vector.SyncVectorEnv([make] * len(starts), autoreset_mode=same_step)
+        self.environments = SyncVectorEnv([make] * len(starts), autoreset_mode=AutoresetMode.SAME_STEP)
         self.observations = self._by_member(transform.observations(self.environments.reset(seed=starts)[0]))
 
     def _by_member(self, x: np.ndarray) -> np.ndarray:

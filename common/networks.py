@@ -103,11 +103,7 @@ def gaussian_log_prob(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.
 
 
 def descend(
-    optimizer: optax.GradientTransformation,
-    params: Any,
-    grads: Any,
-    opt_state: optax.OptState,
-    learning_rate: jax.Array | float,
+    optimizer: optax.GradientTransformation, params: Any, grads: Any, opt_state: Any, learning_rate: jax.Array | float
 ) -> tuple[Any, optax.OptState]:
     """One step of `optimizer` (without a rate of its own, e.g. `optax.scale_by_adam()`), at `learning_rate`."""
     updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: files written whole or not at all, where it came from, and means with intervals."""
+"""What a run leaves behind: files written whole or not at all, where it came from, and the policy."""
 
 import contextlib
 import csv
@@ -17,10 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import jax
 import numpy as np
-from gymnasium.wrappers.utils import rescale_box
 from jax.tree_util import keystr
 
 from common.cli import UsageError, one_line
@@ -54,31 +52,22 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(finite, indent=2) + "\n").encode()))
 
 
-def claim(path: Path, new: bool, resume: bool) -> tuple[Path, Any]:
+def claim(path: Path, resume: bool) -> Any:
     """Make the run directory, and hold it until the returned lock is closed or the process ends.
 
-    A `new` one gets a number behind its name if there is one of that name. UsageError if it is held, or holds another
-    run that is not to be resumed.
+    UsageError if another process holds it, or if it has another run that is not to be resumed.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for i in itertools.count():
-            own = path.with_name(f"{path.name}-{i}") if i else path
-            try:
-                own.mkdir(exist_ok=not new)
-                break
-            except FileExistsError:  # two runs may start in the same instant
-                if not new:
-                    raise
-        lock = open(own / ".lock", "w")  # noqa: SIM115
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(f"another process is writing to {own}; use another --run-dir") from None
+        raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
-    if not resume and any((own / name).exists() for name in ("config.json", "metrics.csv")):
-        raise UsageError(f"{own} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
-    return own, lock
+    if not resume and any((path / name).exists() for name in ("config.json", "metrics.csv")):
+        raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
+    return lock
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,34 +165,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def aggregate(values: Sequence[float | None]) -> dict[str, Any]:
-    """Interquartile mean with its 95 % bootstrap interval (Agarwal et al., 2021); None where values are too few."""
-    from scipy import stats
-
-    def mean(x: np.ndarray, axis: int = -1) -> np.ndarray:
-        return stats.trim_mean(x, 0.25, axis=axis)
-
-    x, low, high = np.array([value for value in values if value is not None and np.isfinite(value)]), None, None
-    if len(x) > 1:
-        interval = stats.bootstrap((x,), mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-        low, high = map(float, interval)
-    return {"iqm": float(mean(x)) if len(x) else None, "ci_low": low, "ci_high": high, "count": len(x)}
-
-
-def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`aggregate` of all members' final scores and returns, and `combinations`: of each swept setting, best first."""
-
-    def of(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {name: aggregate([member[f"{name}_mean"] for member in group]) for name in ("score", "return")}
-
-    settings = list({tuple(member["swept"].items()): member["swept"] for member in members}.values())
-    groups = [{"swept": swept} | of([m for m in members if m["swept"] == swept]) for swept in settings]
-    whole = of(members)
-    figure = "return" if whole["score"]["iqm"] is None else "score"
-    groups.sort(key=lambda group: -np.inf if group[figure]["iqm"] is None else group[figure]["iqm"], reverse=True)
-    return {"combinations": groups, "aggregate": whole}
-
-
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
     """The trained policy: raw observations `[obs_dim]` or `[batch, obs_dim]` to actions in the environment's own range.
 
@@ -211,6 +172,9 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     `best` is what --keep-best kept. The algorithm's file is imported, as `<name>`, `algorithms.<name>` or
     `benchmarks.<name>`. UsageError for a directory without a checkpoint and a member that is not in it.
     """
+    from gymnasium.spaces import Box
+    from gymnasium.wrappers.utils import rescale_box
+
     path, script = Path(run_dir), None
     config = read_json(path / "config.json")
     arrays, about = read_tree(path / "checkpoint" / ("best.npz" if best else "state.npz"))
@@ -234,7 +198,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     seed, steps = config["members"][row]["seed"], about["done"]["offline"] + about["done"]["online"]
     width, count = width_of(args.final_eval_episodes, config["population"]), itertools.count()
     act = jax.jit(jax.vmap(lambda s, x, key: script.act(s, hp, x, key, args, len(low), sample)))
-    to_environment = rescale_box(gym.spaces.Box(low, high), np.float32(-1.0), np.float32(1.0))[2]
+    to_environment = rescale_box(Box(low, high), np.float32(-1.0), np.float32(1.0))[2]
 
     def policy(observations: np.ndarray) -> np.ndarray:
         batch = np.atleast_2d(transform.observations(np.asarray(observations, np.float32)))

@@ -47,10 +47,11 @@ class Run:
         self.name, self.args, self.members, self.started = name, args, members, time.time()
         self.source = args.env if args.env and not args.num_updates else args.dataset  # online from scratch: no data
         slug = re.sub(r"[^\w./-]", "_", self.source).strip("./")
-        self.label = f"{name} {slug} {time.strftime('%Y%m%d-%H%M%S')}"
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # two runs may start in the same second
+        self.label = f"{name} {slug} {now}"
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
-        path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
-        self.path, self.lock = claim(path, new=not args.run_dir, resume=args.resume)
+        self.path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
+        self.lock = claim(self.path, args.resume)
         self.checkpoint, self.best = (self.path / "checkpoint" / name for name in ("state.npz", "best.npz"))
         self.alive = (np.arange(len(members.seeds)) < members.count).astype(np.int32)
         self.done = {"pretraining": 0, "offline": 0, "online": 0}
@@ -70,7 +71,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is not None and self.tracker:
-            self.tracker.finish([{}] * self.members.count, {}, 128 + self.signal if self.signal else 1)
+            self.tracker.finish(None, 128 + self.signal if self.signal else 1)
         self.lock.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -119,11 +120,9 @@ class Run:
         config |= report.provenance() | {"population": self.members.total}
         write_json(self.path / "config.json", config | {"members": members})
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
-            labels = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
-            configs = [config | self.flags | member["hyperparameters"] | member for member in members]
             if (tracking := optional("tracking")) is None:
                 raise UsageError("--track True: logging to Weights & Biases is in benchmarks/tracking.py; copy it too")
-            self.tracker = tracking.Tracker(self.args, configs, labels, self.label, self.path)
+            self.tracker = tracking.Tracker(self.args, config | {"members": members}, self.label)
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         end = f", resumed at {self.done}" if found else ""
@@ -213,14 +212,11 @@ class Run:
             print(f"{self.members.label(i)} diverged: {where}", file=sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
         if stop >= self.total or self.signal or not self.alive.any() or any(stop % n == 0 for n in self.dues):
-            (sums, counts), self.row, rows = self.row, None, {}
+            (sums, counts), self.row, rows = self.row, None, []
             for i in living:
-                rows[i] = {name: sums[name][i] / counts[name][i] if counts[name][i] else None for name in sums}
-            name = "pretraining.csv" if self.phase == "pretraining" else "metrics.csv"
-            append_rows(self.path / name, [{"step": self.steps()} | self.members.who(i) | rows[i] for i in living])
-            if self.tracker:
-                rate = {"updates_per_second": self.rate(self.phase)}
-                self.tracker.log(sum(self.done.values()), [rows.get(i, {}) | rate for i in range(self.members.count)])
+                means = {name: sums[name][i] / counts[name][i] if counts[name][i] else None for name in sums}
+                rows.append({"step": self.steps()} | self.members.who(i) | means)
+            self._write("pretraining.csv" if self.phase == "pretraining" else "metrics.csv", rows)
         if not self.alive.any():
             self.finish(None)
             print("error: every member diverged", file=sys.stderr)
@@ -230,28 +226,27 @@ class Run:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
             next(self.chunks(self.phase, self.total))
-        rows, tracked = [], [{} for _ in self.members.indices]
+        rows = []
         for i in np.flatnonzero(self.alive):
-            found, success = {"return": result.returns[i]}, result.successes[i]
-            found["score"] = normalized_score(self.domain, result.returns[i], success)
-            numbers: dict[str, Any] = {}
-            for name, x in found.items():
-                numbers |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
-            numbers |= {"episodes": len(success)}
-            numbers |= {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
-            where = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
-            rows.append(where | numbers)
-            tracked[i] = {f"evaluation/{name}": x for name, x in numbers.items()}
+            returns, success = result.returns[i], result.successes[i]
+            row = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
+            for name, x in (("return", returns), ("score", normalized_score(self.domain, returns, success))):
+                row |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
+            reported = {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
+            rows.append(row | {"episodes": len(success)} | reported)
         if self.args.keep_best:
             self._keep({row["member"]: row["return_mean"] for row in rows})
         self.evaluations += rows
-        append_rows(self.path / "evaluations.csv", rows)
-        if self.tracker:
-            self.tracker.log(sum(self.done.values()), tracked)
+        self._write("evaluations.csv", rows)
         name = "score" if rows and rows[0]["score_mean"] is not None else "return"
         self.note = f", {name} {np.mean([row[f'{name}_mean'] for row in rows]):.1f}" if rows else ""
         if self.args.quiet or not sys.stderr.isatty():
             print(f"{self.phase} {self.done[self.phase]}{self.note}", flush=True)
+
+    def _write(self, table: str, rows: list[dict[str, Any]]) -> None:
+        append_rows(self.path / table, rows)
+        if self.tracker:
+            self.tracker.log(table, rows, sum(self.done.values()), self.rate(self.phase))
 
     def _keep(self, returns: dict[int, float]) -> None:
         """Copy the members with their largest returns so far from the checkpoint, which is of this very step."""
@@ -278,18 +273,16 @@ class Run:
         for i, index in enumerate(self.members.indices):
             entry = self.members.who(i) | {"swept": self.members.swept[i], "diverged": self.diverged.get(i)}
             members.append(entry | {name: last.get(index, {}).get(name) for name in names})
-        final = {"members": members} | report.summarise(members) | {"pretraining_updates": self.done["pretraining"]}
+        intervals = optional("intervals")
+        final = {"members": members} | (intervals.summarise(members) if intervals else {})
+        final |= {"pretraining_updates": self.done["pretraining"]}
         final |= {"updates": self.done["offline"], "updates_per_second": self.rate("offline")}
         final |= {"online_steps": self.done["online"], "online_steps_per_second": self.rate("online")}
         write_json(self.path / "final.json", final | {"wall_clock_seconds": time.time() - self.started})
         if self.tracker:
-            own = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in members]
-            swept = {f"final_{name}_iqm": final["aggregate"][name]["iqm"] for name in ("score", "return")}
-            self.tracker.finish(own, swept | {"diverged_members": len(self.diverged)}, 0 if last else 3)
+            self.tracker.finish(final, 0 if last else 3)
         try:  # everything is written: neither a picture nor a terminal can fail the run
-            if (reports := optional("report")) is not None:
-                reports.of_run(self.path)
-            else:
-                print(f"results in {self.path}", flush=True)
+            reports = optional("report")
+            reports.of_run(self.path) if reports else print(f"results in {self.path}", flush=True)
         except Exception as error:
             print(f"no curves.png or table: {one_line(error)}", file=sys.stderr)

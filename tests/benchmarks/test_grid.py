@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import grid, report
 from benchmarks.grid import Sweep
-from common.report import summarise
+from benchmarks.intervals import summarise
 
 
 def entry(swept: dict[str, float], seed: int, score: float | None, diverged: bool = False) -> dict[str, Any]:

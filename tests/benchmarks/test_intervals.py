@@ -1,5 +1,8 @@
 """The statistics of the reports, by hand; intervals where the resamples can be counted."""
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -49,3 +52,54 @@ def test_the_expected_best_of_one_setting_is_the_mean_and_of_many_nears_the_best
 def test_regret_is_the_area_above_the_curve() -> None:
     assert intervals.regret([0, 10, 40], [100.0, 50.0, 50.0]) == pytest.approx((10 * 25 + 30 * 50) / 40)
     assert intervals.regret([0, 5], [80.0, 80.0]) == pytest.approx(20.0)
+
+
+def test_interquartile_mean_by_hand() -> None:
+    for values, mean in (
+        ([5.0], 5),
+        ([1, 2, 6], 3),  # a quarter of three, rounded down, is none
+        ([100, 1, 3, -50], 2),
+        ([0, 1, 2, 3, 4, 5, 6, 70], 3.5),
+    ):
+        assert intervals.aggregate(values)["iqm"] == mean
+
+
+def test_bootstrap_interval() -> None:
+    # Two draws of {0, 1}: means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4.
+    found = intervals.aggregate([0.0, 1.0])
+    assert (found["ci_low"], found["ci_high"], found["count"]) == (0.0, 1.0, 2)
+    # For many runs: mean +- 1.96 standard errors of the interquartile mean, by simulation.
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=200)
+    middle = np.sort(rng.normal(size=(4000, 200)), axis=1)[:, 50:150].mean(axis=1)
+    found = intervals.aggregate(values)
+    assert found["ci_high"] - found["ci_low"] == pytest.approx(2 * 1.96 * middle.std(), rel=0.2)
+    assert found["ci_low"] < found["iqm"] < found["ci_high"]
+    assert intervals.aggregate(values) == found, "the same values give the same interval"
+
+
+def test_equal_values_have_an_interval_of_no_width() -> None:
+    assert intervals.aggregate([3.0, 3.0, 3.0]) == {"iqm": 3.0, "ci_low": 3.0, "ci_high": 3.0, "count": 3}
+
+
+def test_aggregate_leaves_out_what_is_missing() -> None:
+    assert intervals.aggregate([None, math.nan]) == {"iqm": None, "ci_low": None, "ci_high": None, "count": 0}
+    # One value says nothing about the spread: no interval of width zero.
+    assert intervals.aggregate([3.0, None]) == {"iqm": 3.0, "ci_low": None, "ci_high": None, "count": 1}
+
+
+def members_of(scores: dict[float, list[float | None]]) -> list[dict[str, Any]]:
+    """Members of a sweep of beta: for each value a list of scores, returns ten times as large; None diverged."""
+    return [
+        {"seed": seed, "swept": {"beta": beta}, "score_mean": score, "return_mean": score and 10 * score}
+        for beta, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+
+
+def test_members_are_summarised_by_their_setting() -> None:
+    summary = intervals.summarise(members_of({1.0: [1, 2, 3], 2.0: [10, None, 30], 3.0: [None] * 3}))
+    assert [c["swept"] for c in summary["combinations"]] == [{"beta": 2.0}, {"beta": 1.0}, {"beta": 3.0}], "best first"
+    assert [c["score"]["iqm"] for c in summary["combinations"]] == [20, 2, None]
+    assert [c["return"]["count"] for c in summary["combinations"]] == [2, 3, 0]
+    assert summary["aggregate"]["score"]["count"] == 5

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import rows_of
 
+from benchmarks import intervals
 from benchmarks.tracking import Tracker
-from common import report, runs
+from common import runs
 from common.cli import RunArgs
 
 
@@ -182,7 +183,7 @@ def test_a_crash_under_an_agent_leaves_nothing_that_a_sweep_could_take_for_a_res
     def crash(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(report, "summarise", crash)
+    monkeypatch.setattr(intervals, "summarise", crash)
     with pytest.raises(RuntimeError, match="out of memory"):
         iql(*short, "--run-dir", tmp_path / "run")
     (run,) = wandb.runs
@@ -198,10 +199,12 @@ def test_offline_mode_writes_a_run_for_each_member(
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
     args = RunArgs(track=True, wandb_project="project", wandb_group="the-group-of-both", preset="none")
-    configs = [{"algorithm": "iql", "beta": beta} for beta in (1.0, 2.0)]
-    tracker = Tracker(args, configs, ["first", "second"], "label", tmp_path)
-    tracker.log(10, [{"loss": 1.0}, {"loss": 2.0, "missing": None}])
-    tracker.finish([{"final_score": 3.0}, {"final_score": None}], {}, 0)
+    members = [{"member": i, "seed": i, "swept": {"beta": i}, "hyperparameters": {"beta": i}} for i in range(2)]
+    config = {"algorithm": "iql", "run_dir": str(tmp_path), "flags": {}, "members": members}
+    tracker = Tracker(args, config, "label")
+    tracker.log("metrics.csv", [{"member": 0, "loss": 1.0}, {"member": 1, "loss": 2.0, "missing": None}], 10, 3.0)
+    finals = [{"score_mean": 3.0, "return_mean": 1.0}, {"score_mean": None, "return_mean": None}]
+    tracker.finish({"members": finals}, 0)
     assert "tracking is off" not in capfd.readouterr().err
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
@@ -209,4 +212,4 @@ def test_offline_mode_writes_a_run_for_each_member(
     while not all(b"the-group-of-both" in file.read_bytes() for file in files) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert all(b"the-group-of-both" in file.read_bytes() for file in files)
-    assert sum(b"second" in file.read_bytes() for file in files) == 1
+    assert sum(b"label member 1 seed 1" in file.read_bytes() for file in files) == 1

@@ -29,6 +29,7 @@ from conftest import (
 )
 
 from algorithms.iql import Args
+from benchmarks import intervals
 from common import environments, members, report, runs
 from common.cli import UsageError
 from common.runs import Run
@@ -564,26 +565,13 @@ def test_another_configurations_checkpoint(
     assert snapshot(taken) == before
 
 
-@pytest.mark.slow
-def test_two_runs_of_one_second_get_two_directories(
-    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda *_: "now")
-    for _ in range(2):
-        assert iql(*small_run, "--num-updates", "5", "--eval-every", "0").status == 0
-    assert [path.parent.name for path in sorted(Path("runs").rglob("final.json"))] == ["now", "now-1"]
-
-
-def test_two_runs_of_one_instant_get_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second looked before the first had made its directory, so that to it none exists."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda *_: "now")
-    monkeypatch.setattr(Path, "exists", lambda *_, **__: False)
     args = Args()
-    runs = [Run("iql", args, members.make_members(args)) for _ in range(3)]
-    assert [run.path.name for run in runs] == ["now", "now-1", "now-2"]
-    for run in runs:
+    population = members.make_members(args)
+    begun = [Run("iql", args, population) for _ in range(3)]
+    assert len({run.path for run in begun}) == 3
+    for run in begun:
         run.lock.close()
 
 
@@ -668,9 +656,9 @@ def test_a_terminal_that_cannot_show_what_is_printed(
     run = tmp_path / "gelände"
     flags = [*small_run, "--num-updates", "5", "--eval-every", "0", "--run-dir", run]
     if encoding == "closed":  # from the report on
-        original = report.summarise
+        original = intervals.summarise
         monkeypatch.setattr(
-            report, "summarise", lambda *a: monkeypatch.setattr(sys, "stdout", kind(io.BytesIO())) or original(*a)
+            intervals, "summarise", lambda *a: monkeypatch.setattr(sys, "stdout", kind(io.BytesIO())) or original(*a)
         )
     else:
         monkeypatch.setattr(sys, "stdout", kind(io.BytesIO(), encoding="ascii"))
