@@ -91,10 +91,8 @@ assert "wandb" not in sys.modules
     assert process.returncode == 0 and list(tmp_path.iterdir()) == []
 
 
-def test_training_needs_five_packages_alone(
-    tmp_path: Path, spawn: Callable[..., subprocess.Popen]
-) -> None:
-    """jax, flax, optax, numpy and tyro, as on a machine lent for its accelerator: all six are imported, and one is trained."""
+def test_training_needs_five_packages_alone(tmp_path: Path, spawn: Callable[..., subprocess.Popen]) -> None:
+    """jax, flax, optax, numpy and tyro, as on a machine with little more than an accelerator."""
     absent = ["gymnasium", "minari", "mujoco", "scipy", "h5py", "matplotlib", "wandb", "imageio", "ogbench"]
     code = f"""
 import runpy, sys
