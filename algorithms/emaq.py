@@ -337,7 +337,7 @@ def draw_pool(state: State, hp: Hyperparameters, data: Replay, key: jax.Array, a
     size = min(rows, max(1, 10_000 // count))
 
     def fill(pool: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        states = jax.lax.dynamic_slice_in_dim(data.offline.next_observations, start, size)
+        states = data.offline.at(start + jnp.arange(size)).next_observations
         bins = behavior.apply(state.behavior, states, jax.random.fold_in(key, start), count, method="sample")[1]
         block = jnp.swapaxes(bins, 0, 1).reshape(size, *pool.shape[1:]).astype(jnp.uint8)
         return jax.lax.dynamic_update_slice_in_dim(pool, block, start, axis=0), None

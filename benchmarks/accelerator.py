@@ -30,7 +30,7 @@ from algorithms import awac, awr, cql, emaq, iql, td3_bc
 from benchmarks.tables import Table, aligned
 from common.cli import exit_status
 from common.members import make_members, use_compilation_cache
-from common.replay import Replay, Transitions
+from common.replay import Recorded, Replay, Transitions, record
 
 # TFLOP/s of dense products, from NVIDIA's data sheets (SXM): in float32 and in TF32.
 PEAKS = {"H100": (67.0, 494.5), "H200": (67.0, 494.5), "A100": (19.5, 156.0)}
@@ -65,25 +65,26 @@ class Args:
     batched: bool = False  # Vmap the members on a CPU too.
 
 
-def random_transitions(args: Args) -> Transitions:
+def random_transitions(args: Args) -> Recorded:
     """Episodes of 1,000 steps, cut by their time limit, with random numbers for everything else."""
     rng, size = np.random.default_rng(0), args.rows
     observations = rng.standard_normal((size + 1, args.obs_dim), np.float32)
     actions = rng.uniform(-1.0, 1.0, (size, args.action_dim)).astype(np.float32)
     none, ends = np.zeros(size, np.float32), (np.arange(size) % 1000 == 999).astype(np.float32)
-    return Transitions(observations[:-1], actions, rng.standard_normal(size, np.float32), observations[1:], none, ends)
+    rewards = rng.standard_normal(size, np.float32)
+    return record(Transitions(observations[:-1], actions, rewards, observations[1:], none, ends))
 
 
-def flops_of(script: Any, state: Any, hp: Any, settings: Any, data: Transitions) -> float | None:
+def flops_of(script: Any, state: Any, hp: Any, settings: Any, data: Recorded) -> float | None:
     """Floating-point operations of one update of one member; None where it is more than a minibatch's, or not said."""
     if not hasattr(script, "update"):
         return None
-    batch = jax.tree.map(lambda x: x[: settings.batch_size], data)
+    batch = data.at(np.arange(settings.batch_size))
     found = jax.jit(partial(script.update, args=settings)).lower(state, batch, hp).compile().cost_analysis()
     return found.get("flops") if isinstance(found, dict) else None
 
 
-def measure(name: str, count: int, args: Args, data: Transitions) -> dict[str, Any]:
+def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]:
     """One row: `count` members of the algorithm on one device."""
     script, settings = ALGORITHMS[name]
     sizes = {} if args.hidden_dim is None else {"hidden_dim": args.hidden_dim}

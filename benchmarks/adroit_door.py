@@ -62,7 +62,7 @@ from common.cli import UsageError, exit_status, one_line
 from common.data import Dataset
 from common.environments import Collector, make_environment
 from common.members import make_members
-from common.replay import Replay, Transform, Transitions, fit_transform
+from common.replay import Replay, Transform, Transitions, fit_transform, record
 from common.report import provenance, write_atomically, write_json
 
 OBS_DIM, ACTION_DIM = 39, 28
@@ -220,7 +220,7 @@ def clone(data: Transitions, num_updates: int, seed: int) -> Callable[[np.ndarra
     """The policy that `benchmarks/bc.py` clones from the data, with its defaults: `[batch, 39] -> [batch, 28]`."""
     args = bc.Args(num_updates=num_updates, seed=seed)
     transform = fit_transform(data, args)
-    replay = Replay(jax.tree.map(jnp.asarray, transform.transitions(data)))
+    replay = Replay(jax.tree.map(jnp.asarray, transform.transitions(record(data))))
     init = jax.jit(partial(bc.init, args=args, obs_dim=OBS_DIM, action_dim=ACTION_DIM))
     state = init(jax.random.key(seed), args.hp)
     state, _ = jax.jit(partial(bc.train, args=args))(state, args.hp, replay, num_updates)

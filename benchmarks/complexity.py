@@ -255,7 +255,8 @@ def main(args: Args) -> None:
     total, action_dim = run.transitions.actions.shape
     rng = np.random.default_rng(args.seed)
     rows = np.sort(rng.choice(total, min(args.num_states, total), replace=False))
-    states = np.concatenate([run.transitions.observations[rows], run.transitions.next_observations[rows]])
+    drawn = run.transitions.at(rows)
+    states = np.concatenate([drawn.observations, drawn.next_observations])
     numbers = counts(args.pool, run.args.num_proposals)
     key, drawing = jax.random.key(args.seed), run.args.replace(num_proposals=args.pool)
 

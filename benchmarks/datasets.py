@@ -22,7 +22,7 @@ from benchmarks.offax_sets import datasets_root
 from benchmarks.tables import aligned
 from common.cli import UsageError, exit_status
 from common.data import Dataset, load, normalized_score
-from common.replay import episode_returns
+from common.replay import Transitions, episode_returns
 from common.report import read_json, write_atomically
 
 STATISTICS = ("dataset", "env", "transitions", "episodes", "mean", "min", "max", "normalised", "terminated", "MB")
@@ -84,7 +84,7 @@ def row_of(name: str, env: str | None) -> list[Any]:
 
 def write_npz(dataset: Dataset, path: Path) -> Path:
     """Write the set as `load` reads it again: its actions in the environment's own range, the environment by its id."""
-    columns = dataset.transitions._asdict()
+    columns = {name: getattr(dataset.transitions, name) for name in Transitions._fields}
     columns["actions"] = dataset.low + (columns["actions"] + 1.0) * (dataset.high - dataset.low) / 2.0
     env = str(getattr(dataset.env_spec, "id", dataset.env_spec))
     write_atomically(path, lambda file: np.savez(file, **columns, env=np.array(env)))

@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 
@@ -44,7 +45,7 @@ from common.cli import Count, exit_status, parse
 from common.data import load
 from common.members import use_compilation_cache
 from common.networks import descend
-from common.replay import Replay, Transitions
+from common.replay import Recorded, Replay, Transitions, record
 from common.report import provenance
 
 
@@ -137,7 +138,7 @@ def whole_update(
     return state._replace(critic=params, target_critic=target, critic_opt=opt, step=state.step + 1, key=key)
 
 
-def repeated(update: Callable[[emaq.State, Transitions], emaq.State], data: Transitions, args: emaq.Args) -> Any:
+def repeated(update: Callable[[emaq.State, Transitions], emaq.State], data: Recorded, args: emaq.Args) -> Any:
     """Jit-compiled `(state, count) -> state`: `count` updates, each on a minibatch of its own."""
 
     def step(_: jax.Array, state: emaq.State) -> emaq.State:
@@ -153,8 +154,9 @@ def run(args: Args) -> None:
     script = parse(emaq.Args, emaq.PRESETS, ["--preset", args.preset])
     hp = script.hp
     everywhere = script.replace(screening=False)
-    raw = load(args.dataset).transitions
-    data = jax.tree.map(lambda x: jnp.asarray(x[: args.rows]), raw)
+    recorded = load(args.dataset).transitions
+    rows = np.arange(min(args.rows, len(recorded.rewards)))
+    data = jax.tree.map(jnp.asarray, record(recorded.at(rows)))
     state = emaq.init(jax.random.key(args.seed), hp, script, data.observations.shape[1], data.actions.shape[1])
     train_behavior = jax.jit(partial(emaq.train_behavior, args=script))
     state, _ = train_behavior(state, hp, Replay(data), 2 * args.warm_up)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.members import make_members
-from common.replay import Replay, Transitions
+from common.replay import Replay, Transitions, record
 from common.runs import STRETCH
 
 OBS_DIM, ACTION_DIM, ROWS = 11, 3, 200_000
@@ -133,7 +133,7 @@ def build_ours(side: Side, data: dict[str, np.ndarray]) -> Trainer:
     settings = dict(side.settings) | {"batch_size": BATCH_SIZE, "hidden_dim": HIDDEN_DIM, "num_seeds": side.members}
     args = module.Args(**settings)
     members = make_members(args)
-    offline = members.replicate(Transitions(**data))
+    offline = members.replicate(record(Transitions(**data)))
     state = members.start(partial(module.init, args=args, obs_dim=OBS_DIM, action_dim=ACTION_DIM))
     train_all = members.map(partial(module.train, args=args))
 

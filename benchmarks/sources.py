@@ -26,7 +26,7 @@ from benchmarks.offax_sets import datasets_root
 from common.cli import UsageError, one_line
 from common.data import Dataset, bounds_of, check, load_npz
 from common.environments import action_bounds, domain_of
-from common.replay import Transitions
+from common.replay import Transitions, record
 
 
 def load(id_or_path: str, env: str | None) -> Dataset:
@@ -43,8 +43,8 @@ def load(id_or_path: str, env: str | None) -> Dataset:
         if ours != theirs:
             what = "{0} observations, actions from {1} to {2}".format
             raise UsageError(f"{first.id} has {what(*ours)}, {other.id} has {what(*theirs)}: they cannot be joined")
-    columns = zip(*(one.transitions for one in (first, *others)), strict=True)
-    return replace(first, id=id_or_path, transitions=Transitions(*map(np.concatenate, columns)))
+    columns = ([getattr(x.transitions, name) for x in (first, *others)] for name in Transitions._fields)
+    return replace(first, id=id_or_path, transitions=record(Transitions(*map(np.concatenate, columns))))
 
 
 def _load(id_or_path: str, env: str | None) -> Dataset:

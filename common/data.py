@@ -12,7 +12,7 @@ import numpy as np
 
 from common.cli import UsageError, optional
 from common.environments import action_bounds, domain_of, make_raw, normalized_score
-from common.replay import Transitions, episode_returns
+from common.replay import Recorded, Transitions, episode_returns, record
 from common.report import read_npz
 
 
@@ -25,7 +25,7 @@ class Dataset:
     """
 
     id: str
-    transitions: Transitions
+    transitions: Recorded
     env_spec: Any
     domain: str | None
     low: np.ndarray
@@ -34,7 +34,7 @@ class Dataset:
     def describe(self) -> dict[str, Any]:
         """What config.json says of it; `dataset_sha256` tells two datasets of one name apart."""
         t, returns = self.transitions, episode_returns(self.transitions)
-        hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], *t[1:3], *t[4:])))
+        hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[4:])))
         summary: dict[str, Any] = {"episodes": len(returns)}
         if len(returns):
             scores = normalized_score(self.domain, returns)
@@ -55,7 +55,8 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
     if only_env and env is not None:
         obs_dim, low, high = spaces_of(env)
         shapes = [(0, obs_dim), (0, len(low)), (0,), (0, obs_dim), (0,), (0,)]
-        return Dataset("none", Transitions(*(np.zeros(x, np.float32) for x in shapes)), env, domain_of(env), low, high)
+        nothing = record(Transitions(*(np.zeros(shape, np.float32) for shape in shapes)))
+        return Dataset("none", nothing, env, domain_of(env), low, high)
     path = os.path.expanduser(id_or_path)
     if (sources := optional("sources")) is not None:
         found = sources.load(path, env)
@@ -86,7 +87,7 @@ def spaces_of(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:
         made.close()
 
 
-def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Transitions:
+def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Recorded:
     """The arrays as float32 transitions with actions rescaled to [-1, 1]; UsageError in one line if they are unfit."""
     out, size = {}, arrays["rewards"].size
     for field in Transitions._fields:
@@ -112,7 +113,7 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
         raise UsageError(f"{name}: actions are out of bounds, first {found}; clip them if that is what was executed")
     if np.any(low != -1.0) or np.any(high != 1.0):
         actions = 2.0 * (actions - low) / (high - low) - 1.0
-    return Transitions(**out | {"actions": np.clip(actions, -1.0, 1.0).astype(np.float32, copy=False)})
+    return record(Transitions(**out | {"actions": np.clip(actions, -1.0, 1.0).astype(np.float32, copy=False)}))
 
 
 def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,8 +24,52 @@ class Transitions(NamedTuple):
     terminations: jax.Array
     truncations: jax.Array
 
+    def at(self, rows: jax.Array) -> "Transitions":
+        """Those of some rows."""
+        return Transitions(*(x[rows] for x in self))
 
-def episode_returns(transitions: Transitions) -> np.ndarray:
+
+class Recorded(NamedTuple):
+    """The transitions of a dataset with each state stored once, in half the memory.
+
+    `states [N + E, obs_dim]`: those of the N rows, then the E next states that are not the state of the following row;
+    `successors [N]`, int32: where each row's next state is. The rest is as in `Transitions`.
+    """
+
+    states: jax.Array
+    actions: jax.Array
+    rewards: jax.Array
+    successors: jax.Array
+    terminations: jax.Array
+    truncations: jax.Array
+
+    @property
+    def observations(self) -> jax.Array:
+        """State of each row, `[N, obs_dim]`."""
+        return self.states[: len(self.rewards)]
+
+    @property
+    def next_observations(self) -> jax.Array:
+        """Next state of each row, `[N, obs_dim]`, as a copy."""
+        return self.states[self.successors]
+
+    def at(self, rows: jax.Array) -> Transitions:
+        """The transitions of some rows."""
+        return Transitions(*(x[rows] for x in self))._replace(next_observations=self.states[self.successors[rows]])
+
+
+def record(transitions: Transitions) -> Recorded:
+    """`transitions` of numpy arrays, each state once."""
+    observations, following, size = transitions.observations, transitions.next_observations, len(transitions.rewards)
+    differs = np.ones(size, bool)
+    differs[:-1] = (observations[1:] != following[:-1]).any(axis=1)
+    successors = np.arange(1, size + 1, dtype=np.int32)
+    successors[differs] = size + np.arange(differs.sum())
+    states = np.concatenate([observations, following[differs]])
+    return Recorded(states, transitions.actions, transitions.rewards, successors, *transitions[4:])
+
+
+def episode_returns(transitions: Transitions | Recorded) -> np.ndarray:
     """Undiscounted return of each episode, float64 `[episodes]`; one ends at either flag, or where the data ends."""
     ends = (np.asarray(transitions.terminations) > 0) | (np.asarray(transitions.truncations) > 0)
     starts = np.flatnonzero(np.append(True, ends[:-1])) if len(ends) else np.zeros(0, int)
@@ -50,16 +94,13 @@ class Transform(NamedTuple):
         """Transformed rewards `[...]`, float32."""
         return (self.reward_scale * np.asarray(rewards) + self.reward_shift).astype(np.float32)
 
-    def transitions(self, transitions: Transitions) -> Transitions:
+    def transitions(self, transitions: Recorded) -> Recorded:
         """Transitions with states and rewards transformed; actions and flags as they are."""
-        return transitions._replace(
-            observations=self.observations(transitions.observations),
-            rewards=self.rewards(transitions.rewards),
-            next_observations=self.observations(transitions.next_observations),
-        )
+        states, rewards = self.observations(transitions.states), self.rewards(transitions.rewards)
+        return transitions._replace(states=states, rewards=rewards)
 
 
-def fit_transform(transitions: Transitions, args: RunArgs) -> Transform:
+def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
     """Constants from the dataset, for evaluation and the online phase too; without rows, nothing is normalised.
 
     `normalize_observations`: mean and standard deviation of the dataset's observations, 1e-3 added to the latter
@@ -134,7 +175,7 @@ class Replay(NamedTuple):
     algorithm keeps beside the offline rows, `[members, rows, ...]`.
     """
 
-    offline: Transitions | None
+    offline: Recorded | None
     ring: Ring | None = None
     member: jax.Array | None = None
     extra: Any = None
@@ -156,7 +197,7 @@ def take(replay: Replay, rows: jax.Array) -> Transitions:
     """The transitions `[len(rows), ...]` of row numbers that `sample_rows` drew."""
     offline, ring, member, _ = replay
     if ring is None:
-        return jax.tree.map(lambda x: x[rows], offline)
+        return offline.at(rows)
     num_offline = 0 if offline is None else len(offline.rewards)
     from_ring, ring_rows = rows >= num_offline, jnp.maximum(rows - num_offline, 0)
     new = jax.tree.map(lambda x: x[ring_rows] if member is None else x[member, ring_rows], ring.data)
@@ -164,9 +205,9 @@ def take(replay: Replay, rows: jax.Array) -> Transitions:
         return new
 
     def pick(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(from_ring.reshape(-1, *[1] * (new.ndim - 1)), new, old[jnp.minimum(rows, num_offline - 1)])
+        return jnp.where(from_ring.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(pick, offline, new)
+    return jax.tree.map(pick, offline.at(jnp.minimum(rows, num_offline - 1)), new)
 
 
 def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:

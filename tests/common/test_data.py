@@ -135,7 +135,7 @@ def test_minari_rows() -> None:
     assert data.rewards.tolist() == [1, 2, 3, 4, 5, 6]
     assert data.terminations.tolist() == [0, 0, 1, 0, 0, 0]
     assert data.truncations.tolist() == [0, 0, 0, 0, 1, 1]  # the last had no flag
-    assert all(array.dtype == np.float32 for array in data)
+    assert all(getattr(data, name).dtype == np.float32 for name in Transitions._fields)
 
 
 def test_environment_comes_from_the_dataset_and_may_be_replaced() -> None:
@@ -253,8 +253,8 @@ def test_npz_rows(tmp_path: Path) -> None:
     arrays = good_npz() | {"terminations": np.array([0, 1, 0, 0, 0]), "truncations": np.array([0, 0, 0, 1, 0])}
     np.savez(tmp_path / "mine.npz", **arrays)
     dataset = load(str(tmp_path / "mine.npz"), "Any32-v0")
-    for name, array in dataset.transitions._asdict().items():
-        np.testing.assert_array_equal(array, arrays[name].astype(np.float32))
+    for name in Transitions._fields:
+        np.testing.assert_array_equal(getattr(dataset.transitions, name), arrays[name].astype(np.float32))
     assert (dataset.env_spec, dataset.domain) == ("Any32-v0", None)
     assert len(episode_returns(dataset.transitions)) == 3
     about = dataset.describe()

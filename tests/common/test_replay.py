@@ -182,27 +182,44 @@ def two_episodes() -> Transitions:
     )
 
 
+def test_recorded_rows_are_those_that_were_given_with_states_stored_once() -> None:
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(21, 2)).astype(np.float32)
+    flat = {name: rng.normal(size=20).astype(np.float32) for name in ("rewards", "terminations", "truncations")}
+    whole = Transitions(states[:-1], np.zeros((20, 1), np.float32), next_observations=states[1:].copy(), **flat)
+    whole.next_observations[[4, 11]] = rng.normal(size=(2, 2))  # episodes end there, and in the last row
+    backwards = jax.tree.map(lambda x: x[::-1], whole)
+    for given, extra in ((whole, 3), (backwards, 20), (jax.tree.map(lambda x: x[:0], whole), 0)):
+        recorded = replay.record(given)
+        assert len(recorded.states) == len(given.rewards) + extra
+        for name in Transitions._fields:
+            np.testing.assert_array_equal(getattr(recorded, name), getattr(given, name))
+        rows = rng.integers(0, 20, 50) if extra else np.zeros(0, int)
+        for ours, theirs in zip(recorded.at(rows), given.at(rows), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_observations_are_centred_and_scaled_by_the_dataset() -> None:
     data = two_episodes()
     fitted = fit(data, True, False, 1.0, 0.0)
     # Mean (1 + 3 + 5 + 7) / 4 = 4, variance (9 + 1 + 1 + 9) / 4 = 5; next observations take no part.
     np.testing.assert_allclose(fitted.observation_mean, [4, 5], rtol=1e-6)
     np.testing.assert_allclose(fitted.observation_std, [5**0.5 + 1e-3, 1e-3], rtol=1e-6)
-    out = fitted.transitions(data)
+    out = fitted.transitions(replay.record(data))
     np.testing.assert_allclose(out.observations[0], [-3 / (5**0.5 + 1e-3), 0], rtol=1e-6)
     np.testing.assert_allclose(out.next_observations[1], [96 / (5**0.5 + 1e-3), 0], rtol=1e-6)
     np.testing.assert_array_equal(out.rewards, data.rewards)
     for name in ("actions", "terminations", "truncations"):
         np.testing.assert_array_equal(getattr(out, name), getattr(data, name))
-    assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype(np.float32)}
+    assert {x.dtype for x in out._replace(successors=out.rewards)} == {np.dtype(np.float32)}
 
 
 def test_rewards_are_scaled_by_the_range_of_returns() -> None:
     data = two_episodes()
     fitted = fit(data, False, True, 1.0, 0.0)
     assert fitted.reward_scale == pytest.approx(1000 / (6 - -2))
-    np.testing.assert_allclose(fitted.transitions(data).rewards, [250, 500, 125, -375])
-    np.testing.assert_array_equal(fitted.transitions(data).observations, data.observations)
+    np.testing.assert_allclose(fitted.transitions(replay.record(data)).rewards, [250, 500, 125, -375])
+    np.testing.assert_array_equal(fitted.transitions(replay.record(data)).observations, data.observations)
 
 
 def test_scale_and_shift_compose() -> None:
