@@ -24,15 +24,19 @@ from jax.sharding import PartitionSpec as P
 from common.cli import RunArgs, UsageError, parse_grid
 from common.replay import Replay
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def usable_cores() -> int:
-    """CPU cores that this process may use: its affinity, and the quota of its container."""
+    """CPU cores that this process may use: NPROC if that is set, else by its affinity and its container's quota."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return max(1, int(os.environ["NPROC"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such limit, or "max"
-        return cores
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+    return max(1, cores)
 
 
 def is_key(leaf: Any) -> bool:
@@ -98,8 +102,9 @@ class Members:
         if stats := self.mesh.devices.flat[0].memory_stats():  # none on a CPU
             return (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
-            size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        for name in ("memory.max", "memory/memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                size = min(size, int((CGROUP / name).read_text()))
         return size
 
     def start(self, init: Callable) -> Any:
@@ -189,8 +194,9 @@ def make_members(args: RunArgs) -> Members:
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) <= len(everyone)):
         raise UsageError(f"--shard {args.shard}: write I/N with 0 <= I < N, N at most the {len(everyone)} members")
     indices = list(range(int(part), len(everyone), int(parts)))
+    os.environ["NPROC"] = str(cores := usable_cores())  # XLA's threads: it knows of affinity, but of no quota
     with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
-        jax.config.update("jax_num_cpu_devices", max(1, min(len(indices), usable_cores())))
+        jax.config.update("jax_num_cpu_devices", min(len(indices), cores))
     devices = jax.local_devices()[: len(indices)]
     padded = indices + indices[-1:] * (-len(indices) % len(devices))
     with np.errstate(over="ignore"):  # infinity: that member diverges, and is named

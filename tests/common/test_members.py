@@ -1,7 +1,10 @@
 """Populations: who the members are; that they depend neither on each other nor on how they are shared out."""
 
 import os
+import subprocess
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +75,47 @@ def test_bad_grids(grid: str) -> None:
     with pytest.raises(UsageError) as caught:
         cli.parse_grid(grid, NAMES)
     assert "\n" not in str(caught.value) and "--grid" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "9900000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_cores_are_those_of_the_affinity_and_of_the_containers_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(members, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("NPROC", raising=False)
+    assert members.usable_cores() == cores
+    monkeypatch.setenv("NPROC", "5")
+    assert members.usable_cores() == 5, "who sets it decides"
+
+
+def test_xla_has_as_many_threads_as_there_are_usable_cores(spawn: Callable[..., subprocess.Popen]) -> None:
+    """It would size its pool by the machine's cores, whatever a container may use of them."""
+    code = """
+import os, pathlib, jax
+from algorithms import iql
+from common import members
+members.usable_cores = lambda: 5
+members.make_members(iql.Args())
+jax.block_until_ready(jax.numpy.ones((300, 300)) @ jax.numpy.ones((300, 300)))
+print([task.joinpath("comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()].count("tf_XLAEigen\\n"))
+"""
+    process = spawn("-c", code)
+    assert process.communicate(timeout=60) == ("5\n", "")
 
 
 def test_members_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
