@@ -1,0 +1,98 @@
+"""Updates per second of IQL beside other runs on the same cores, and where a container may use fewer than there are.
+
+    python benchmarks/sharing.py
+    python benchmarks/sharing.py --cgroup /sys/fs/cgroup/half
+
+Runs of one member each, on random data of HalfCheetah's sizes (benchmarks/accelerator.py), start together, with as many
+of XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates. The second command
+puts every run into a cgroup with a quota, and names the row by it. Whoever may makes one before, in version 2 by
+`mkdir /sys/fs/cgroup/half; echo "100000 100000" > /sys/fs/cgroup/half/cpu.max`.
+
+Rows go to `<out>.csv`, the table of the medians to `<out>.md`.
+"""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.tables import Table, commit_of
+from common.cli import Count, UsageError, exit_status
+from common.members import usable_cores
+from common.report import provenance, write_atomically
+
+SCRIPT = Path(__file__).resolve().with_name("accelerator.py")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Updates per second of IQL beside other runs on the same cores."""
+
+    processes: tuple[Count, ...] = (1, 2, 4)  # How many runs at once.
+    threads: tuple[Count, ...] = ()  # XLA's threads in each. Default: as many as there are cores, and 1.
+    rounds: Count = 3  # Measurements of each, in turn.
+    seconds: float = 10.0  # Least time of each.
+    cgroup: Path | None = None  # A cgroup that the runs are put into.
+    out: Path = Path("results/sharing")  # Where results go, without suffix; a CSV that exists is gone on with.
+
+
+def together(count: int, threads: int, args: Args) -> list[float]:
+    """The rates of `count` runs that start together."""
+    with tempfile.TemporaryDirectory() as folder:
+        tables = [Path(folder, f"{i}.csv") for i in range(count)]
+        flags = ["--algorithms", "iql", "--members", "1", "--rows", "100000", "--seconds", str(args.seconds)]
+        runs = []
+        for path in tables:
+            command = [sys.executable, str(SCRIPT), "--out", str(path), *flags]
+            environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+            runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+            if args.cgroup:
+                (args.cgroup / "cgroup.procs").write_text(str(runs[-1].pid))
+        if any([run.wait() for run in runs]):
+            raise UsageError("a run failed; what it said is above")
+        return [float(next(csv.DictReader(path.read_text().splitlines()))["updates_per_second"]) for path in tables]
+
+
+def report(out: Path) -> str:
+    """The medians of the CSV, as Markdown."""
+    rows = Table(out.with_suffix(".csv")).read()
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["quota"], row["processes"], row["threads"]), []).append(float(row["updates_per_second"]))
+    lines = [f"# IQL on shared cores\n\nMade by `python {Path('benchmarks', SCRIPT.with_name('sharing.py').name)}`.\n"]
+    lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
+    for key, rates in sorted(found.items()):
+        numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]
+        lines.append(f"| {' | '.join((*key, *numbers, str(len(rates))))} |")
+    made = {(row["processor"], row["cores"], row["git_commit"]) for row in rows}
+    lines += ["", *(f"- processor: {cpu}, {cores} cores; commit {commit}" for cpu, cores, commit in sorted(made))]
+    loads = [float(row["load"]) for row in rows]
+    return "\n".join([*lines, f"- load average at the start of each round: {min(loads):.1f} to {max(loads):.1f}", ""])
+
+
+def main(args: Args) -> None:
+    """Measure every combination in turn, a row after each; then write the table."""
+    about, table = provenance(), Table(args.out.with_suffix(".csv"))
+    threads = args.threads or tuple(sorted({usable_cores(), 1}, reverse=True))
+    for _ in range(args.rounds):
+        for count in args.processes:
+            for each in threads:
+                load = os.getloadavg()[0]
+                row = {"quota": args.cgroup.name if args.cgroup else "none", "processes": count, "threads": each}
+                row |= {"updates_per_second": sum(together(count, each, args)), "load": load}
+                row |= {"processor": about["cpu"]["model"], "cores": about["cpu"]["cores"]}
+                table.append([row | {"git_commit": commit_of(about)}])
+                print(", ".join(f"{name} {row[name]}" for name in ("processes", "threads", "updates_per_second")))
+    text = report(args.out)
+    write_atomically(args.out.with_suffix(".md"), lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    with exit_status():
+        main(tyro.cli(Args, description=__doc__))
