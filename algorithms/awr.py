@@ -54,7 +54,7 @@ from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, evaluation_keys, keep_finite, make_members, repeat
 from common.networks import descend
-from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
+from common.replay import Recorded, Replay, Transitions, empty_ring, fit_transform, insert
 from common.runs import Run
 
 
@@ -140,7 +140,7 @@ class Part(NamedTuple):
     From row `start` on, round the end, the rows are time-ordered: those not yet written first, the newest one last.
     """
 
-    data: Transitions
+    data: Recorded | Transitions
     start: jax.Array | int
     written: jax.Array | int
     phase: str
@@ -287,9 +287,14 @@ def values_and_returns(state: State, data: Replay, hp: Hyperparameters, args: Ar
 
     found = []
     for rows, start, written, _ in parts(data):
-        columns = (rows.rewards, values(rows.next_observations), rows.terminations, rows.truncations)
+        if isinstance(rows, Recorded):  # most states are also the next state of another row
+            of_states = values(rows.states)
+            now, later = of_states[: len(rows.rewards)], of_states[rows.successors]
+        else:
+            now, later = values(rows.observations), values(rows.next_observations)
+        columns = (rows.rewards, later, rows.terminations, rows.truncations)
         returns = lambda_returns(*(jnp.roll(column, -start) for column in columns), hp)
-        found.append((values(rows.observations), jnp.roll(returns, start), jnp.arange(len(returns)) < written))
+        found.append((now, jnp.roll(returns, start), jnp.arange(len(returns)) < written))
     return tuple(map(jnp.concatenate, zip(*found, strict=True)))
 
 

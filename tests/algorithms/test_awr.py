@@ -23,7 +23,7 @@ from algorithms import awr
 from algorithms.awr import Episodes, Normalizer, normalize
 from common import cli, replay
 from common.environments import Collector
-from common.replay import Replay, Transitions
+from common.replay import Replay, Transitions, record
 from common.runs import Run
 
 ARGS = awr.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, value_updates=3, policy_updates=4)
@@ -234,10 +234,11 @@ def assert_evaluated(state: awr.State, data: Replay, offline: list, log: Log | N
 STATES = joined(trajectories([50], seed=9)).observations
 
 
-def test_evaluation_of_the_dataset() -> None:
+@pytest.mark.parametrize("stored", [record, lambda rows: rows], ids=["each state once", "as transitions"])
+def test_evaluation_of_the_dataset(stored: Any) -> None:
     episodes = trajectories([7, 1, 20, 12], open_end=True)
     state = fresh()._replace(normalizer=seen(STATES))
-    assert_evaluated(state, Replay(joined(episodes)), episodes, None, STATES, HP)
+    assert_evaluated(state, Replay(stored(joined(episodes))), episodes, None, STATES, HP)
 
 
 def test_evaluation_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
