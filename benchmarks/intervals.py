@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 Strata = Sequence[Sequence[float] | np.ndarray]
 RESAMPLES = 2000
@@ -17,7 +16,9 @@ RESAMPLES = 2000
 
 def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int | None = None) -> np.ndarray:
     """Mean of the middle half: a quarter of the values, rounded down, is cut at each end."""
-    return stats.trim_mean(np.asarray(values, float), 0.25, axis=axis)
+    x = np.sort(np.asarray(values, float), axis=axis)
+    cut = x.shape[axis or 0] // 4
+    return np.take(x, range(cut, x.shape[axis or 0] - cut), axis=axis or 0).mean(axis=axis)
 
 
 def resampled(strata: Strata, resamples: int = RESAMPLES) -> list[np.ndarray]:

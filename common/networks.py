@@ -5,6 +5,7 @@ act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import optax
 Initializer = Callable[..., jax.Array]
 
 
+@partial(jax.jit, static_argnames=("shape", "dtype", "gain"))  # traced once for each shape
 def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, gain: float = 2**0.5) -> jax.Array:
     """Orthonormal columns (rows, where they are fewer) times `gain`, as the official IQL and jaxrl start every layer.
 
