@@ -2,7 +2,7 @@
 
     python benchmarks/accelerator.py --out results/accelerator.csv
 
-Needs jax, flax, optax, numpy and tyro alone: data are random numbers of HalfCheetah's sizes, nothing is evaluated.
+Needs jax, flax, optax, numpy and tyro alone: data are random numbers of Hopper's sizes, nothing is evaluated.
 Small populations come first, and every measurement is a row of the CSV as soon as there is one, so that a run that is
 cut off keeps what it has; after `--minutes` no new one begins. A row has
 
@@ -12,11 +12,17 @@ cut off keeps what it has; after `--minutes` no new one begins. A row has
   of the device's peak (PEAKS), where it is known: JAX's default on NVIDIA's GPUs are products in TF32;
 * `peak_gib`, the most memory that the device had in use up to then; `replay_gib`, what the shared data take of it.
 
-On a CPU members take turns; `--batched True` vmaps them there as on a GPU.
+On a CPU members take turns; `--batched True` vmaps them there as on a GPU. Given clones of JAX-CORL and unifloral, as
+many single runs of theirs as there are members, up to `--processes`, share the device, each in a process of its own,
+with the settings of benchmarks/peers.py.
 """
 
+import contextlib
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +33,8 @@ import numpy as np
 import tyro
 
 from algorithms import awac, awr, cql, emaq, iql, td3_bc
+from benchmarks import peer_sides, peers
+from benchmarks.peer_sides import Side
 from benchmarks.tables import Table, aligned
 from common.cli import exit_status
 from common.members import make_members, use_compilation_cache
@@ -56,9 +64,12 @@ class Args:
     algorithms: tuple[str, ...] = tuple(ALGORITHMS)  # Which, in this order.
     # Sizes of the population, in this order; 2 is for EMaQ at the paper's sizes, which goes no further than 4.
     members: tuple[int, ...] = (1, 2, 4, 16, 64, 256)
+    jax_corl: Path | None = None  # Your clone of JAX-CORL.
+    unifloral: Path | None = None  # Your clone of unifloral.
+    processes: int = 16  # Single runs of a peer at once, at most.
     rows: int = 1_000_000  # Transitions of the data.
-    obs_dim: int = 17  # Numbers in an observation.
-    action_dim: int = 6  # Numbers in an action.
+    obs_dim: int = 11  # Numbers in an observation.
+    action_dim: int = 3  # Numbers in an action.
     hidden_dim: int | None = None  # Width of the layers. Default: the algorithm's own.
     seconds: float = 3.0  # Least time of a measurement.
     minutes: float = 8.0  # Time after which no new measurement begins.
@@ -131,24 +142,50 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
     }
 
 
+def measure_peers(side: Side, count: int, seconds: float) -> dict[str, Any]:
+    """One row: `count` single runs of a peer at once, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        data = Path(folder, "synthetic.npz")
+        np.savez(data, **peer_sides.synthetic())
+        began, workers = time.perf_counter(), []
+        for _ in range(count):
+            workers.append(peers.Worker(side, data, seconds))
+            running.callback(workers[-1].close)
+        first = time.perf_counter() - began
+        for worker in workers:
+            worker.go()
+        rates = [updates / seconds for updates, seconds in (worker.result() for worker in workers)]
+    row = {"algorithm": f"{side.algorithm}, {side.name}", "members": count, "updates_per_second": sum(rates)}
+    return row | {"first_seconds": first, "device": workers[0].info.device, "jax": jax.__version__}
+
+
 def main(args: Args) -> None:
     """Measure what the CSV lacks, smallest populations first."""
     use_compilation_cache()
     began, table, data = time.monotonic(), Table(args.out), random_transitions(args)
-    done = {(row["algorithm"], row["members"]) for row in table.read()}
+    clones = peers.Clones(jax_corl=args.jax_corl, unifloral=args.unifloral)
+    sides = [side for name in args.algorithms if name in peers.SETTINGS for side in clones.sides(name) if side.path]
+    jobs: list[tuple[str, int, Callable[[], dict[str, Any]]]] = []
     for count in args.members:
         for name in args.algorithms:
-            alone = name not in LARGEST and count == 2
-            if (name, str(count)) in done or count > LARGEST.get(name, count) or alone:
-                continue
-            if time.monotonic() - began > 60.0 * args.minutes:
-                print("out of time: what is missing is measured by the same command again", file=sys.stderr)
-                return
-            try:
-                table.append([measure(name, count, args, data)])
-            except jax.errors.JaxRuntimeError as error:  # out of memory, for one
-                print(f"{name}, {count} members: {str(error).splitlines()[0]}", file=sys.stderr)
-            jax.clear_caches()
+            if count <= LARGEST.get(name, count) and (name in LARGEST or count != 2):
+                jobs.append((name, count, partial(measure, name, count, args, data)))
+        for side in sides if count <= args.processes and count != 2 else []:
+            jobs.append((f"{side.algorithm}, {side.name}", count, partial(measure_peers, side, count, args.seconds)))
+    if sides:  # they share the device's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    done = {(row["algorithm"], row["members"]) for row in table.read()}
+    for name, count, job in jobs:
+        if (name, str(count)) in done:
+            continue
+        if time.monotonic() - began > 60.0 * args.minutes:
+            print("out of time: what is missing is measured by the same command again", file=sys.stderr)
+            return
+        try:
+            table.append([job()])
+        except (jax.errors.JaxRuntimeError, peers.PeerError) as error:  # out of memory, for one
+            print(f"{name}, {count} members: {next(iter(str(error).splitlines()), error)}", file=sys.stderr)
+        jax.clear_caches()
     columns = ("algorithm", "members", "updates_per_second", "first_seconds", "share_of_peak", "peak_gib")
     print(aligned(columns, [[row[name] for name in columns] for row in table.read()]))
 

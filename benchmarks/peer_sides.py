@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,7 @@ BATCH_SIZE, HIDDEN_DIM = 256, 256
 UNIT = 8
 """Every number of updates is a multiple of it: JAX-CORL compiles eight together."""
 OURS = "Offax"
+ONCE = "Offax, V once"  # IQL, changed as `with_one_value` does
 FILES = {
     "CORL": {name: f"algorithms/offline/{name}.py" for name in ("iql", "td3_bc", "awac", "cql")},
     "JAX-CORL": {"iql": "algos/iql.py", "td3_bc": "algos/td3bc.py", "awac": "algos/awac.py", "cql": "algos/cql.py"},
@@ -127,9 +129,35 @@ def jax_device() -> str:
 # Ours
 
 
+def with_one_value(source: str) -> str:
+    """IQL's file with V evaluated once at s, before its update, and at s' likewise, as unifloral has it.
+
+    The authors' code, and ours, evaluate V again after its update, for the policy and the critics.
+    """
+    changes = {
+        "return value_loss(value.apply(params, batch.observations).squeeze(-1), q, hp.expectile)": (
+            "v = value.apply(params, batch.observations).squeeze(-1)\n"
+            "        loss, info = value_loss(v, q, hp.expectile)\n"
+            "        return loss, (info, v)"
+        ),
+        "grads, value_info = jax.grad(": "grads, (value_info, v) = jax.grad(",
+        "both = jnp.stack([batch.observations, batch.next_observations])": "both = batch.next_observations",
+        "v, next_v = value.apply(value_params, both)": "next_v = value.apply(state.value, both)",
+    }
+    for old, new in changes.items():
+        assert source.count(old) == 1, f"iql.py no longer has: {old}"
+        source = source.replace(old, new)
+    return source
+
+
 def build_ours(side: Side, data: dict[str, np.ndarray]) -> Trainer:
     """`train` of the algorithm's script, compiled and mapped over the members as its `main` does it."""
-    module = importlib.import_module(f"algorithms.{side.algorithm}")
+    module: Any = importlib.import_module(f"algorithms.{side.algorithm}")
+    if side.name == ONCE:
+        changed = with_one_value(Path(module.__file__).read_text())
+        module = types.ModuleType("iql_with_one_value")
+        sys.modules[module.__name__] = module  # its dataclass looks itself up
+        exec(compile(changed, module.__name__, "exec"), module.__dict__)
     settings = dict(side.settings) | {"batch_size": BATCH_SIZE, "hidden_dim": HIDDEN_DIM, "num_seeds": side.members}
     args = module.Args(**settings)
     members = make_members(args)
@@ -487,7 +515,13 @@ def build_unifloral(side: Side, data: dict[str, np.ndarray]) -> Trainer:
     return Trainer(advance, networks, args.eval_interval, jax_device(), remark)
 
 
-BUILDERS = {OURS: build_ours, "CORL": build_corl, "JAX-CORL": build_jax_corl, "unifloral": build_unifloral}
+BUILDERS = {
+    OURS: build_ours,
+    ONCE: build_ours,
+    "CORL": build_corl,
+    "JAX-CORL": build_jax_corl,
+    "unifloral": build_unifloral,
+}
 
 
 # Timing, in the side's process

@@ -49,7 +49,7 @@ import numpy as np
 import tyro
 
 from benchmarks import peer_sides
-from benchmarks.peer_sides import OURS, Info, PeerError, Side
+from benchmarks.peer_sides import ONCE, OURS, Info, PeerError, Side
 from benchmarks.tables import Table, aligned, commit_of
 from common.cli import UsageError, exit_status
 from common.report import provenance
@@ -73,6 +73,8 @@ REMARKS = {
     ("unifloral", "td3_bc"): "its step, 2 updates of the critics on one batch and 1 of the policy, counts as 2 updates",
     ("unifloral", "cql"): "both sides have its 10 critics, 1 action of each kind, and entropy in the target",
 }
+
+WITH_ONE_VALUE = ("unifloral", "iql")  # Where ours is timed with V evaluated once too, as the peer does.
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,20 @@ class Worker:
         self.process.start()
         theirs.close()
         try:
-            self.info: Info = self._receive()
+            self.info: Info = self.result()
         except BaseException:
             self.close()
             raise
 
-    def turn(self) -> tuple[int, float]:
-        """Updates of one member, and seconds."""
-        with contextlib.suppress(OSError):  # it has ended, which `_receive` finds
+    def go(self) -> None:
+        """Begin a turn."""
+        with contextlib.suppress(OSError):  # it has ended, which `result` finds
             self.connection.send("go")
-        return self._receive()
+
+    def turn(self) -> tuple[int, float]:
+        """Updates of one member, and seconds, of a whole turn."""
+        self.go()
+        return self.result()
 
     def close(self) -> None:
         """End the process, which has nothing to save."""
@@ -154,7 +160,8 @@ class Worker:
         self.process.kill()
         self.process.join()
 
-    def _receive(self) -> Any:
+    def result(self) -> Any:
+        """What it answers: of a turn, updates of one member and seconds."""
         try:
             answer = self.connection.recv()
         except (EOFError, OSError):
@@ -202,7 +209,7 @@ def compare(
     reasons: dict[Side, str] = {}
 
     def give_up(side: Side, error: PeerError) -> None:
-        if side.name == OURS:
+        if side.name in (OURS, ONCE):
             raise RuntimeError(f"{side}: {error.args[-1]}")
         reasons[side] = f"not timed: {error.args[0]}"
         rates.pop(side, None)
@@ -211,7 +218,7 @@ def compare(
 
     def start(side: Side) -> None:
         try:
-            if side.name != OURS:
+            if side.name not in (OURS, ONCE):
                 peer_sides.script(side)
             print(f"{side}: starting", flush=True)
             workers[side] = Worker(side, data, args.seconds)
@@ -230,6 +237,8 @@ def compare(
             for members in sorted({1, args.members}):
                 if ours(side, members) not in rates:
                     start(ours(side, members))
+            if (side.name, algorithm) == WITH_ONE_VALUE:
+                start(side._replace(name=ONCE, path=None))
         for number in range(1, args.rounds + 1):
             for side in list(rates)[:: 1 if number % 2 else -1]:
                 load = os.getloadavg()[0]
@@ -255,6 +264,9 @@ def compare(
             continue
         one, population = ours(side, 1), rates[ours(side, args.members)] if args.members > 1 else []
         remark = "; ".join(filter(None, (REMARKS.get((side.name, algorithm)), workers[side].info.remark)))
+        if (side.name, algorithm) == WITH_ONE_VALUE:
+            rate = rates[side._replace(name=ONCE, path=None)]
+            remark += f"; with V evaluated once, as it does, ours: {rate_text(rate)}, ratio {ratio(rate, rates[side])}"
         parameters = (workers[side].info.parameters, workers[one].info.parameters)
         found.append(Comparison(side, rates[side], rates[one], population, parameters, remark))
     return found, {workers[side].info.device for side in rates}

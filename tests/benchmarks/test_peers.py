@@ -2,6 +2,7 @@ import csv
 import signal
 import statistics
 import sys
+import types
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms import cql
-from benchmarks import peer_sides, peers
+from algorithms import cql, iql
+from benchmarks import accelerator, peer_sides, peers
 from benchmarks.peer_sides import UNIT, PeerError, Side, Trainer
 from common import networks
 from common.cli import UsageError
+from common.replay import Transitions
 
 # Clones with the names of the real ones, and next to nothing behind them.
 JAX_CORL = """
@@ -154,6 +156,32 @@ def counter(monkeypatch):
 # Figures
 
 
+def test_with_one_value_iql_differs_by_what_the_step_of_v_changes():
+    """The same values for the policy and the critics where V stands still; else V alone has the same step."""
+    module = types.ModuleType("changed_iql")
+    sys.modules[module.__name__] = module
+    exec(peer_sides.with_one_value(Path(iql.__file__).read_text()), module.__dict__)
+    args, rng = iql.Args(hidden_dim=16), np.random.default_rng(0)
+    shapes = [(32, 3), (32, 2), (32,), (32, 3), (32,), (32,)]
+    batch = Transitions(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    state = iql.init(jax.random.key(0), args.hp, args, 3, 2)
+    for rate in (0.0, 3e-2):
+        hp = args.hp._replace(value_learning_rate=rate)
+        ours, _ = iql.update(state, batch, hp, args)
+        theirs, _ = module.update(module.State(*state), batch, hp, args)
+        distances = {
+            name: max(
+                float(np.abs(x - y).max())
+                for x, y in zip(
+                    jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True
+                )
+            )
+            for name in ("value", "critic_opt", "actor_opt")
+        }
+        assert distances["value"] == 0
+        assert (max(distances.values()) < 1e-5) == (rate == 0.0), distances
+
+
 def test_ratio_is_taken_within_each_round():
     found = peers.ratio([20.0, 40.0, 60.0], [10.0, 40.0, 20.0])
     assert found == (2.0, 1.0, 3.0)  # of the medians it would be 40 / 20, of the means 1.7
@@ -289,6 +317,31 @@ def test_rounds_alternate_and_a_peer_that_stops_is_dropped(tmp_path, monkeypatch
     assert turns == expected
     assert {row["num_critics"] for row in rows if row["round"]} == {2}  # nobody is left to need ours with ten
     assert devices == {"JAX-CORL", "Offax"}
+
+
+def test_single_runs_of_a_peer_share_the_accelerator(monkeypatch):
+    began, closed = [], []
+
+    class Fake:
+        info = peer_sides.Info(100, "a device", "")
+
+        def __init__(self, *_):
+            pass
+
+        def go(self):
+            began.append(self)
+
+        def result(self):
+            assert len(began) == 3, "all run before the first is asked"
+            return 10 * (1 + began.index(self)), 2.0
+
+        def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(peers, "Worker", Fake)
+    row = accelerator.measure_peers(side("JAX-CORL"), 3, 2.0)
+    assert (row["algorithm"], row["members"], row["device"]) == ("iql, JAX-CORL", 3, "a device")
+    assert row["updates_per_second"] == (10 + 20 + 30) / 2 and len(closed) == 3
 
 
 def test_an_error_of_ours_is_not_reported_as_a_peers(tmp_path, monkeypatch):
