@@ -20,8 +20,8 @@ def model(action_dim: int = 2, num_bins: int = 4, prefix_dim: int = 0) -> Autore
 
 def fresh(policy: AutoregressivePolicy, scale: float = 3.0) -> Any:
     """Parameters large enough that the density is far from uniform."""
-    params = policy.init(jax.random.key(0), STATES, jnp.zeros((5, policy.action_dim)))
-    return jax.tree.map(lambda x: scale * x, params)
+    params = jax.jit(policy.init)(jax.random.key(0), STATES, jnp.zeros((5, policy.action_dim)))
+    return jax.tree.map(lambda x: scale * np.asarray(x), params)
 
 
 def test_split_dense_is_a_dense_layer_on_both_side_by_side() -> None:
@@ -37,11 +37,11 @@ def test_split_dense_is_a_dense_layer_on_both_side_by_side() -> None:
 def test_density_integrates_to_one(prefix_dim: int) -> None:
     """Over a fine grid: it is constant within a bin of the last dimension and smooth within one of the first."""
     policy = model(prefix_dim=prefix_dim)
-    params, cells = fresh(policy), 200
+    params, cells, density_of = fresh(policy), 200, jax.jit(policy.apply)
     middle = (np.arange(cells) + 0.5) * 2 / cells - 1
     grid = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 2).astype(np.float32)
     for state in STATES[:2]:
-        density = np.exp(policy.apply(params, jnp.broadcast_to(state, (len(grid), 3)), grid))
+        density = np.exp(density_of(params, np.broadcast_to(state, (len(grid), 3)), grid))
         assert density.max() > 3 * density.min(), "not uniform, or the test shows nothing"
         assert density.mean() * 4 == pytest.approx(1.0, abs=1e-3)
 
@@ -69,7 +69,8 @@ def test_samples_have_the_density(prefix_dim: int) -> None:
     cells = 64
     middle = (np.arange(cells) + 0.5) * 2 / cells - 1
     grid = np.stack(np.meshgrid(middle, middle, indexing="ij"), axis=-1).reshape(-1, 2).astype(np.float32)
-    density = np.exp(policy.apply(params, jnp.broadcast_to(state, (len(grid), 3)), grid)).reshape(cells, cells)
+    log_density = jax.jit(policy.apply)(params, np.broadcast_to(state, (len(grid), 3)), grid)
+    density = np.exp(log_density).reshape(cells, cells)
     expected = density.reshape(16, 4, 4, 16).sum(axis=(1, 3)) * (2 / cells) ** 2
     error = np.abs(found - expected) / np.sqrt((expected + 1 / count) / count)
     assert error.max() < 5.0, "within five standard errors in each of 64 cells"
@@ -78,10 +79,11 @@ def test_samples_have_the_density(prefix_dim: int) -> None:
 def test_temperature_flattens_the_samples() -> None:
     policy = model(action_dim=1, num_bins=4)
     params, state, count = fresh(policy), STATES[:1], 100_000
+    sample = jax.jit(partial(policy.apply, method="sample"), static_argnums=3)
     values = (np.arange(4) + 0.5) / 2 - 1
-    log_probs = policy.apply(params, jnp.broadcast_to(state, (4, 3)), values[:, None].astype(np.float32))
+    log_probs = jax.jit(policy.apply)(params, np.broadcast_to(state, (4, 3)), values[:, None].astype(np.float32))
     for temperature in (1.0, 5.0):
-        _, bins = policy.apply(params, state, jax.random.key(3), count, temperature, method="sample")
+        _, bins = sample(params, state, jax.random.key(3), count, temperature)
         expected = np.exp(log_probs / temperature)
         expected /= expected.sum()
         found = np.bincount(np.asarray(bins).ravel(), minlength=4) / count

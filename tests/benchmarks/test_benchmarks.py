@@ -60,14 +60,14 @@ def test_bc_recovers_a_linear_policy():
     data, weights = linear_policy(2000)
     args = bc.Args(hidden_dim=64)
     hp = bc.Hyperparameters(actor_learning_rate=1e-3)
-    state = bc.init(jax.random.key(0), hp, args, 11, 3)
+    state = jax.jit(lambda key: bc.init(key, hp, args, 11, 3))(jax.random.key(0))
+    act = jax.jit(lambda state, observations: bc.act(state, hp, observations, None, args, 3, sample=False))
     replay = Replay(jax.tree.map(jnp.asarray, data))
     trained, metrics = jax.jit(lambda state: bc.train(state, hp, replay, 600, args))(state)
     unseen = np.random.default_rng(1).standard_normal((500, 11)).astype(np.float32)
 
     def error(state):
-        chosen = bc.act(state, hp, jnp.asarray(unseen), jax.random.key(0), args, 3, sample=False)
-        return float(np.mean((chosen - unseen @ weights) ** 2))
+        return float(np.mean((np.asarray(act(state, unseen)) - unseen @ weights) ** 2))
 
     spread = float(np.var(unseen @ weights))
     assert error(trained) < 0.03 * spread < 0.5 * error(state)

@@ -270,8 +270,8 @@ def assert_close(one: Any, other: Any) -> None:
 
 def test_a_member_is_the_same_seed_and_hyperparameters_alone(four: Given) -> None:
     """Not bit for bit: alone, a matrix product may be split over threads and so be summed in another order."""
-    hp = iql.Hyperparameters(beta=0.5)
-    state = iql.init(jax.random.key(1), hp, ARGS, 4, 2)
+    hp = jax.tree.map(np.float32, iql.Hyperparameters(beta=0.5))
+    state = jax.jit(partial(iql.init, args=ARGS, obs_dim=4, action_dim=2))(jax.random.key(1), hp)
     assert_close(four[3], jax.jit(partial(iql.train, args=ARGS))(state, hp, Replay(batch_of_data()), 20))
     assert int(four.states.step[3]) == 20
     first, second = leaves(four[0][0].actor), leaves(four[1][0].actor)

@@ -23,13 +23,14 @@ def test_ensemble_members_are_independent_networks() -> None:
     """Each row of the ensemble equals an MLP run alone with that row's parameters, whatever the batch's axes."""
     ensemble = networks.QEnsemble(3, 16, 2)
     observations, actions = jax.random.normal(jax.random.key(1), (5, 4)), jnp.ones((5, 2))
-    params = ensemble.init(jax.random.key(0), observations, actions)
-    q = ensemble.apply(params, observations, actions)
+    params = jax.jit(ensemble.init)(jax.random.key(0), observations, actions)
+    apply, alone = jax.jit(ensemble.apply), jax.jit(networks.MLP(16, 2, 1).apply)
+    q = apply(params, observations, actions)
     for k in range(3):
-        alone = jax.tree.map(lambda x, k=k: x[k], params["params"]["VmapMLP_0"])
-        out = networks.MLP(16, 2, 1).apply({"params": alone}, jnp.concatenate([observations, actions], axis=-1))
+        own = jax.tree.map(lambda x, k=k: np.asarray(x)[k], params["params"]["VmapMLP_0"])
+        out = alone({"params": own}, np.concatenate([observations, actions], axis=-1))
         np.testing.assert_allclose(q[k], out[:, 0], rtol=1e-5, atol=1e-6)
-    more = ensemble.apply(params, observations[None].repeat(2, 0), actions[None].repeat(2, 0))
+    more = apply(params, *(np.asarray(x)[None].repeat(2, 0) for x in (observations, actions)))
     assert more.shape == (3, 2, 5)
     np.testing.assert_allclose(more[:, 1], q, rtol=1e-5, atol=1e-6)
     assert float(jnp.abs(q[0] - q[1]).max()) > 1e-3
@@ -39,11 +40,11 @@ def test_many_actions_for_each_state_equal_one_by_one() -> None:
     rng = np.random.default_rng(3)
     observations, actions = rng.normal(size=(5, 4)), rng.normal(size=(7, 5, 2))
     critic = networks.QEnsemble(3, 16, 2)
-    params = critic.init(jax.random.key(0), observations, actions[0])
-    together = critic.apply(params, observations, actions)
+    params, apply = jax.jit(critic.init)(jax.random.key(0), observations, actions[0]), jax.jit(critic.apply)
+    together = apply(params, observations, actions)
     assert together.shape == (3, 7, 5)
     for n in range(7):
-        np.testing.assert_allclose(together[:, n], critic.apply(params, observations, actions[n]), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(together[:, n], apply(params, observations, actions[n]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(17, 64), (64, 6), (64, 64), (5, 1)])
