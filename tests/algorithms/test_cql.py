@@ -15,9 +15,9 @@ from common.cli import UsageError
 from common.replay import Transitions
 
 OBS, ACT, BATCH, NUM = 4, 2, 12, 3
-ARGS = cql.Args(hidden_dim=8, num_layers=2, critic_layers=3, batch_size=BATCH, num_actions=NUM)
+ARGS = cql.Args(hidden_dim=8, num_layers=1, critic_layers=2, batch_size=BATCH, num_actions=NUM)
 HP = cql.Hyperparameters()
-OPTIONS = ARGS.replace(num_critics=5, lagrange=True, max_backup=True, entropy_backup=True, gap_floor=3.5)
+OPTIONS = ARGS.replace(num_critics=3, lagrange=True, max_backup=True, entropy_backup=True, gap_floor=3.5)
 WARM_START = ARGS.replace(num_critics=1, bc_updates=1)
 update = jax.jit(cql.update, static_argnames="args")
 init = jax.jit(cql.init, static_argnums=(2, 3, 4))
@@ -192,7 +192,7 @@ def straightforward(
     ids=["defaults", "one critic, warm start", "options"],
 )
 def test_update_equals_the_straightforward_version(args: cql.Args) -> None:
-    """Two critics, one and five; losses and gradients."""
+    """Two critics, one and three; losses and gradients."""
     batch, state = random_batch(1), fresh(args)
     hp = HP._replace(conservative_weight=2.0, target_entropy=-0.7, discount=0.9)
     after, info = update(state, batch, hp, args)
@@ -490,7 +490,7 @@ def test_factor_rises_while_the_gap_is_above_its_target() -> None:
 
 @pytest.mark.parametrize("num_critics", [1, 2, 5])
 def test_every_critic_has_all_layers(num_critics: int) -> None:
-    args = ARGS.replace(num_critics=num_critics, critic_layers=5)
+    args = ARGS.replace(num_critics=num_critics, num_layers=2, critic_layers=5)
     state = jax.eval_shape(lambda key: cql.init(key, HP, args, OBS, ACT), jax.random.key(0))
     layers = state.critic["params"]["VmapMLP_0"]
     assert len(layers) == 6 and len(state.actor["params"]["MLP_0"]) == 3
@@ -506,7 +506,7 @@ def test_critics_start_apart_and_the_target_as_a_copy() -> None:
 
 def test_last_layers_start_near_zero_and_the_policy_with_a_standard_deviation_near_exp_minus_1() -> None:
     """As in CORL: orthogonal of gain 1e-2, and U(-b, b) with b = 1e-2 sqrt(6 / (inputs + outputs))."""
-    args = ARGS.replace(hidden_dim=64, num_critics=3)
+    args = ARGS.replace(hidden_dim=64, num_layers=2, critic_layers=3, num_critics=3)
     state = init(jax.random.key(0), HP, args, OBS, ACT)
     critics, policy = state.critic["params"]["VmapMLP_0"], state.actor["params"]
     assert policy["log_std_scale"] == 1.0 and policy["log_std_offset"] == -1.0

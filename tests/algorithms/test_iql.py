@@ -336,11 +336,11 @@ def test_values_on_a_tabular_mdp(expectile: float) -> None:
         terminations=terminal[states, actions].astype(np.float32),
         truncations=np.zeros(len(states), np.float32),
     )
-    args = ARGS.replace(hidden_dim=64)
+    args = ARGS.replace(hidden_dim=32)
     hp = HP._replace(expectile=expectile, discount=discount, critic_learning_rate=1e-3, value_learning_rate=1e-3)
     state = fresh(args, obs_dim=5, action_dim=4)
     batch = jax.tree.map(jnp.asarray, batch)
-    step = jax.jit(lambda s: jax.lax.fori_loop(0, 6000, lambda _, s: iql.update(s, batch, hp, args)[0], s))
+    step = jax.jit(lambda s: jax.lax.fori_loop(0, 4000, lambda _, s: iql.update(s, batch, hp, args)[0], s))
     state = step(state)
     learned = np.asarray(iql.modules(args, 4)[2].apply(state.value, one_hot))[:, 0]
     np.testing.assert_allclose(learned, exact, atol=0.03)
