@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import rows_of
+from conftest import rows_of, smaller
 
 from benchmarks import intervals
 from benchmarks.tracking import Tracker
@@ -65,7 +65,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, broken: str = "") -> FakeWandb:
 
 @pytest.fixture
 def short(small_run: list[str]) -> list[str]:
-    return [*small_run, "--num-updates", "20", "--num-seeds", "2"]
+    return [*small_run, *smaller("iql"), "--num-updates", "20", "--num-seeds", "2"]
 
 
 @pytest.mark.slow
@@ -133,15 +133,33 @@ def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves
     assert run.exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "broken", ["missing", "log", *(pytest.param(what, marks=pytest.mark.slow) for what in ("init", "update", "finish"))]
-)
-def test_whatever_raises_in_wandb_training_goes_on(
-    tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
+@pytest.fixture
+def raising(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     fake(monkeypatch, broken)
     if broken == "missing":
         monkeypatch.setitem(sys.modules, "wandb", None)
+
+
+every_call = pytest.mark.parametrize("broken", ["missing", "init", "log", "update", "finish"])
+
+
+@every_call
+def test_whatever_raises_in_wandb_is_said_once_and_not_raised(
+    tmp_path: Path, raising: None, capfd: pytest.CaptureFixture[str], broken: str
+) -> None:
+    tracker = Tracker(RunArgs(track=True), [{"algorithm": "iql"}] * 2, ["first", "second"], "label", tmp_path)
+    for step in (10, 20):
+        tracker.log(step, [{"loss": 1.0}, {"loss": 2.0}])
+    tracker.finish([{"final_score": 3.0}] * 2, {}, 0)
+    err = capfd.readouterr().err
+    assert err.startswith("wandb: ") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@every_call
+def test_whatever_raises_in_wandb_training_goes_on(
+    tmp_path: Path, short: list[str], iql: Any, raising: None, broken: str
+) -> None:
     outcome = iql(*short, "--track", "True", "--run-dir", tmp_path / "run")
     assert outcome.status == 0
     assert outcome.err.startswith("wandb: ") and outcome.err.count("\n") == 1, "said once"
