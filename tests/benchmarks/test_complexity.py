@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, Outcome, arrays_of, hopper_like, smaller
+from conftest import ROOT, Outcome, arrays_of, hopper_like, signalled_after, smaller
 
 from algorithms import emaq
 from benchmarks import complexity
@@ -103,10 +103,8 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train(folder: Path) -> Path:
     """A run of two members with different discounts, on data with a single action, which is fast to compile."""
-    folder = tmp_path_factory.mktemp("complexity")
     data = hopper_like()
     data |= {name: data[name][:, :4] for name in ("observations", "next_observations")}
     np.savez(folder / "data.npz", **data | {"actions": data["actions"][:, :1]})
@@ -116,6 +114,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags += ["--quiet", "True", "--run-dir", folder / "run", "--grid", "discount=0.9,0.95", "--reward-scale", 10.0]
     emaq.main(parse(emaq.Args, emaq.PRESETS, list(map(str, flags))))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("complexity"))
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A run that was stopped as soon as there was a checkpoint."""
+    with signalled_after(1), pytest.raises(SystemExit):
+        train(tmp_path)
+    return tmp_path / "run"
 
 
 @pytest.mark.slow
@@ -174,14 +185,14 @@ def test_command_measures_each_member(run: Path, command: Callable[..., Outcome]
                 assert row[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
 
 
-def test_what_does_not_fit_is_said_in_one_line(run: Path, command: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_said_in_one_line(begun: Path, command: Callable[..., Outcome], tmp_path: Path) -> None:
     def copy(name: str, **changes: object) -> Path:
-        shutil.copytree(run, tmp_path / name)
-        config = json.loads((run / "config.json").read_text()) | changes
+        shutil.copytree(begun, tmp_path / name)
+        config = json.loads((begun / "config.json").read_text()) | changes
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         return tmp_path / name
 
-    data = dict(np.load(run.parent / "data.npz"))
+    data = dict(np.load(begun.parent / "data.npz"))
     np.savez(tmp_path / "other.npz", **data | {"rewards": data["rewards"] + 1})
     (tmp_path / "file").write_text("no run")
     without, broken = copy("without"), copy("broken")
@@ -194,9 +205,9 @@ def test_what_does_not_fit_is_said_in_one_line(run: Path, command: Callable[...,
         ([broken], "damaged"),
         ([copy("flags", flags={})], "another version"),
         ([without], "no checkpoint"),
-        ([run, "--dataset", tmp_path / "other.npz"], "not the dataset of the run"),
-        ([run, "--pool", 1], "--pool 1"),
-        ([run, "--num-states", 0], "--num-states 0"),
+        ([begun, "--dataset", tmp_path / "other.npz"], "not the dataset of the run"),
+        ([begun, "--pool", 1], "--pool 1"),
+        ([begun, "--num-states", 0], "--num-states 0"),
     ):
         outcome = command(*words)
         assert outcome.status == 2 and message in outcome.err and outcome.err.startswith("error: "), words
