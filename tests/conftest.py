@@ -30,6 +30,7 @@ for _name in [name for name in os.environ if name.startswith("WANDB_")]:
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
 from common.cli import RunArgs, launch, parse  # noqa: E402
 from common.members import Metrics  # noqa: E402
@@ -38,6 +39,7 @@ from common.runs import Run  # noqa: E402
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACTION_DIM = 11, 3  # of Hopper-v5
 SMALLER = {  # what small runs of one algorithm need beside the flags of `small_run`
+    "iql": {"actor_decay_updates": 0},  # a constant rate: runs of every length share their compiled programs
     "awr": {"value_updates": 2, "policy_updates": 5, "samples_per_iteration": 12, "buffer_size": 2000},
     "emaq": {
         "num_proposals": 4,
@@ -183,7 +185,11 @@ def signalled_after(stretch: int, number: int = signal.SIGTERM) -> Iterator[None
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`script(name, *flags)`: the command line of an algorithm, in this process; or of `package="benchmarks"`."""
+    """`script(name, *flags)`: the command line of an algorithm, in this process; or of `package="benchmarks"`.
+
+    Its figures are drawn without a search for their layout, which takes as long as drawing them: test_curves has it.
+    """
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
 
     def call(name: str, *flags: object, package: str = "algorithms") -> Outcome:
         module = importlib.import_module(f"{package}.{name}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, smaller
 
 README = (ROOT / "README.md").read_text()
 
@@ -53,7 +53,7 @@ def test_a_policy_is_loaded_as_written(
     code = re.search(r"<!-- policy -->\n```python\n(.*?)```", README, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     flags = ["--num-updates", "2", "--eval-every", "0", "--max-episode-steps", "5", "--run-dir", "runs/mine"]
-    assert script("iql", *small_run, *flags).status == 0
+    assert script("iql", *small_run, *smaller("iql"), *flags).status == 0
     values: dict[str, Any] = {}
     exec(code, values)
     assert values["policy"](np.zeros((4, 11))).shape == (4, 3) and np.isfinite(values["reward"])
