@@ -42,7 +42,7 @@ def test_a_copied_algorithm_takes_the_readmes_edits_and_runs_alone(tmp_path: Pat
     ran = subprocess.run(
         [sys.executable, "mine/iql.py", *map(str, flags)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
-    assert ran.returncode == 0, ran.stderr
+    assert (ran.returncode, ran.stderr) == (0, "")
     with np.load(tmp_path / "run" / "checkpoint" / "state.npz", allow_pickle=False) as file:
         assert any("critic" in name and "LayerNorm" in name for name in file.files)
 

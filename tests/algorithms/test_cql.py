@@ -529,10 +529,11 @@ def test_scale_and_offset_of_the_log_standard_deviation_are_learned() -> None:
 def test_act_returns_the_squashed_mean_or_samples_around_it() -> None:
     state, observations = fresh(), random_batch(size=1).observations
     mean, std = policy_of(state.actor, observations)
-    still = cql.act(state, HP, observations, jax.random.key(0), ARGS, ACT, sample=False)
+    act = jax.jit(cql.act, static_argnames=("args", "action_dim", "sample"))
+    still = act(state, HP, observations, jax.random.key(0), ARGS, ACT, sample=False)
     np.testing.assert_allclose(still, np.tanh(mean), rtol=1e-5)
     many = jnp.repeat(observations, 20_000, axis=0)
-    samples = np.asarray(cql.act(state, HP, many, jax.random.key(1), ARGS, ACT, sample=True), np.float64)
+    samples = np.asarray(act(state, HP, many, jax.random.key(1), ARGS, ACT, sample=True), np.float64)
     u = np.arctanh(np.clip(samples, -1 + 1e-7, 1 - 1e-7))
     np.testing.assert_allclose(u.mean(axis=0), mean[0], atol=0.05)
     np.testing.assert_allclose(u.std(axis=0), std[0], rtol=0.03)

@@ -99,6 +99,20 @@ def test_one_run_for_each_member_in_one_group(
     assert len({run.options["name"] for run in wandb.runs}) == 4
 
 
+def test_under_a_sweep_agent_rows_are_means_over_the_members_that_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    configs = [{"algorithm": "iql", "beta": 2.0, "seed": seed} for seed in (0, 1)]
+    tracker = Tracker(RunArgs(), configs, ["first", "second"], "label", tmp_path)
+    tracker.log(10, [{"loss": 1.0, "odd": 7.0}, {"loss": 2.0, "odd": None}])
+    (run,) = wandb.runs
+    assert run.logged == [(10, {"loss": 1.5, "odd": 7.0})]
+    assert (run.options["name"], run.options["config"]["beta"], run.options["config"]["members"]) == ("label", 2.0, 2)
+
+
+@pytest.mark.slow
 def test_under_a_sweep_agent_one_run_reports_the_population(
     tmp_path: Path, short: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

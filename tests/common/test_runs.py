@@ -636,7 +636,7 @@ def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path, monkeypatc
 def test_another_dataset_of_the_same_name(tmp_path: Path, tiny: Path, small_run: list[str], iql: Any) -> None:
     data, run = tmp_path / "data.npz", tmp_path / "run"
     shutil.copy(tiny, data)
-    flags = ["--num-updates", "10", "--dataset", data, "--run-dir", run, "--resume", "True"]
+    flags = ["--num-updates", "10", "--num-seeds", "2", "--dataset", data, "--run-dir", run, "--resume", "True"]
     assert iql(*small_run, *flags).status == 0
     with np.load(tiny) as file:
         np.savez(data, **dict(file) | {"rewards": file["rewards"] + np.float32(1)})
@@ -704,7 +704,7 @@ def test_a_terminal_that_cannot_show_what_is_printed(
 
     kind = Closed if encoding == "closed" else io.TextIOWrapper
     run = tmp_path / "gelände"
-    flags = [*small_run, "--num-updates", "5", "--eval-every", "0", "--run-dir", run]
+    flags = [*small_run, "--num-updates", "5", "--num-seeds", "2", "--eval-every", "0", "--run-dir", run]
     if encoding == "closed":  # from the report on
         original = intervals.summarise
         monkeypatch.setattr(
