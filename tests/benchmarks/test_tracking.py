@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,15 @@ def fake(monkeypatch: pytest.MonkeyPatch, broken: str = "") -> FakeWandb:
     return module
 
 
+def config_of(path: Path, betas: Sequence[float] = (1, 2)) -> dict[str, Any]:
+    """A run's record, as much of it as is needed here."""
+    members = [
+        {"member": i, "seed": i, "swept": {"beta": beta}, "hyperparameters": {"beta": beta}}
+        for i, beta in enumerate(betas)
+    ]
+    return {"algorithm": "iql", "run_dir": str(path), "flags": {}, "members": members}
+
+
 @pytest.fixture
 def short(small_run: list[str]) -> list[str]:
     return [*small_run, *smaller("iql"), "--num-updates", "20", "--num-seeds", "2"]
@@ -104,11 +114,15 @@ def test_under_a_sweep_agent_rows_are_means_over_the_members_that_have_them(
 ) -> None:
     wandb = fake(monkeypatch)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    configs = [{"algorithm": "iql", "beta": 2.0, "seed": seed} for seed in (0, 1)]
-    tracker = Tracker(RunArgs(), configs, ["first", "second"], "label", tmp_path)
-    tracker.log(10, [{"loss": 1.0, "odd": 7.0}, {"loss": 2.0, "odd": None}])
+    tracker = Tracker(RunArgs(), config_of(tmp_path, betas=[2, 2]), "label")
+    rows = [{"step": 10, "member": 0, "seed": 0, "loss": 1.0, "odd": 7.0}, {"member": 1, "loss": 2.0, "odd": None}]
+    tracker.log("metrics.csv", rows, 10, 3.0)
+    tracker.log("evaluations.csv", [{"phase": "offline", "member": 1, "score_mean": 4.0}], 20, 3.0)
     (run,) = wandb.runs
-    assert run.logged == [(10, {"loss": 1.5, "odd": 7.0})]
+    assert run.logged == [
+        (10, {"loss": 1.5, "odd": 7.0, "updates_per_second": 3.0}),
+        (20, {"evaluation/score_mean": 4.0}),
+    ]
     assert (run.options["name"], run.options["config"]["beta"], run.options["config"]["members"]) == ("label", 2.0, 2)
 
 
@@ -161,10 +175,10 @@ every_call = pytest.mark.parametrize("broken", ["missing", "init", "log", "updat
 def test_whatever_raises_in_wandb_is_said_once_and_not_raised(
     tmp_path: Path, raising: None, capfd: pytest.CaptureFixture[str], broken: str
 ) -> None:
-    tracker = Tracker(RunArgs(track=True), [{"algorithm": "iql"}] * 2, ["first", "second"], "label", tmp_path)
+    tracker = Tracker(RunArgs(track=True), config_of(tmp_path), "label")
     for step in (10, 20):
-        tracker.log(step, [{"loss": 1.0}, {"loss": 2.0}])
-    tracker.finish([{"final_score": 3.0}] * 2, {}, 0)
+        tracker.log("metrics.csv", [{"member": 0, "loss": 1.0}, {"member": 1, "loss": 2.0}], step, None)
+    tracker.finish({"members": [{"score_mean": 3.0, "return_mean": 1.0}] * 2}, 0)
     err = capfd.readouterr().err
     assert err.startswith("wandb: ") and err.count("\n") == 1
 
@@ -231,9 +245,7 @@ def test_offline_mode_writes_a_run_for_each_member(
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
     args = RunArgs(track=True, wandb_project="project", wandb_group="the-group-of-both", preset="none")
-    members = [{"member": i, "seed": i, "swept": {"beta": i}, "hyperparameters": {"beta": i}} for i in range(2)]
-    config = {"algorithm": "iql", "run_dir": str(tmp_path), "flags": {}, "members": members}
-    tracker = Tracker(args, config, "label")
+    tracker = Tracker(args, config_of(tmp_path), "label")
     tracker.log("metrics.csv", [{"member": 0, "loss": 1.0}, {"member": 1, "loss": 2.0, "missing": None}], 10, 3.0)
     finals = [{"score_mean": 3.0, "return_mean": 1.0}, {"score_mean": None, "return_mean": None}]
     tracker.finish({"members": finals}, 0)
