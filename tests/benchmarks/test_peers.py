@@ -3,6 +3,7 @@ import signal
 import statistics
 import sys
 import types
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,11 +165,11 @@ def test_with_one_value_iql_differs_by_what_the_step_of_v_changes():
     args, rng = iql.Args(hidden_dim=16), np.random.default_rng(0)
     shapes = [(32, 3), (32, 2), (32,), (32, 3), (32,), (32,)]
     batch = Transitions(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
-    state = iql.init(jax.random.key(0), args.hp, args, 3, 2)
+    state = jax.jit(partial(iql.init, args=args, obs_dim=3, action_dim=2))(jax.random.key(0), args.hp)
+    updates = [jax.jit(partial(update, args=args)) for update in (iql.update, module.update)]
     for rate in (0.0, 3e-2):
         hp = args.hp._replace(value_learning_rate=rate)
-        ours, _ = iql.update(state, batch, hp, args)
-        theirs, _ = module.update(module.State(*state), batch, hp, args)
+        (ours, _), (theirs, _) = (update(state, batch, hp) for update in updates)
         distances = {
             name: max(
                 float(np.abs(x - y).max())
