@@ -259,10 +259,8 @@ def apart(arguments: tuple[Side, int, str]) -> list[dict[str, Any]]:
 class Args(peers.Clones):
     """Updates here beside those of CORL, JAX-CORL and unifloral, from the same weights, on the same minibatches."""
 
-    updates: int = 200
-    """Updates of both sides."""
-    jobs: int = 1
-    """Processes at the same time, of 1 GB each."""
+    updates: int = 200  # Updates of both sides.
+    jobs: int = 1  # Processes at the same time, of 1 GB each.
 
     def validate(self) -> None:
         """UsageError for flags that leave nothing to do."""

@@ -4,12 +4,9 @@ import contextlib
 import importlib
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,10 +28,8 @@ Weights = Mapping[str, Mapping[str, Any]]
 class Inputs(NamedTuple):
     """What both sides get, in the precision of the run."""
 
-    data: dict[str, np.ndarray]
-    """By field of `Transitions`: a minibatch for each update, in order, then the probes."""
-    noise: dict[str, np.ndarray]
-    """`[updates, ...]` by what it is for, a name of `DRAWS`."""
+    data: dict[str, np.ndarray]  # By field of `Transitions`: a minibatch for each update, in order, then the probes.
+    noise: dict[str, np.ndarray]  # `[updates, ...]` by what it is for, a name of `DRAWS`.
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
         """The minibatch of that number."""
@@ -207,26 +202,13 @@ def flat(params: Any) -> dict[str, Any]:
 # `actions [rows, action_dim]` of the policy's mean, `q [critics, rows]` and, of IQL, `v [rows]`.
 
 
-def changed(algorithm: str, changes: Sequence[tuple[str, str]]) -> ModuleType:
-    """The algorithm's script with pieces of its text replaced. LookupError for a piece that is not there once."""
-    path = Path(importlib.import_module(f"algorithms.{algorithm}").__file__)
-    text = path.read_text()
-    for old, new in changes:
-        if text.count(old) != 1:
-            raise LookupError(f"{path.name} has {text.count(old)} times: {old}")
-        text = text.replace(old, new)
-    sys.modules["changed"] = module = ModuleType("changed")  # dataclasses look it up
-    exec(compile(text, str(path), "exec"), vars(module))
-    return module
-
-
 class Ours:
     """`update` of the algorithm's script, in which pieces of the text may be replaced."""
 
     def __init__(
         self, algorithm: str, settings: Mapping[str, Any], inputs: Inputs, changes: Sequence[tuple[str, str]] = ()
     ) -> None:
-        self.module, self.inputs = changed(algorithm, changes), inputs
+        self.module, self.inputs = peer_sides.changed(algorithm, changes), inputs
         own = {name: value for name, value in settings.items() if name in self.module.Hyperparameters._fields}
         others = {name: value for name, value in settings.items() if name not in own}
         self.hp = self.module.Hyperparameters(**own)
@@ -314,8 +296,7 @@ class JaxPeer:
 
     inputs: Inputs
     state: Any
-    step: Callable[[Any], Any]
-    """Their next `unit` updates of a state."""
+    step: Callable[[Any], Any]  # Their next `unit` updates of a state.
     order = staticmethod(corl_order)
     unit = 1
     repeat = 1

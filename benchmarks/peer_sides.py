@@ -17,7 +17,7 @@ import time
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,7 +38,7 @@ BATCH_SIZE, HIDDEN_DIM = 256, 256
 UNIT = 8
 """Every number of updates is a multiple of it: JAX-CORL compiles eight together."""
 OURS = "Offax"
-ONCE = "Offax, V once"  # IQL, changed as `with_one_value` does
+ONCE = "Offax, V once"  # IQL, changed by `ONE_VALUE`
 FILES = {
     "CORL": {name: f"algorithms/offline/{name}.py" for name in ("iql", "td3_bc", "awac", "cql")},
     "JAX-CORL": {"iql": "algos/iql.py", "td3_bc": "algos/td3bc.py", "awac": "algos/awac.py", "cql": "algos/cql.py"},
@@ -129,35 +129,37 @@ def jax_device() -> str:
 # Ours
 
 
-def with_one_value(source: str) -> str:
-    """IQL's file with V evaluated once at s, before its update, and at s' likewise, as unifloral has it.
+def changed(algorithm: str, changes: Sequence[tuple[str, str]]) -> types.ModuleType:
+    """The algorithm's script with pieces of its text replaced. LookupError for a piece that is not there once."""
+    path = Path(str(importlib.import_module(f"algorithms.{algorithm}").__file__))
+    text = path.read_text()
+    for old, new in changes:
+        if text.count(old) != 1:
+            raise LookupError(f"{path.name} has {text.count(old)} times: {old}")
+        text = text.replace(old, new)
+    sys.modules["changed"] = module = types.ModuleType("changed")  # dataclasses look it up
+    exec(compile(text, str(path), "exec"), vars(module))
+    return module
 
-    The authors' code, and ours, evaluate V again after its update, for the policy and the critics.
-    """
-    changes = {
-        "return value_loss(value.apply(params, batch.observations).squeeze(-1), q, hp.expectile)": (
-            "v = value.apply(params, batch.observations).squeeze(-1)\n"
-            "        loss, info = value_loss(v, q, hp.expectile)\n"
-            "        return loss, (info, v)"
-        ),
-        "grads, value_info = jax.grad(": "grads, (value_info, v) = jax.grad(",
-        "both = jnp.stack([batch.observations, batch.next_observations])": "both = batch.next_observations",
-        "v, next_v = value.apply(value_params, both)": "next_v = value.apply(state.value, both)",
-    }
-    for old, new in changes.items():
-        assert source.count(old) == 1, f"iql.py no longer has: {old}"
-        source = source.replace(old, new)
-    return source
+
+# IQL with V evaluated once, before its update, as unifloral has it. The authors' code and ours evaluate it again after
+# its update, for the policy and the critics.
+ONE_VALUE = (
+    (
+        "return value_loss(value.apply(params, batch.observations).squeeze(-1), q, hp.expectile)",
+        "v = value.apply(params, batch.observations).squeeze(-1)\n"
+        "        loss, info = value_loss(v, q, hp.expectile)\n"
+        "        return loss, (info, v)",
+    ),
+    ("grads, value_info = jax.grad(", "grads, (value_info, v) = jax.grad("),
+    ("both = jnp.stack([batch.observations, batch.next_observations])", "both = batch.next_observations"),
+    ("v, next_v = value.apply(value_params, both)", "next_v = value.apply(state.value, both)"),
+)
 
 
 def build_ours(side: Side, data: dict[str, np.ndarray]) -> Trainer:
     """`train` of the algorithm's script, compiled and mapped over the members as its `main` does it."""
-    module: Any = importlib.import_module(f"algorithms.{side.algorithm}")
-    if side.name == ONCE:
-        changed = with_one_value(Path(module.__file__).read_text())
-        module = types.ModuleType("iql_with_one_value")
-        sys.modules[module.__name__] = module  # its dataclass looks itself up
-        exec(compile(changed, module.__name__, "exec"), module.__dict__)
+    module: Any = changed(side.algorithm, ONE_VALUE if side.name == ONCE else ())
     settings = dict(side.settings) | {"batch_size": BATCH_SIZE, "hidden_dim": HIDDEN_DIM, "num_seeds": side.members}
     args = module.Args(**settings)
     members = make_members(args)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import parity, parity_sides
+from benchmarks import parity, parity_sides, peer_sides
 from benchmarks.parity_sides import BATCH_SIZE, Ours, fed_jax, planted, transplant
 from benchmarks.peer_sides import PeerError, Side
 from common.cli import UsageError
@@ -62,9 +62,9 @@ def test_noise_reaches_the_update_and_other_weights_are_refused(twin):
 def test_changes_fit_our_scripts(peer, algorithm):
     case = parity.CASES[peer, algorithm]
     for left in parity.variants(case.differences):
-        assert callable(parity_sides.changed(algorithm, parity.pieces(case, left)).update)
+        assert callable(peer_sides.changed(algorithm, parity.pieces(case, left)).update)
     with pytest.raises(LookupError, match="0 times: no such line"):
-        parity_sides.changed(algorithm, [("no such line", "")])
+        peer_sides.changed(algorithm, [("no such line", "")])
 
 
 def test_every_difference_has_its_changes():

@@ -2,7 +2,6 @@ import csv
 import signal
 import statistics
 import sys
-import types
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
@@ -159,9 +158,7 @@ def counter(monkeypatch):
 
 def test_with_one_value_iql_differs_by_what_the_step_of_v_changes():
     """The same values for the policy and the critics where V stands still; else V alone has the same step."""
-    module = types.ModuleType("changed_iql")
-    sys.modules[module.__name__] = module
-    exec(peer_sides.with_one_value(Path(iql.__file__).read_text()), module.__dict__)
+    module = peer_sides.changed("iql", peer_sides.ONE_VALUE)
     args, rng = iql.Args(hidden_dim=16), np.random.default_rng(0)
     shapes = [(32, 3), (32, 2), (32,), (32, 3), (32,), (32,)]
     batch = Transitions(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
