@@ -385,8 +385,10 @@ CORL = {"iql": corl_iql, "td3_bc": corl_td3_bc, "awac": corl_awac, "cql": corl_c
 # JAX-CORL
 
 
-def build_jax_corl(side: Side, data: dict[str, np.ndarray]) -> Trainer:
-    """JAX: `update_n_times`, compiled as in their scripts, with eight updates unrolled."""
+def make_jax_corl(side: Side, data: dict[str, np.ndarray], unit: int = UNIT) -> tuple[Any, Any, Any, Any, str]:
+    """Their configuration, dataset, initial state and algorithm, whose `update_n_times` unrolls `unit` updates, and the
+    remark of `load`.
+    """
     module, remark = load(script(side))
     settings, config = dict(side.settings), module.config
     hidden = (HIDDEN_DIM,) * settings["num_layers"]
@@ -401,7 +403,7 @@ def build_jax_corl(side: Side, data: dict[str, np.ndarray]) -> Trainer:
             "target_entropy": -float(ACTION_DIM),
         },
     }[side.algorithm]
-    for name, value in (own | {"batch_size": BATCH_SIZE, "n_jitted_updates": UNIT}).items():
+    for name, value in (own | {"batch_size": BATCH_SIZE, "n_jitted_updates": unit}).items():
         if not hasattr(config, name):
             raise PeerError(f"its configuration has no {name} any more")
         setattr(config, name, value)
@@ -409,8 +411,14 @@ def build_jax_corl(side: Side, data: dict[str, np.ndarray]) -> Trainer:
     dataset = module.Transition(**{name: jnp.asarray(fields[name]) for name in module.Transition._fields})
     name = side.algorithm.replace("_", "")
     create, algorithm = getattr(module, f"create_{name}_train_state"), getattr(module, name.upper())()
-    key, init_key = jax.random.split(jax.random.PRNGKey(0))
-    state = create(init_key, dataset.observations[0], dataset.actions[0], config)
+    state = create(jax.random.PRNGKey(0), dataset.observations[0], dataset.actions[0], config)
+    return config, dataset, state, algorithm, remark
+
+
+def build_jax_corl(side: Side, data: dict[str, np.ndarray]) -> Trainer:
+    """JAX: `update_n_times`, compiled as in their scripts, with eight updates unrolled."""
+    config, dataset, state, algorithm, remark = make_jax_corl(side, data)
+    key = jax.random.PRNGKey(1)
     update = jax.jit(algorithm.update_n_times, static_argnums=(3,))
 
     def advance(count: int) -> None:
@@ -430,8 +438,8 @@ def build_jax_corl(side: Side, data: dict[str, np.ndarray]) -> Trainer:
 # unifloral
 
 
-def build_unifloral(side: Side, data: dict[str, np.ndarray]) -> Trainer:
-    """JAX: one scan over their step; they scan 2,500 of them between evaluations."""
+def make_unifloral(side: Side, data: dict[str, np.ndarray]) -> tuple[Callable[..., Any], Any, Any, str]:
+    """Their step, the initial state, their arguments and the remark of `load`."""
     module, remark = load(script(side))
     settings = dict(side.settings)
     own = {"num_critics": settings["num_critics"]} if side.algorithm == "cql" else {}
@@ -456,9 +464,15 @@ def build_unifloral(side: Side, data: dict[str, np.ndarray]) -> Trainer:
     found = {}
     for field in module.AgentTrainState._fields:
         network, inputs = made[field.removesuffix("_target").split("_")[-1]]
-        found[field] = module.create_train_state(args, jax.random.PRNGKey(0), network, inputs)
-    state = module.AgentTrainState(**found)
+        rate = [args.actor_lr] if field == "actor" and hasattr(args, "actor_lr") else []
+        found[field] = module.create_train_state(args, jax.random.PRNGKey(0), network, inputs, *rate)
     step = module.make_train_step(args, *(network.apply for network, _ in made.values()), dataset)
+    return step, module.AgentTrainState(**found), args, remark
+
+
+def build_unifloral(side: Side, data: dict[str, np.ndarray]) -> Trainer:
+    """JAX: one scan over their step; they scan 2,500 of them between evaluations."""
+    step, state, args, remark = make_unifloral(side, data)
     updates = getattr(args, "num_critic_updates_per_step", 1)
     if UNIT % updates:
         raise PeerError(f"its step has {updates} updates of the critics, of which {UNIT} is not a multiple")

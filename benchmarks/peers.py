@@ -76,8 +76,8 @@ REMARKS = {
 
 
 @dataclass(frozen=True)
-class Args:
-    """Speed of the updates here beside those of CORL, JAX-CORL and unifloral."""
+class Clones:
+    """What is compared, and where the results go."""
 
     corl: Path | None = None
     """Your clone of CORL."""
@@ -87,12 +87,6 @@ class Args:
     """Your clone of unifloral."""
     algorithms: tuple[str, ...] = tuple(SETTINGS)
     """Algorithms to compare."""
-    members: int = 8
-    """Members of our population, which is timed too; its rate is that of all members together. 1: none."""
-    rounds: int = 7
-    """Turns of every side."""
-    seconds: float = 2.0
-    """Length of a turn, at least."""
     out: Path | None = None
     """Results go to this name with .csv and .md. Default: the terminal only."""
 
@@ -109,6 +103,30 @@ class Args:
                 raise UsageError(f"--algorithms {algorithm}: choose from {', '.join(SETTINGS)}")
         if not self.algorithms:
             raise UsageError(f"--algorithms: name at least one of {', '.join(SETTINGS)}")
+
+    def sides(self, algorithm: str) -> list[Side]:
+        """The peers' sides, with the settings that both sides of a comparison have."""
+        found = []
+        for name, path in self.clones().items():
+            settings = OWN_SETTINGS.get((name, algorithm), SETTINGS[algorithm])
+            found.append(Side(name, algorithm, tuple(settings.items()), path))
+        return found
+
+
+@dataclass(frozen=True)
+class Args(Clones):
+    """Speed of the updates here beside those of CORL, JAX-CORL and unifloral."""
+
+    members: int = 8
+    """Members of our population, which is timed too; its rate is that of all members together. 1: none."""
+    rounds: int = 7
+    """Turns of every side."""
+    seconds: float = 2.0
+    """Length of a turn, at least."""
+
+    def validate(self) -> None:
+        """UsageError for flags that leave nothing to do."""
+        super().validate()
         for name in ("members", "rounds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -212,10 +230,7 @@ def compare(
     def ours(side: Side, members: int) -> Side:
         return Side(OURS, algorithm, side.settings, members=members)
 
-    peers = []
-    for name, path in args.clones().items():
-        settings = OWN_SETTINGS.get((name, algorithm), SETTINGS[algorithm])
-        peers.append(Side(name, algorithm, tuple(settings.items()), path))
+    peers = args.sides(algorithm)
     try:
         for side in peers:
             start(side)
@@ -336,9 +351,6 @@ def page(
         parameters = " and ".join(map(str, found.parameters)) if found.parameters else ""
         row = [*cells(found), *sizes, parameters, found.remark.replace("|", "/")]
         lines.append(f"| {' | '.join(row)} |")
-    clones = [f"{name} {commit(path)}" for name, path in args.clones().items()]
-    places = {str(path): f"path/to/{name}" for name, path in args.clones().items() if path is not None}
-    command = shlex.join(["python", *(places.get(word, word) for word in sys.argv)])
     load = f"; load average at each start {min(loads):.1f} to {max(loads):.1f}" if loads else ""
     rows, width, batch = peer_sides.ROWS, peer_sides.HIDDEN_DIM, peer_sides.BATCH_SIZE
     return "\n".join(
@@ -355,11 +367,21 @@ def page(
             f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores{load}",
             f"- updates on: {', '.join(sorted(devices)) or 'nothing'}",
             f"- date: {begun} to {now()}; commit: {commit_of(about)}",
-            f"- clones: {'; '.join(clones)}",
-            f"- versions: {', '.join(f'{name} {version}' for name, version in versions(about).items())}",
-            f"\n```sh\n{command}\n```\n",
+            *sources(args, about),
         ]
     )
+
+
+def sources(args: Clones, about: dict[str, Any]) -> list[str]:
+    """Lines of a page: the clones' commits, versions and the command, which ends the page."""
+    clones = [f"{name} {commit(path)}" for name, path in args.clones().items()]
+    places = {str(path): f"path/to/{name}" for name, path in args.clones().items() if path is not None}
+    command = shlex.join(["python", *(places.get(word, word) for word in sys.argv)])
+    return [
+        f"- clones: {'; '.join(clones)}",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in versions(about).items())}",
+        f"\n```sh\n{command}\n```\n",
+    ]
 
 
 def now() -> str:
