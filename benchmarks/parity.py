@@ -289,10 +289,13 @@ most in float64. `moved` is the same measure for our outputs before and after.
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The table of the page: rows of both precisions side by side."""
     pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["precision"], reverse=True):  # those of float64 are all there are
         title = f"{peers.TITLES[row['algorithm']]}, {row['peer']}"
         pairs.setdefault((title, row["differing"].replace("|", "/")), {})[row["precision"]] = row
-    found = ["|  | differing | float32 | float64 | moved |", "| :-- | :-- | :-- | :-- | :-- |"]
+    found = [
+        "|  | differing | float32: actions, Q, V | float64: actions, Q, V | moved |",
+        "| :-- | :-- | :-- | :-- | :-- |",
+    ]
     for key, pair in pairs.items():
         cells = []
         for precision, suffix, form in (("float32", "", ".0e"), ("float64", "", ".0e"), ("float64", "_moved", ".2g")):
@@ -317,7 +320,7 @@ def page(args: Args, about: dict[str, Any], rows: Sequence[dict[str, Any]], begu
         [
             HEAD.format(updates=args.updates, most=f"{most:.0e}"),
             *lines(rows),
-            "\nWhat both sides have in all rows of a pair, beside its sizes of networks:\n",
+            "\nWhat ours has in all rows of a pair, beside the sizes of its networks, and how the peer stands out:\n",
             *notes,
             "\nThe changes:\n",
             *(f"```diff\n{CHANGES[name]}\n```\n" for name in used),
