@@ -186,6 +186,14 @@ def expected_bests(tuned: dict[str, dict[str, list[list[float]]]]) -> str:
     return markdown(["settings tried", *map(str, budgets)], rows)
 
 
+def meaning(cells: Sequence[Cell]) -> str:
+    """What scores of 0 and 100 stand for."""
+    d4rl = "0 is D4RL's random policy, 100 its expert."
+    ogbench = "On OGBench's tasks it is the share of episodes with success, 0 to 100."
+    tasks = {"-singletask" in cell.config["environment"] for cell in cells}
+    return " ".join([d4rl] * (False in tasks) + [ogbench] * (True in tasks))
+
+
 def updates_of(cells: Sequence[Cell]) -> str:
     """How many offline updates each algorithm made, a list item."""
     by_count: dict[int, list[str]] = {}
@@ -357,7 +365,7 @@ def write(folder: Path, against: str = "") -> None:
 
         parts += [
             "## Normalised score\n",
-            "0 is D4RL's random policy, 100 its expert.\n",
+            f"{meaning(scored)}\n",
             table(scored, "score_mean", score, ["data"]),
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),

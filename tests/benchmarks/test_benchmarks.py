@@ -178,7 +178,7 @@ def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder):
 # The report
 
 
-def write_run(folder, algorithm, dataset, scores, average=30.0, **others):
+def write_run(folder, algorithm, dataset, scores, average=30.0, environment="Hard-v5", **others):
     """Files of a run as a suite keeps them; a score of None is a member that diverged. `others` are flags."""
     run = folder / "_".join([algorithm, dataset, *(f"{name}-{value}" for name, value in others.items())])
     run.mkdir(parents=True)
@@ -186,7 +186,7 @@ def write_run(folder, algorithm, dataset, scores, average=30.0, **others):
     about = {"mean": 1000.0, "min": 10.0, "max": 2000.0, "episodes": 7, "score_mean": average}
     config = {"algorithm": algorithm, "flags": flags, "dataset_returns": about, "git_commit": "abc123"}
     config |= {
-        "environment": "Hard-v5",
+        "environment": environment,
         "git_dirty": False,
         "cpu": {"model": "A processor", "cores": 3},
         "versions": {"jax": "9.9"},
@@ -261,6 +261,18 @@ def test_report_is_computed_by_hand(tmp_path):
     assert (lost["score_mean"], lost["diverged_at"]) == ("", "42")
     for name in ("scores", "curves_easy", "curves_hard"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_says_what_the_scores_of_its_environments_mean(tmp_path):
+    for folder in (tmp_path / "mixed", tmp_path / "tasks"):
+        write_run(folder, "bc", "cube", [0.0, 50.0], average=None, environment="cube-single-singletask-task3-v0")
+    write_run(tmp_path / "mixed", "bc", "easy", [10.0, 20.0])
+    report.main([str(tmp_path / "mixed"), str(tmp_path / "tasks")])
+    mixed, tasks = ((tmp_path / name / "README.md").read_text() for name in ("mixed", "tasks"))
+    assert "D4RL" in mixed
+    assert "share of episodes with success" in mixed
+    assert "D4RL" not in tasks
+    assert "share of episodes with success" in tasks
 
 
 def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
