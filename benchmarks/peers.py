@@ -266,7 +266,8 @@ def compare(
         remark = "; ".join(filter(None, (REMARKS.get((side.name, algorithm)), workers[side].info.remark)))
         if (side.name, algorithm) == WITH_ONE_VALUE:
             rate = rates[side._replace(name=ONCE, path=None)]
-            remark += f"; with V evaluated once, as it does, ours: {rate_text(rate)}, ratio {ratio(rate, rates[side])}"
+            once = f"with V evaluated once, as it does, ours: {rate_text(rate)}, ratio {ratio(rate, rates[side])}"
+            remark = "; ".join(filter(None, (remark, once)))
         parameters = (workers[side].info.parameters, workers[one].info.parameters)
         found.append(Comparison(side, rates[side], rates[one], population, parameters, remark))
     return found, {workers[side].info.device for side in rates}

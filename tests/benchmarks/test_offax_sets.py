@@ -22,7 +22,7 @@ from benchmarks import behavior_policies, datasets, offax_sets
 from common.cli import UsageError
 from common.data import load
 from common.environments import quiet_mujoco
-from common.replay import episode_returns
+from common.replay import Transitions, episode_returns
 
 TRANSITIONS = 2000
 RANDOM = "offax/hopper/random-v0"
@@ -139,7 +139,8 @@ def test_time_limit_is_a_truncation() -> None:
 def test_set_has_every_row_and_is_the_same_when_made_again(root: Path, tmp_path: Path, monkeypatch) -> None:
     first = load(RANDOM)
     assert first.env_spec.id == "Hopper-v5" and first.domain == "hopper"
-    assert all(len(array) == TRANSITIONS and array.dtype == np.float32 for array in first.transitions)
+    columns = [getattr(first.transitions, name) for name in Transitions._fields]
+    assert all(len(array) == TRANSITIONS and array.dtype == np.float32 for array in columns)
     ends = np.flatnonzero(first.transitions.terminations + first.transitions.truncations)
     assert ends[-1] == TRANSITIONS - 1
     inside = np.setdiff1d(np.arange(TRANSITIONS), ends)
