@@ -68,7 +68,7 @@ def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndar
     if domain not in REFERENCE_RETURNS:
         return None
     low, high = REFERENCE_RETURNS[domain]
-    return 100.0 * (np.minimum(returns, 1.0 if domain == "antmaze" else np.inf) - low) / (high - low)
+    return 100.0 * (np.minimum(returns, 1.0 if domain == "antmaze" else np.inf, dtype=np.float64) - low) / (high - low)
 
 
 def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") -> tuple[int, np.ndarray, np.ndarray]:

@@ -350,6 +350,7 @@ def test_whoever_reaches_the_goal_of_antmaze_has_100() -> None:
 
 
 def test_no_reference_no_score() -> None:
+    assert environments.normalized_score("hopper", np.ones(1, np.float32)).dtype == np.float64
     assert environments.normalized_score(None, np.ones(1)) is None
     assert environments.normalized_score("pusher", np.ones(1)) is None
 
