@@ -76,16 +76,6 @@ class Args:
     batched: bool = False  # Vmap the members on a CPU too.
 
 
-def random_transitions(args: Args) -> Recorded:
-    """Episodes of 1,000 steps, cut by their time limit, with random numbers for everything else."""
-    rng, size = np.random.default_rng(0), args.rows
-    observations = rng.standard_normal((size + 1, args.obs_dim), np.float32)
-    actions = rng.uniform(-1.0, 1.0, (size, args.action_dim)).astype(np.float32)
-    none, ends = np.zeros(size, np.float32), (np.arange(size) % 1000 == 999).astype(np.float32)
-    rewards = rng.standard_normal(size, np.float32)
-    return record(Transitions(observations[:-1], actions, rewards, observations[1:], none, ends))
-
-
 def flops_of(script: Any, state: Any, hp: Any, settings: Any, data: Recorded) -> float | None:
     """Floating-point operations of one update of one member; None where it is more than a minibatch's, or not said."""
     if not hasattr(script, "update"):
@@ -162,7 +152,8 @@ def measure_peers(side: Side, count: int, seconds: float) -> dict[str, Any]:
 def main(args: Args) -> None:
     """Measure what the CSV lacks, smallest populations first."""
     use_compilation_cache()
-    began, table, data = time.monotonic(), Table(args.out), random_transitions(args)
+    fields = peer_sides.synthetic(args.rows, args.obs_dim, args.action_dim)
+    began, table, data = time.monotonic(), Table(args.out), record(Transitions(**fields))
     clones = peers.Clones(jax_corl=args.jax_corl, unifloral=args.unifloral)
     sides = [side for name in args.algorithms if name in peers.SETTINGS for side in clones.sides(name) if side.path]
     jobs: list[tuple[str, int, Callable[[], dict[str, Any]]]] = []

@@ -69,10 +69,8 @@ def row_of(name: str, env: str | None) -> list[Any]:
     A set on disk that cannot be read, or is not of vectors, has what its metadata say, and a line on stderr says why.
     UsageError for another one that cannot be read.
     """
-    joined = "+" in name and not os.path.exists(name)
     try:
-        found = load(name, env) if joined else sources.load(os.path.expanduser(name), env)
-        return [*statistics(found), megabytes(name)]
+        return [*statistics(sources.load(os.path.expanduser(name), env)), megabytes(name)]
     except UsageError as error:
         if (about := on_disk().get(name)) is None:
             raise

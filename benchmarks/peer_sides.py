@@ -95,14 +95,14 @@ def script(side: Side) -> Path:
     return path
 
 
-def synthetic(rows: int = ROWS) -> dict[str, np.ndarray]:
+def synthetic(rows: int = ROWS, obs_dim: int = OBS_DIM, action_dim: int = ACTION_DIM) -> dict[str, np.ndarray]:
     """Random transitions by field of `Transitions`, all float32; the same every time."""
     rng = np.random.default_rng(0)
-    observations = rng.standard_normal((rows + 1, OBS_DIM), np.float32)
+    observations = rng.standard_normal((rows + 1, obs_dim), np.float32)
     ends = np.arange(rows) % 500 == 499
     return {
         "observations": observations[:-1],
-        "actions": rng.uniform(-1, 1, (rows, ACTION_DIM)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32),
         "rewards": rng.uniform(0, 1, rows).astype(np.float32),
         "next_observations": observations[1:],
         "terminations": ends.astype(np.float32),

@@ -11,7 +11,6 @@ puts every run into a cgroup with a quota, and names the row by it. Whoever may 
 Rows go to `<out>.csv`, the table of the medians to `<out>.md`.
 """
 
-import csv
 import os
 import statistics
 import subprocess
@@ -56,7 +55,7 @@ def together(count: int, threads: int, args: Args) -> list[float]:
                 (args.cgroup / "cgroup.procs").write_text(str(runs[-1].pid))
         if any([run.wait() for run in runs]):
             raise UsageError("a run failed; what it said is above")
-        return [float(next(csv.DictReader(path.read_text().splitlines()))["updates_per_second"]) for path in tables]
+        return [float(Table(path).read()[0]["updates_per_second"]) for path in tables]
 
 
 def report(out: Path) -> str:
@@ -65,7 +64,7 @@ def report(out: Path) -> str:
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         found.setdefault((row["quota"], row["processes"], row["threads"]), []).append(float(row["updates_per_second"]))
-    lines = [f"# IQL on shared cores\n\nMade by `python {Path('benchmarks', SCRIPT.with_name('sharing.py').name)}`.\n"]
+    lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`.\n"]
     lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
     for key, rates in sorted(found.items()):
         numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]

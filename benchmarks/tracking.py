@@ -13,20 +13,17 @@ OWN = ("phase", "step", "member", "seed")  # columns of the tables that say whos
 
 
 class Tracker:
-    """Opens the runs of the members of `config`, the record of the run, in a group `label`.
+    """Opens the runs of the members of `config`, the record of the run, by their `names` in a group `label`.
 
     Whatever goes wrong in wandb is reported once and tracking is switched off: it never stops training.
     """
 
-    def __init__(self, args: RunArgs, config: dict[str, Any], label: str) -> None:
+    def __init__(self, args: RunArgs, config: dict[str, Any], names: list[str], label: str) -> None:
         self.step, self.runs, self.enabled = 0, [], True
-        members, name = config["members"], config["algorithm"]
+        members, algorithm = config["members"], config["algorithm"]
         self.swept, self.indices = "WANDB_SWEEP_ID" in os.environ, [member["member"] for member in members]
         config = config | config["flags"] | {"members": len(members)}
         configs = [config | member["hyperparameters"] | member for member in members]
-        names = [
-            f"{label} member {member['member']} seed {member['seed']} {member['swept'] or ''}" for member in members
-        ]
         if self.swept:
             configs, names = configs[:1], [label]
 
@@ -35,8 +32,9 @@ class Tracker:
 
             place = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group or label}
             settings = wandb.Settings(silent=True, init_timeout=30)
-            about = {"name": names[i].strip(), "job_type": name, "tags": [name, args.preset], "dir": config["run_dir"]}
-            run = wandb.init(**place, **about, config=config, reinit="create_new", settings=settings)
+            about = {"name": names[i], "job_type": algorithm, "tags": [algorithm, args.preset]}
+            how = {"dir": config["run_dir"], "reinit": "create_new", "settings": settings}
+            run = wandb.init(**place, **about, config=config, **how)
             self.runs.append(run)
 
         self._each(open_run, configs)

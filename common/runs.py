@@ -117,12 +117,13 @@ class Run:
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
-        config |= report.provenance() | {"population": self.members.total}
-        write_json(self.path / "config.json", config | {"members": members})
+        config |= report.provenance() | {"population": self.members.total, "members": members}
+        write_json(self.path / "config.json", config)
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             if (tracking := optional("tracking")) is None:
                 raise UsageError("--track True: logging to Weights & Biases is in benchmarks/tracking.py; copy it too")
-            self.tracker = tracking.Tracker(self.args, config | {"members": members}, self.label)
+            names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
+            self.tracker = tracking.Tracker(self.args, config, names, self.label)
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         end = f", resumed at {self.done}" if found else ""
@@ -273,8 +274,7 @@ class Run:
         for i, index in enumerate(self.members.indices):
             entry = self.members.who(i) | {"swept": self.members.swept[i], "diverged": self.diverged.get(i)}
             members.append(entry | {name: last.get(index, {}).get(name) for name in names})
-        intervals = optional("intervals")
-        final = {"members": members} | (intervals.summarise(members) if intervals else {})
+        final = {"members": members} | (found.summarise(members) if (found := optional("intervals")) else {})
         final |= {"pretraining_updates": self.done["pretraining"]}
         final |= {"updates": self.done["offline"], "updates_per_second": self.rate("offline")}
         final |= {"online_steps": self.done["online"], "online_steps_per_second": self.rate("online")}

@@ -80,7 +80,7 @@ def test_nothing_runs_at_import_and_training_needs_five_packages_alone(
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in [*COMMON, *scripts]]
     assert "common.runs" in names and "algorithms.iql" in names
     code = f"""
-import importlib, runpy, signal, sys
+import importlib, os, runpy, signal, sys
 sys.modules |= dict.fromkeys({absent})  # importing one of them raises
 sys.argv = ["script", "--no-such-flag", "--help"]
 handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -89,6 +89,7 @@ for name in {names}:
     importlib.import_module(name)
     assert not xla_bridge.backends_are_initialized(), name
 assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+assert os.listdir() == []
 sys.argv = ["accelerator.py", "--out", "rates.csv", "--algorithms", "td3_bc", "--members", "1", "--rows", "3000",
             "--hidden-dim", "8", "--seconds", "0.01"]
 runpy.run_path({str(ROOT / "benchmarks" / "accelerator.py")!r}, run_name="__main__")
