@@ -23,8 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +77,29 @@ class Args:
     batched: bool = False  # Vmap the members on a CPU too.
 
 
-def flops_of(script: Any, state: Any, hp: Any, settings: Any, data: Recorded) -> float | None:
+@cache
+def flops_of(name: str, obs_dim: int, action_dim: int, hidden_dim: int | None) -> float | None:
     """Floating-point operations of one update of one member; None where it is more than a minibatch's, or not said."""
+    script, settings = settings_of(name, 1, hidden_dim)
     if not hasattr(script, "update"):
         return None
-    batch = data.at(np.arange(settings.batch_size))
+    hp = settings.hp
+    state = script.init(jax.random.key(0), hp, settings, obs_dim, action_dim)
+    batch = Transitions(**peer_sides.synthetic(settings.batch_size, obs_dim, action_dim))
     found = jax.jit(partial(script.update, args=settings)).lower(state, batch, hp).compile().cost_analysis()
     return found.get("flops") if isinstance(found, dict) else None
 
 
+def settings_of(name: str, count: int, hidden_dim: int | None) -> tuple[Any, Any]:
+    """The script and its settings for a population of `count` seeds."""
+    script, settings = ALGORITHMS[name]
+    sizes = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
+    return script, script.Args(num_seeds=count, preset="none", **settings | sizes)
+
+
 def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]:
     """One row: `count` members of the algorithm on one device."""
-    script, settings = ALGORITHMS[name]
-    sizes = {} if args.hidden_dim is None else {"hidden_dim": args.hidden_dim}
-    settings = script.Args(num_seeds=count, preset="none", **settings | sizes)
+    script, settings = settings_of(name, count, args.hidden_dim)
     began = time.perf_counter()
     members = make_members(settings)
     shapes = {"args": settings, "obs_dim": args.obs_dim, "action_dim": args.action_dim}
@@ -113,8 +123,7 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
         state = run(state, updates)
         seconds = time.perf_counter() - start
     device = members.mesh.devices.flat[0]
-    one, hp = (jax.tree.map(lambda x: x[0], tree) for tree in (state, members.hp))
-    flops = None if name == "awr" else flops_of(script, one, hp, settings, offline)
+    flops = flops_of(name, args.obs_dim, args.action_dim, args.hidden_dim)
     peak = next((peaks[1] for kind, peaks in PEAKS.items() if kind in device.device_kind), None)
     rate, stats = count * updates / seconds, device.memory_stats() or {}
     return {
@@ -137,10 +146,14 @@ def measure_peers(side: Side, count: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         data = Path(folder, "synthetic.npz")
         np.savez(data, **peer_sides.synthetic())
-        began, workers = time.perf_counter(), []
-        for _ in range(count):
-            workers.append(peers.Worker(side, data, seconds))
-            running.callback(workers[-1].close)
+        began = time.perf_counter()
+
+        def start(_: int) -> peers.Worker:
+            running.callback((worker := peers.Worker(side, data, seconds)).close)
+            return worker
+
+        with ThreadPoolExecutor(count) as side_by_side:  # each imports and compiles
+            workers = list(side_by_side.map(start, range(count)))
         first = time.perf_counter() - began
         for worker in workers:
             worker.go()
