@@ -1,6 +1,5 @@
 """The results of a suite, read from its folder: cells of members that differ by their seeds only."""
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from typing import Any
 
 from benchmarks.curves import Curves, curves_of, trained_on
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
+from benchmarks.tables import Table
 from common.cli import UsageError
 from common.runs import FREE, LENGTHS
 
-FILES = ("config.json", "final.json", "evaluations.csv", "command.json")
+FILES = ("config.json", "final.json", "command.json")
 NOT_SETTINGS = (FREE - {"max_episode_steps"}) | LENGTHS
 NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
@@ -76,8 +76,7 @@ def read(folder: Path) -> list[Cell]:
         references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
     cells: dict[tuple[str, str], Cell] = {}
     for run, (config, final, command) in runs.items():
-        with open(run / "evaluations.csv", newline="") as file:
-            evaluations = list(csv.DictReader(file))
+        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
         name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
         groups: dict[str, list[dict[str, Any]]] = {}
         for member in final["members"]:

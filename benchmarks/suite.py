@@ -87,7 +87,8 @@ class Job:
         """Copy the small files to the results."""
         self.results_dir.mkdir(parents=True, exist_ok=True)
         for name in (*KEPT, "command.json"):
-            shutil.copyfile(self.run_dir / name, self.results_dir / name)
+            if (self.run_dir / name).exists():  # no evaluation where every member diverged before the first
+                shutil.copyfile(self.run_dir / name, self.results_dir / name)
 
 
 def find_script(algorithm: str) -> Path:

@@ -1,0 +1,282 @@
+"""Train an algorithm on several datasets at once: one population on one accelerator, a run directory for each dataset.
+
+    python benchmarks/at_once.py --name locomotion --algorithms iql --num-seeds 5 --num-updates 100000 \\
+        --datasets offax/hopper/medium-v0 offax/hopper/mixed-v0 --variants "" "slow:--polyak 0.001"
+
+A small population leaves most of a GPU idle, and its updates take nearly as long as those of a large one. So all seeds
+on all datasets, which must have the same shapes and numbers of rows, are the members of one population here: the
+algorithm's own `init` and `train`, vmapped. Several `--variants`, "label:flags", train side by side too, where their
+flags are hyperparameters or the data's transforms, which are numbers to a compiled program.
+
+At shares `--evaluate-at` of the updates the states are handed to one process for each dataset, on the CPU. It fills
+the run directory as the algorithm's own script would, and evaluates meanwhile: a checkpoint, which that script can go
+on with, config.json, evaluations.csv, returns.csv and final.json; without metrics.csv. Names, folders and flags are
+those of benchmarks/suite.py. There is no resuming: what was cut off starts anew.
+"""
+
+import importlib
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from algorithms import awr, emaq
+from benchmarks import suite
+from benchmarks.suite import Job
+from common.cli import RunArgs, UsageError, exit_status, parse
+from common.data import load
+from common.environments import Evaluator, Returns, make_environment
+from common.members import Metrics, evaluation_keys, is_key, keep_finite, make_members, usable_cores
+from common.replay import Recorded, Replay, fit_transform
+from common.report import fill_tree, read_json, read_tree, save_tree, write_json
+from common.runs import Run
+
+TRANSFORMS = ("normalize_observations", "normalize_returns", "reward_scale", "reward_shift")
+"""Flags that change the arrays and not the program."""
+ON_ONE_CORE = {"JAX_PLATFORMS": "cpu", "NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""The environment of the processes that evaluate."""
+
+
+@dataclass(frozen=True)
+class Args(suite.Args):
+    """Train an algorithm on several datasets at once."""
+
+    algorithms: tuple[str, ...] = ("iql",)  # One after the other.
+    variants: tuple[str, ...] = ("",)  # Each is "label:flags"; all train side by side.
+    # Shares of the updates after which the policies are evaluated; the last one is 1.
+    evaluate_at: tuple[float, ...] = (0.1, 0.25, 0.4, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+    evaluators: int | None = None  # Processes that evaluate at the same time. Default: the usable cores but one.
+
+
+def script_of(name: str) -> ModuleType:
+    """The module of an algorithm's name."""
+    return importlib.import_module(".".join(suite.find_script(name).with_suffix("").parts))
+
+
+def snapshot(run_dir: Path, step: int) -> Path:
+    """Where the states after `step` updates are handed over."""
+    return run_dir / "handed" / f"{step}.npz"
+
+
+# The evaluating process
+
+
+def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any) -> None:
+    """Fill the run directory of one dataset: evaluate the states after each of `steps` as they come."""
+    started = time.time()
+    script = script_of(algorithm)
+    args = parse(script.Args, script.PRESETS, list(job.flags))
+    members = make_members(args)
+    dataset = load(args.dataset, args.env)
+    run = Run(algorithm, args, members)
+    transform = fit_transform(dataset.transitions, args)
+    obs_dim, action_dim = len(transform.observation_mean), len(dataset.low)
+    like = members.start(partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+    act_all = members.map(partial(script.act, args=args, action_dim=action_dim, sample=False), batched=True)
+    evaluator = Evaluator(partial(make_environment, dataset.env_spec, args.max_episode_steps), members, transform)
+
+    def evaluate(state: Any, episodes: int) -> Returns | None:
+        def policy(observations: np.ndarray, count: int) -> jax.Array:
+            return act_all(state, members.hp, observations, evaluation_keys(members.seeds, run.steps(), count))
+
+        return evaluator.run(policy, episodes, run.stopping)
+
+    with run:
+        run.restore({"state": like}, dataset, transform)
+        for step in steps:
+            file = snapshot(job.run_dir, step)
+            while not file.exists():
+                time.sleep(0.1)
+            with turns:
+                arrays, about = read_tree(file)
+                state = members.shard(fill_tree(file, arrays, {"state": like})["state"])
+                write_json(run.path / "config.json", read_json(run.path / "config.json") | {"device": about["device"]})
+                run.done = {phase: about["done"].get(phase, 0) for phase in run.done}
+                for i in np.flatnonzero(np.array(about["diverged"]) & (run.alive[: members.count] > 0)):
+                    run.diverged[int(i)], run.alive[i] = {"step": about["before"], "metric": "a parameter"}, 0
+                living = run.alive.any()
+                if step == steps[-1]:
+                    run.save({"state": state})
+                    run.finish(evaluate(state, args.final_eval_episodes) if living else None)
+                elif living:
+                    run.record_evaluation(evaluate(state, args.eval_episodes))
+                file.unlink()
+    snapshot(job.run_dir, 0).parent.rmdir()
+    status = 0 if run.alive.any() else suite.DIVERGED
+    record = {"command": command, "exit_status": status, "seconds": time.time() - started}
+    write_json(job.run_dir / "command.json", record)
+    job.keep()
+
+
+# The training process
+
+
+def same_program(settings: list[RunArgs]) -> None:
+    """UsageError unless all of the settings compile to the same program."""
+    plain = {name: getattr(settings[0], name) for name in (*TRANSFORMS, "dataset", "run_dir", "hp", "preset")}
+    for one in settings[1:]:
+        theirs, ours = one.replace(**plain), settings[0]
+        if odd := [name for name, value in vars(theirs).items() if value != getattr(ours, name)]:
+            flag = odd[0].replace("_", "-")
+            raise UsageError(f"--variants: --{flag} makes another program; train that in a call of its own")
+
+
+def stack(parts: list[Recorded]) -> Recorded:
+    """Datasets of the same shapes as one, `[datasets, ...]`; UsageError for other shapes.
+
+    They may have different numbers of states, of which the last is repeated: no row has the copies.
+    """
+    sizes = {(part.actions.shape, part.states.shape[1]) for part in parts}
+    if len(sizes) > 1:
+        raise UsageError(f"the datasets have different numbers of rows, actions or observations: {sorted(sizes)}")
+    most = max(len(part.states) for part in parts)
+    parts = [
+        part._replace(states=np.pad(part.states, ((0, most - len(part.states)), (0, 0)), mode="edge")) for part in parts
+    ]
+    return jax.tree.map(lambda *x: np.stack(x), *parts)
+
+
+class Population:
+    """The members of all jobs, `[jobs, seeds, ...]`, and their training up to a number of updates."""
+
+    def __init__(self, algorithm: str, settings: list[RunArgs]) -> None:
+        self.script, self.args = script_of(algorithm), settings[0]
+        transitions, states, self.members = [], [], [make_members(one) for one in settings]
+        for members, args in zip(self.members, settings, strict=True):
+            dataset = load(args.dataset, args.env)
+            transitions.append(fit_transform(dataset.transitions, args).transitions(dataset.transitions))
+            sizes = {"obs_dim": transitions[-1].states.shape[1], "action_dim": len(dataset.low)}
+            states.append(members.start(partial(self.script.init, args=self.args, **sizes)))
+        self.device = jax.local_devices()[0]
+        self.data = jax.device_put(stack(transitions), self.device)
+        hp = jax.tree.map(lambda *x: np.stack(x), *(members.hp for members in self.members))
+        self.hp, self.state = jax.device_put((hp, jax.tree.map(lambda *x: jnp.stack(x), *states)), self.device)
+        self.rows, self.pool, self.drawn = self.data.rewards.shape[1], None, -1
+        self.diverged = np.zeros(self.data.rewards.shape[:1] + self.members[0].seeds.shape, bool)
+        self.done = {"pretraining": 0, "offline": 0}
+        self.train = self.compiled(self.script.train)
+        if self.script is emaq:
+            self.fit, self.draw = self.compiled(emaq.train_behavior), jax.jit(self.mapped(emaq.draw_pool))
+        self.keep_finite = jax.jit(jax.vmap(jax.vmap(keep_finite)))
+
+    def mapped(self, function: Any) -> Any:
+        """`function(state, hp, replay, x, args)` over all members; the replay is the job's dataset, x each member's."""
+
+        def one(state: Any, hp: Any, offline: Recorded, pool: Any, x: Any) -> Any:
+            extra = None if pool is None else pool[None]
+            return function(state, hp, Replay(offline, None, jnp.int32(0), extra), x, args=self.args)
+
+        return jax.vmap(jax.vmap(one, in_axes=(0, 0, None, 0, 0)))
+
+    def compiled(self, function: Any) -> Any:
+        """A training function over all members, each of them for the same number of updates."""
+
+        def train(state: Any, hp: Any, offline: Recorded, pool: Any, count: jax.Array) -> tuple[Any, Metrics]:
+            counted = self.mapped(lambda state, hp, data, _, args: function(state, hp, data, count, args=args))
+            return counted(state, hp, offline, pool, jnp.zeros(self.diverged.shape))
+
+        return jax.jit(train)
+
+    def step(self, train: Any, phase: str, count: int) -> None:
+        """`count` updates; members that are not finite after it stay as they were, and count as diverged."""
+        new, metrics = train(self.state, self.hp, self.data, self.pool, jnp.int32(count))
+        self.state, finite = self.keep_finite(new, self.state, metrics)
+        self.diverged |= ~np.asarray(finite)
+        self.done[phase] += count
+
+    def advance(self, updates: int) -> None:
+        """Train until there were `updates` updates in all."""
+        if self.script is emaq and not self.done["pretraining"]:
+            self.step(self.fit, "pretraining", self.args.behavior_updates)
+        while (done := self.done["offline"]) < updates:
+            every = updates
+            if self.script is awr:
+                every = self.args.policy_updates
+            elif self.script is emaq and self.args.draws_ahead:
+                every = -(-self.args.pool_uses * self.rows // self.args.batch_size)
+                if self.drawn != done // every:  # its memory first
+                    self.pool, self.drawn = None, done // every
+                    keys = jax.device_put(jnp.stack([members.keys(1) for members in self.members]), self.device)
+                    keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, self.drawn)
+                    self.pool = self.draw(self.state, self.hp, self.data, None, keys)
+            self.step(self.train, "offline", min(updates - done, every - done % every))
+
+    def hand_over(self, jobs: list[Job], before: int) -> None:
+        """Write the members of each job for the process that evaluates them."""
+        state = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, self.state))
+        device = {"platform": self.device.platform, "kind": self.device.device_kind, "count": 1}
+        for i, job in enumerate(jobs):
+            about = {"device": device, "done": self.done, "before": before, "diverged": self.diverged[i].tolist()}
+            own = jax.tree.map(lambda x: x[i], state)  # noqa: B023
+            save_tree(snapshot(job.run_dir, self.done["offline"]), {"state": own}, about)
+
+
+def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int]]:
+    """The jobs of one algorithm, all variants of each dataset, their settings, and when they are evaluated."""
+    jobs: list[Job] = []
+    for variant in args.variants:
+        label, _, flags = variant.partition(":")
+        one = replace(args, algorithms=(algorithm,), label=label or args.label, extra=f"{args.extra} {flags}")
+        jobs += suite.plan(one)
+    script = script_of(algorithm)
+    settings = [parse(script.Args, script.PRESETS, list(job.flags)) for job in jobs]
+    for one in settings:
+        one.validate()
+    same_program(settings)
+    names = [job.name for job in jobs]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"more than one run would be called {sorted(repeated)[0]}; label the --variants")
+    unit = settings[0].policy_updates if script is awr else 1
+    steps = sorted({max(1, round(share * args.num_updates / unit)) * unit for share in (*args.evaluate_at, 1.0)})
+    if steps[-1] != args.num_updates:
+        raise UsageError(f"--num-updates {args.num_updates}: must be a multiple of {unit} for {algorithm}")
+    return jobs, settings, steps
+
+
+def train(algorithm: str, args: Args) -> list[str]:
+    """Train all jobs of one algorithm, and wait for their evaluations; the names of those that failed."""
+    jobs, settings, steps = plan(algorithm, args)
+    for job in jobs:
+        shutil.rmtree(job.run_dir, ignore_errors=True)
+    command = shlex.join(["python", "benchmarks/at_once.py", *sys.argv[1:]])
+    context = multiprocessing.get_context("spawn")
+    turns = context.Semaphore(args.evaluators or max(1, usable_cores() - 1))
+    workers = [
+        context.Process(target=follow, args=(job, algorithm, steps, command, turns), daemon=True) for job in jobs
+    ]
+    with mock.patch.dict(os.environ, ON_ONE_CORE):  # which they inherit
+        for worker in workers:
+            worker.start()
+    began, population = time.time(), Population(algorithm, settings)
+    for last, step in zip([0, *steps], steps, strict=False):
+        population.advance(step)
+        population.hand_over(jobs, last)
+        print(f"{algorithm} {step}: {time.time() - began:.0f} s", flush=True)
+    for worker in workers:
+        worker.join()
+    return [job.name for job, worker in zip(jobs, workers, strict=True) if worker.exitcode]
+
+
+def main(args: Args) -> int:
+    """Each algorithm in turn; the exit status."""
+    if failures := [name for algorithm in args.algorithms for name in train(algorithm, args)]:
+        print(f"{len(failures)} runs failed: {', '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    with exit_status():
+        sys.exit(main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,))))

@@ -1,0 +1,122 @@
+"""Several datasets as one population: the runs are those of the algorithms' own scripts."""
+
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from benchmarks import at_once
+from common.cli import UsageError
+from common.report import load_policy, read_json
+from tests.conftest import arrays_of, hopper_like, rows_of, smaller
+
+VARIANTS = {
+    "iql": ("", "slow:--polyak 0.5 --normalize-observations True"),
+    "awr": ("", "hot:--temperature 2"),
+    "emaq": ("",),
+}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two datasets with different numbers of states."""
+    folder, paths = tmp_path_factory.mktemp("sets"), []
+    for name, shift in (("one", 0.0), ("other", 1.0)):
+        fields = hopper_like()
+        fields["rewards"] += shift
+        if shift:
+            fields["truncations"][30] = True
+            fields["next_observations"][30] += 1.0
+        np.savez(folder / f"{name}.npz", **fields)
+        paths.append(str(folder / f"{name}.npz"))
+    return paths
+
+
+def arguments(tmp_path, sets, algorithm, **changes):
+    """Those of a small call."""
+    words = [
+        "--env",
+        "Hopper-v5",
+        "--preset",
+        "none",
+        "--hidden-dim",
+        "8",
+        "--batch-size",
+        "16",
+        "--eval-episodes",
+        "1",
+    ]
+    words = [*words, "--final-eval-episodes", "2", *smaller(algorithm)]
+    fields = {
+        "algorithms": (algorithm,),
+        "datasets": tuple(sets),
+        "num_seeds": 2,
+        "num_updates": 20,
+        "evaluate_at": (0.5,),
+    }
+    fields |= {"extra": " ".join(words), "variants": VARIANTS[algorithm]}
+    folders = {"runs_dir": tmp_path / "runs", "results_dir": tmp_path / "results"}
+    return at_once.Args(name="both", **fields | folders | changes)
+
+
+@pytest.mark.parametrize("algorithm", VARIANTS)
+def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, script, algorithm):
+    jobs, settings, steps = at_once.plan(algorithm, arguments(tmp_path, sets, algorithm))
+    assert len(jobs) == 2 * len(VARIANTS[algorithm]) and steps == [10, 20]
+    population = at_once.Population(algorithm, settings)
+    for before, step in ((0, 10), (10, 20)):
+        population.advance(step)
+        population.hand_over(jobs, before)
+    for job in jobs:
+        at_once.follow(job, algorithm, steps, "python benchmarks/at_once.py", nullcontext())
+        own = tmp_path / "own" / job.name
+        flags = [str(own) if word == str(job.run_dir) else word for word in job.flags]
+        assert script(algorithm, *flags, "--eval-every", 10).status == 0
+        ours, theirs = arrays_of(job.run_dir), arrays_of(own)
+        assert ours.keys() == theirs.keys()
+        for name, array in ours.items():  # vmapped and in turn: other products
+            np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+        assert [row["step"] for row in rows_of(job.run_dir / "evaluations.csv")] == ["10", "10", "20", "20"]
+        assert rows_of(job.run_dir / "returns.csv") and not (job.run_dir / "handed").exists()
+        about, plain = read_json(job.run_dir / "config.json"), read_json(own / "config.json")
+        for name in ("transform", "members", "dataset_sha256", "algorithm"):
+            assert about[name] == plain[name]
+        kept = json.loads((tmp_path / "results" / "both" / job.name / "final.json").read_text())
+        assert kept["updates"] == 20 and [m["seed"] for m in kept["members"]] == [0, 1]
+        actions = [load_policy(path, member=1)(np.zeros(11)) for path in (job.run_dir, own)]
+        if algorithm != "emaq":  # whose choice among proposals may turn on the last bits
+            np.testing.assert_allclose(*actions, rtol=1e-3, atol=1e-3)
+
+
+def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path, sets):
+    args = arguments(tmp_path, sets, "iql", variants=("", "wild:--critic-learning-rate 1e38"))
+    jobs, settings, steps = at_once.plan("iql", args)
+    population = at_once.Population("iql", settings)
+    for before, step in ((0, 10), (10, 20)):
+        population.advance(step)
+        population.hand_over(jobs, before)
+    for job, lost in zip(jobs, (False, False, True, True), strict=True):
+        at_once.follow(job, "iql", steps, "", nullcontext())
+        members = read_json(job.run_dir / "final.json")["members"]
+        assert [bool(m["diverged"]) for m in members] == [lost, lost]
+        assert all(np.isfinite(x).all() for x in arrays_of(job.run_dir).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variants": ("", "wide:--hidden-dim 16")}, "--hidden-dim makes another program"),
+        ({"variants": ("", "")}, "more than one run would be called"),
+    ],
+)
+def test_what_is_no_single_population_is_refused(tmp_path, sets, changes, words):
+    with pytest.raises(UsageError, match=words):
+        at_once.plan("iql", arguments(tmp_path, sets, "iql", **changes))
+
+
+def test_datasets_of_other_sizes_are_refused(tmp_path, sets):
+    np.savez(tmp_path / "short.npz", **hopper_like(200))
+    _, settings, _ = at_once.plan("iql", arguments(tmp_path, [sets[0], str(tmp_path / "short.npz")], "iql"))
+    with pytest.raises(UsageError, match="different numbers of rows"):
+        at_once.Population("iql", settings)
