@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,6 +85,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     transform = fit_transform(dataset.transitions, args)
     obs_dim, action_dim = len(transform.observation_mean), len(dataset.low)
     like = members.start(partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+    wanted = jax.tree.map(lambda x: x[: members.count], like)
     act_all = members.map(partial(script.act, args=args, action_dim=action_dim, sample=False), batched=True)
     evaluator = Evaluator(partial(make_environment, dataset.env_spec, args.max_episode_steps), members, transform)
 
@@ -102,7 +103,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
                 time.sleep(0.1)
             with turns:
                 arrays, about = read_tree(file)
-                state = members.shard(fill_tree(file, arrays, {"state": like})["state"])
+                state = members.shard(fill_tree(file, arrays, {"state": wanted})["state"])
                 write_json(run.path / "config.json", read_json(run.path / "config.json") | {"device": about["device"]})
                 run.done = {phase: about["done"].get(phase, 0) for phase in run.done}
                 for i in np.flatnonzero(np.array(about["diverged"]) & (run.alive[: members.count] > 0)):
@@ -155,8 +156,9 @@ class Population:
     def __init__(self, algorithm: str, settings: list[RunArgs]) -> None:
         self.script, self.args = script_of(algorithm), settings[0]
         transitions, states, self.members = [], [], [make_members(one) for one in settings]
+        read = cache(load)  # variants share it
         for members, args in zip(self.members, settings, strict=True):
-            dataset = load(args.dataset, args.env)
+            dataset = read(args.dataset, args.env)
             transitions.append(fit_transform(dataset.transitions, args).transitions(dataset.transitions))
             sizes = {"obs_dim": transitions[-1].states.shape[1], "action_dim": len(dataset.low)}
             states.append(members.start(partial(self.script.init, args=self.args, **sizes)))
@@ -219,9 +221,10 @@ class Population:
         state = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, self.state))
         device = {"platform": self.device.platform, "kind": self.device.device_kind, "count": 1}
         for i, job in enumerate(jobs):
-            about = {"device": device, "done": self.done, "before": before, "diverged": self.diverged[i].tolist()}
-            own = jax.tree.map(lambda x: x[i], state)  # noqa: B023
-            save_tree(snapshot(job.run_dir, self.done["offline"]), {"state": own}, about)
+            own = np.s_[i, : self.members[i].count]  # without the padding
+            about = {"device": device, "done": self.done, "before": before, "diverged": self.diverged[own].tolist()}
+            tree = {"state": jax.tree.map(lambda x: x[own], state)}  # noqa: B023
+            save_tree(snapshot(job.run_dir, self.done["offline"]), tree, about)
 
 
 def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int]]:
