@@ -10,7 +10,8 @@ cut off keeps what it has; after `--minutes` no new one begins. A row has
 * `first_seconds`, from the start of a population to the end of its first update: initialising and compiling;
 * `flops`, floating-point operations of one member's update by XLA's own count, and `share_of_peak`, what the rate makes
   of the device's peak (PEAKS), where it is known: JAX's default on NVIDIA's GPUs are products in TF32;
-* `peak_gib`, the most memory that the device had in use up to then; `replay_gib`, what the shared data take of it.
+* `peak_gib`, the most memory that the device had in use since the process began, compiling included, so that an
+  algorithm is best measured in a process of its own; `replay_gib`, what the shared data take of it.
 
 On a CPU members take turns; `--batched True` vmaps them there as on a GPU. Given clones of JAX-CORL and unifloral, as
 many single runs of theirs as there are members, up to `--processes`, share the device, each in a process of its own,
@@ -36,10 +37,11 @@ import tyro
 from algorithms import awac, awr, cql, emaq, iql, td3_bc
 from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
-from benchmarks.tables import Table, aligned
+from benchmarks.tables import Table, commit_of
 from common.cli import exit_status
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
+from common.report import provenance, write_atomically
 
 # TFLOP/s of dense products, from NVIDIA's data sheets (SXM): in float32 and in TF32.
 PEAKS = {"H100": (67.0, 494.5), "H200": (67.0, 494.5), "A100": (19.5, 156.0)}
@@ -145,7 +147,6 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
         "replay_gib": sum(x.nbytes for x in jax.tree.leaves((offline, pool))) / 2**30,
         "device": device.device_kind,
         "devices": members.mesh.size,
-        "jax": jax.__version__,
     }
 
 
@@ -167,7 +168,27 @@ def measure_peers(side: Side, count: int, seconds: float) -> dict[str, Any]:
             worker.go()
         rates = [updates / seconds for updates, seconds in (worker.result() for worker in workers)]
     row = {"algorithm": f"{side.algorithm}, {side.name}", "members": count, "updates_per_second": sum(rates)}
-    return row | {"first_seconds": first, "device": workers[0].info.device, "jax": jax.__version__}
+    return row | {"first_seconds": first, "device": workers[0].info.device}
+
+
+def page(rows: list[dict[str, str]]) -> str:
+    """The rows of the CSV as Markdown, by algorithm and members."""
+    heads = ["updates/s, all members", "of one member", "first update, s", "TFLOP/s", "of the peak", "peak memory, GiB"]
+    lines = ["# Updates per second on an accelerator\n\nMade by `python benchmarks/accelerator.py`.\n"]
+    lines += [f"| algorithm | members | {' | '.join(heads)} |", "| :-- |" + " --: |" * 7]
+    names = {row["algorithm"]: None for row in rows}
+    for row in sorted(rows, key=lambda row: ([*names].index(row["algorithm"]), int(row["members"]))):
+        rate, count = float(row["updates_per_second"]), int(row["members"])
+        numbers = [f"{rate:,.0f}", f"{rate / count:,.0f}", f"{float(row['first_seconds']):.1f}"]
+        for name, form, unit in (
+            ("flops", "{:.1f}", rate / 1e12),
+            ("share_of_peak", "{:.1%}", 1),
+            ("peak_gib", "{:.2f}", 1),
+        ):
+            numbers.append(form.format(float(row[name]) * unit) if row[name] else "-")
+        lines.append(f"| {' | '.join([row['algorithm'], row['members'], *numbers])} |")
+    made = {(row["device"], row["jax"], row["commit"]) for row in rows}
+    return "\n".join([*lines, "", *(f"- {kind}; JAX {jax}; commit {commit}" for kind, jax, commit in sorted(made)), ""])
 
 
 def main(args: Args) -> None:
@@ -187,19 +208,21 @@ def main(args: Args) -> None:
     if sides:  # they share the device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     done = {(row["algorithm"], row["members"]) for row in table.read()}
+    made = {"jax": jax.__version__, "commit": commit_of(provenance())}
     for name, count, job in jobs:
         if (name, str(count)) in done:
             continue
         if time.monotonic() - began > 60.0 * args.minutes:
             print("out of time: what is missing is measured by the same command again", file=sys.stderr)
-            return
+            break
         try:
-            table.append([job()])
+            table.append([job() | made])
         except (jax.errors.JaxRuntimeError, peers.PeerError) as error:  # out of memory, for one
             print(f"{name}, {count} members: {next(iter(str(error).splitlines()), error)}", file=sys.stderr)
         jax.clear_caches()
-    columns = ("algorithm", "members", "updates_per_second", "first_seconds", "share_of_peak", "peak_gib")
-    print(aligned(columns, [[row[name] for name in columns] for row in table.read()]))
+    if rows := table.read():
+        write_atomically(args.out.with_suffix(".md"), lambda file: file.write(page(rows).encode()))
+        print(page(rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import importlib
 import importlib.metadata
 import io
 import itertools
@@ -14,6 +13,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def provenance() -> dict[str, Any]:
         except (OSError, subprocess.SubprocessError):
             return None
 
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari")
+    packages = [p for p in ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari") if find_spec(p)]
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
