@@ -84,6 +84,7 @@ class Args(RunArgs):
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
     # Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions).
     num_layers: Count = 3
+    layer_norm: bool = False  # Layer normalisation in the Q-functions (ours).
     squash_mean: bool = False  # Pass the policy's mean through tanh (CORL: no; authors' code: yes).
     initial_log_std: float = 0.0  # Log standard deviation of the policy at the start (CORL: 0; authors' code: -3).
     min_log_std: float = -20.0  # Least log standard deviation of the policy (CORL: -20; authors' code: -6).
@@ -106,7 +107,7 @@ PRESETS = {
     "locomotion": {"temperature": 1 / 3},
     "antmaze": {"temperature": 0.1, "reward_shift": -1.0},
     "adroit": {"temperature": 0.1},
-    "ogbench": {"temperature": 0.1, "hidden_dim": 512, "num_layers": 4},
+    "ogbench": {"temperature": 0.1, "hidden_dim": 512, "num_layers": 4, "layer_norm": True},
     "demonstrations": {
         "weights": "softmax",
         "softmax_temperature": 0.5,
@@ -159,7 +160,9 @@ def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
     return (
         Actor(args, action_dim),
-        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in),
+        networks.QEnsemble(
+            args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.layer_norm
+        ),
     )
 
 

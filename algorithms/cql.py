@@ -79,6 +79,7 @@ class Args(RunArgs):
     hidden_dim: Count = 256  # Width of every hidden layer (authors' code, CORL).
     num_layers: Count = 3  # Hidden layers of the policy (authors' code, CORL).
     critic_layers: Count = 3  # Hidden layers of every Q-function (authors' code, CORL: 3, on AntMaze 5).
+    layer_norm: bool = False  # Layer normalisation in the Q-functions (ours).
     num_actions: Count = 10  # The n of the gap and of --max-backup (authors' code, CORL: 10).
     lagrange: bool = False  # Learn a factor of the weight that holds the gap at --target-gap (CORL: on AntMaze).
     # Bound below which a state's gap is not lowered further; default: none (CORL: -200 on AntMaze).
@@ -118,6 +119,7 @@ PRESETS = {
         "hidden_dim": 512,
         "num_layers": 4,
         "critic_layers": 4,
+        "layer_norm": True,
     },
     "cpu": {"num_actions": 4, "num_layers": 2, "critic_layers": 2},  # ours, for any domain: cheaper
 }
@@ -168,7 +170,9 @@ def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemb
     last_init = partial(networks.orthogonal, gain=1e-2)
     return (
         GaussianHead(action_dim, args.hidden_dim, args.num_layers),
-        networks.QEnsemble(args.num_critics, args.hidden_dim, args.critic_layers, last_init=last_init),
+        networks.QEnsemble(
+            args.num_critics, args.hidden_dim, args.critic_layers, layer_norm=args.layer_norm, last_init=last_init
+        ),
     )
 
 

@@ -84,6 +84,7 @@ class Args(RunArgs):
     num_critics: Count = 8  # The paper's K: Q-functions (paper, table 2).
     hidden_dim: Count = 750  # Width of every hidden layer of the Q-functions (paper, table 2).
     num_layers: Count = 3  # Hidden layers of the Q-functions (paper, table 2).
+    layer_norm: bool = False  # Layer normalisation in the Q-functions (IFQL in FQL's code).
     behavior: Literal["autoregressive", "vae"] = "autoregressive"  # The behaviour model (paper, appendices B and H).
     behavior_updates: int = 200_000  # Updates of the behaviour model before the Q-functions' (ours).
     # Run directory whose behaviour models to use in place of training them (ours).
@@ -141,7 +142,7 @@ PRESETS = {
     "antmaze": TABLE_3 | {"num_proposals": 100},
     "adroit": TABLE_3 | {"num_proposals": 64},
     "kitchen": TABLE_3 | {"num_proposals": 32},
-    "ogbench": TABLE_3 | {"num_proposals": 32},
+    "ogbench": TABLE_3 | {"num_proposals": 32, "layer_norm": True},
     "cpu": CPU,
 }
 
@@ -284,7 +285,7 @@ def modules(args: Args, action_dim: int) -> tuple[AutoregressivePolicy | VAEPoli
     behavior = (
         VAEPolicy(action_dim, *sizes) if is_vae else AutoregressivePolicy(action_dim, args.num_bins, *sizes, *heads)
     )
-    return behavior, QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, glorot)
+    return behavior, QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, glorot, args.layer_norm)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:

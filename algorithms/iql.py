@@ -62,6 +62,8 @@ class Args(RunArgs):
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (paper: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, appendix B).
     num_layers: Count = 2  # Hidden layers of every network (paper, appendix B).
+    # Layer normalisation in the Q- and value functions (FQL's baselines on OGBench).
+    layer_norm: bool = False
     dropout: Share = 0.0  # Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen).
     # Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates.
     actor_decay_updates: int | None = None
@@ -72,14 +74,21 @@ class Args(RunArgs):
         return self.num_updates if self.actor_decay_updates is None else self.actor_decay_updates
 
 
-# From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), which has layer
-# normalisation and a constant standard deviation besides, and discount 0.995 on humanoid, giant and soccer mazes.
+# From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), which has a constant
+# standard deviation besides, and discount 0.995 on humanoid, giant and soccer mazes.
 PRESETS = {
     "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
     "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},
     "kitchen": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},
     "adroit": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},
-    "ogbench": {"expectile": 0.9, "beta": 10.0, "actor_decay_updates": 0, "hidden_dim": 512, "num_layers": 4},
+    "ogbench": {
+        "expectile": 0.9,
+        "beta": 10.0,
+        "actor_decay_updates": 0,
+        "hidden_dim": 512,
+        "num_layers": 4,
+        "layer_norm": True,
+    },
 }
 
 
@@ -119,8 +128,8 @@ def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble, net
     """The policy, the Q-functions and the value function."""
     return (
         Actor(action_dim, args.hidden_dim, args.num_layers, args.dropout),
-        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers),
-        networks.MLP(args.hidden_dim, args.num_layers, 1),
+        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, layer_norm=args.layer_norm),
+        networks.MLP(args.hidden_dim, args.num_layers, 1, layer_norm=args.layer_norm),
     )
 
 

@@ -68,6 +68,7 @@ class Args(RunArgs):
     num_critics: Count = 2
     hidden_dim: Count = 256  # Width of every hidden layer (authors' code).
     num_layers: Count = 2  # Hidden layers of every network (authors' code).
+    layer_norm: bool = False  # Layer normalisation in the Q-functions (ReBRAC in FQL's code).
     policy_delay: Count = 2  # Critic updates for each update of the policy and the targets (authors' code).
 
 
@@ -77,7 +78,7 @@ PRESETS = {
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
     "adroit": {"alpha": 2.5},
-    "ogbench": {"alpha": 2.5, "hidden_dim": 512, "num_layers": 4},
+    "ogbench": {"alpha": 2.5, "hidden_dim": 512, "num_layers": 4, "layer_norm": True},
 }
 
 
@@ -115,7 +116,9 @@ def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
     return (
         Actor(action_dim, args.hidden_dim, args.num_layers),
-        networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in),
+        networks.QEnsemble(
+            args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.layer_norm
+        ),
     )
 
 

@@ -38,13 +38,15 @@ def test_a_copied_algorithm_takes_the_readmes_edits_and_runs_alone(tmp_path: Pat
 
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     flags = ["--dataset", tiny, "--env", "Hopper-v5", "--hidden-dim", "8", "--num-updates", "2", "--preset", "none"]
-    flags += ["--final-eval-episodes", "1", "--eval-every", "0", "--layer-norm", "True", "--run-dir", "run"]
+    flags += ["--final-eval-episodes", "1", "--eval-every", "0", "--grid", "imitation=0,9", "--run-dir", "run"]
     ran = subprocess.run(
         [sys.executable, "mine/iql.py", *map(str, flags)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     with np.load(tmp_path / "run" / "checkpoint" / "state.npz", allow_pickle=False) as file:
-        assert any("critic" in name and "LayerNorm" in name for name in file.files)
+        actors, critics = ([x for name, x in file.items() if f".{part}" in name] for part in ("actor[", "critic["))
+    differ = [any((x[0] != x[1]).any() for x in arrays) for arrays in (actors, critics)]
+    assert differ == [True, False], "only the policy's loss has the new hyperparameter"
 
 
 def test_a_policy_is_loaded_as_written(

@@ -217,6 +217,17 @@ def test_actions_stay_in_their_bounds(name: str) -> None:
     assert float(jnp.abs(noisy - act(jax.random.key(3), sample=True)).max()) > 0.01
 
 
+@every_actor_critic
+def test_layer_normalisation_is_in_the_critics_alone(name: str) -> None:
+    script = load(name)
+    args = small_args(script, layer_norm=True)
+    state = jax.eval_shape(lambda key: script.init(key, args.hp, args, OBS_DIM, ACTION_DIM), jax.random.key(0))
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    having = {path.split("[")[0] for path in names if "LayerNorm" in path and "_opt" not in path}
+    assert having == {".critic", ".target_critic"} | ({".value"} if name == "iql" else set())
+    assert script.PRESETS["ogbench"]["layer_norm"] is True and script.Args().layer_norm is False
+
+
 @pytest.mark.parametrize(
     "name",
     [name if name in ("iql", "td3_bc") else pytest.param(name, marks=pytest.mark.slow) for name in ACTOR_CRITICS],

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from conftest import arrays_of, hopper_like, rows_of, smaller
 
 from benchmarks import at_once
 from common.cli import UsageError
 from common.report import load_policy, read_json
-from tests.conftest import arrays_of, hopper_like, rows_of, smaller
 
 VARIANTS = {
     "iql": ("", "slow:--polyak 0.5 --normalize-observations True"),
