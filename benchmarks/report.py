@@ -10,7 +10,8 @@ settings, says what tuning gains, and draws `grid.png` (`benchmarks/grid.py`).
 Of a suite it reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below, and writes
 into its own `README.md`, `scores.csv` (a row for each seed), `scores.png`, `profiles.png` (how likely each score is),
 `best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`.
-`--against num_proposals` adds a table and a figure of the score against that setting, in which the runs differ.
+`--page README.md` puts the table of scores there too. `--against num_proposals` adds a table and a figure of the score
+against that setting, in which the runs differ.
 Text of your own in the folder's `notes.md` goes under the table of scores.
 
 Scores are those of the last policy, never of the best one. A number over seeds is their interquartile mean with a 95 %
@@ -46,7 +47,7 @@ from benchmarks.cells import (
     worst_score,
 )
 from benchmarks.intervals import expected_best, probability_of_improvement
-from benchmarks.tables import Table
+from benchmarks.tables import Table, fill
 from common.cli import UsageError, exit_status
 from common.report import read_json
 
@@ -62,6 +63,8 @@ class Args:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
     # Of a suite: a setting in which the runs differ; adds a table and a figure of the score against it.
     against: str = ""
+    # Of a suite: a page that is to have its table of scores too, between <!-- scores --> and <!-- /scores -->.
+    page: Path | None = None
 
 
 # Tables
@@ -336,8 +339,8 @@ def evaluation_practice(folder: Path, cells: Sequence[Cell]) -> list[str]:
     return parts
 
 
-def write(folder: Path, against: str = "") -> None:
-    """Write README.md, scores.csv and the figures of the suite in `folder`."""
+def write(folder: Path, against: str = "", page: Path | None = None) -> None:
+    """Write README.md, scores.csv and the figures of the suite in `folder`, and the scores into another `page`."""
     cells = read(folder)
     lines = lines_against(cells, against) if against else {}
     command = f"python benchmarks/report.py results/{folder.resolve().name}"
@@ -363,10 +366,13 @@ def write(folder: Path, against: str = "") -> None:
         def score(about: dict[str, Any]) -> list[str]:
             return ["-" if about["score_mean"] is None else f"{about['score_mean']:.1f}"]
 
+        scores = table(scored, "score_mean", score, ["data"])
+        if page is not None:
+            fill(page, "scores", scores.rstrip())
         parts += [
             "## Normalised score\n",
             f"{meaning(scored)}\n",
-            table(scored, "score_mean", score, ["data"]),
+            scores,
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),
             "![Final scores](scores.png)\n",
@@ -428,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if is_run(folder):
                 of_run(folder)
             else:
-                write(folder, args.against.replace("-", "_"))
+                write(folder, args.against.replace("-", "_"), args.page)
                 print(f"wrote {folder / 'README.md'}")
 
 

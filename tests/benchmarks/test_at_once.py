@@ -60,7 +60,9 @@ def arguments(tmp_path, sets, algorithm, **changes):
     return at_once.Args(name="both", **fields | folders | changes)
 
 
-@pytest.mark.parametrize("algorithm", VARIANTS)
+@pytest.mark.parametrize(
+    "algorithm", ["iql", *(pytest.param(name, marks=pytest.mark.slow) for name in ("awr", "emaq"))]
+)
 def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, script, algorithm):
     jobs, settings, steps = at_once.plan(algorithm, arguments(tmp_path, sets, algorithm))
     assert len(jobs) == 2 * len(VARIANTS[algorithm]) and steps == [10, 20]
@@ -68,7 +70,7 @@ def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, s
     for before, step in ((0, 10), (10, 20)):
         population.advance(step)
         population.hand_over(jobs, before)
-    for job in jobs:
+    for job in (jobs[0], jobs[-1]):
         at_once.follow(job, algorithm, steps, "python benchmarks/at_once.py", nullcontext())
         own = tmp_path / "own" / job.name
         flags = [str(own) if word == str(job.run_dir) else word for word in job.flags]
@@ -89,6 +91,7 @@ def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, s
             np.testing.assert_allclose(*actions, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path, sets):
     args = arguments(tmp_path, sets, "iql", variants=("", "wild:--critic-learning-rate 1e38"))
     jobs, settings, steps = at_once.plan("iql", args)

@@ -233,7 +233,9 @@ def test_report_is_computed_by_hand(tmp_path):
     write_run(tmp_path, "bc", "hard", [0.0, 0.0, 0.0, 0.0])
     write_run(tmp_path, "iql", "hard", [4.0, None, 8.0, 6.0])  # three scores: nothing is cut
     (tmp_path / "notes.md").write_text("What the table means.\n")
-    report.main([str(tmp_path)])
+    other = tmp_path / "main.md"
+    other.write_text("Before.\n<!-- scores -->\nan older table\n<!-- /scores -->\nAfter.\n")
+    report.main([str(tmp_path), "--page", str(other)])
     page = (tmp_path / "README.md").read_text()
 
     assert "| all 2 |" in page[: page.index("What the table means.")]
@@ -245,6 +247,9 @@ def test_report_is_computed_by_hand(tmp_path):
     hard = cells_of(page, "hard")
     assert hard[2] == "0.0 [0.0, 0.0]"
     assert hard[3] == "6.0 [4.0, 8.0], 1 diverged"
+    there = other.read_text()
+    assert cells_of(there, "hard") == hard and there.startswith("Before.\n") and there.endswith("\nAfter.\n")
+    assert "older" not in there
     total = cells_of(page, "all 2")
     assert total[2].startswith("7.5 [")  # of 0 0 | 0 0 10 20 | 30 90
     assert total[3].startswith("32.8 [")  # of 4 | 6 8 50 50 50 | 50
