@@ -318,6 +318,7 @@ def process_map(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
     with ExitStack() as stack:
         for _ in range(processes):
             ours, theirs = Pipe()
+            idle.put(stack.enter_context(ours))
             with theirs:
                 code = f"from benchmarks.offax_sets import serve; serve({theirs.fileno()})"
                 worker = subprocess.Popen(
@@ -325,7 +326,6 @@ def process_map(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
                 )
             stack.enter_context(worker)
             stack.callback(worker.kill)
-            idle.put(stack.enter_context(ours))
         pool = ThreadPoolExecutor(processes)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         yield lambda function, tasks: pool.map(partial(call, function), tasks)
