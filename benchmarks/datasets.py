@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if name in there:
                     rows = there[name].get("total_steps", "?")
                     state = f"on disk, {rows} transitions, {megabytes(name):.1f} MB"
-                print(f"{name:36}{state}")
+                print(f"{name:40}{state}")
 
 
 if __name__ == "__main__":
