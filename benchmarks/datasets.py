@@ -19,29 +19,60 @@ import numpy as np
 
 from benchmarks import offax_sets, sources
 from benchmarks.offax_sets import datasets_root
-from benchmarks.tables import aligned
+from benchmarks.tables import aligned, commit_of
 from common.cli import UsageError, exit_status
 from common.data import Dataset, load, normalized_score
 from common.replay import Transitions, episode_returns
-from common.report import read_json, write_atomically
+from common.report import provenance, read_json, write_atomically
 
-STATISTICS = ("dataset", "env", "transitions", "episodes", "mean", "min", "max", "normalised", "terminated", "MB")
+STATISTICS = {
+    "dataset": "",
+    "env": "",
+    "transitions": "",
+    "episodes": "",
+    "return": "mean of the episodes, undiscounted",
+    "min": "",
+    "max": "",
+    "score": "that mean by D4RL's reference returns",
+    "mode": "mean return of the mean actions of the policies that made it, which a perfect clone of each would take; "
+    "measured apart, over the number of episodes that the policies' file names",
+    "mode_score": "that by D4RL's reference returns",
+    "terminated": "share of the episodes",
+    "action_std": "standard deviation of the actions, in [-1, 1], mean of the dimensions",
+    "coverage": "standard deviation of the observations along their principal axes, geometric mean: the side of the "
+    "box that they fill, whatever the number of rows",
+    "MB": "on disk",
+}
 
 
 def statistics(dataset: Dataset) -> list[str]:
-    """The columns of `STATISTICS` but its size: returns of episodes, mean normalised one, share that terminated."""
+    """The columns of `STATISTICS` but its size."""
     transitions, returns = dataset.transitions, episode_returns(dataset.transitions)
-    scores = normalized_score(dataset.domain, returns)
-    numbers = [f"{x:.1f}" for x in (returns.mean(), returns.min(), returns.max())]
+    mode = offax_sets.mean_action_return(dataset.id)
+
+    def score(value: float | None) -> str:
+        normalised = None if value is None else normalized_score(dataset.domain, np.array(value))
+        return "-" if normalised is None else f"{normalised:.1f}"
+
     return [
         dataset.id,
         str(getattr(dataset.env_spec, "id", dataset.env_spec or "-")),
         str(len(transitions.rewards)),
         str(len(returns)),
-        *numbers,
-        "-" if scores is None else f"{scores.mean():.1f}",
+        *(f"{x:.1f}" for x in (returns.mean(), returns.min(), returns.max())),
+        score(returns.mean()),
+        "-" if mode is None else f"{mode:.1f}",
+        score(mode),
         f"{np.count_nonzero(transitions.terminations) / len(returns):.3f}",
+        f"{transitions.actions.std(axis=0).mean():.3f}",
+        f"{coverage(transitions.observations):.3f}",
     ]
+
+
+def coverage(observations: np.ndarray) -> float:
+    """Geometric mean of the standard deviations of `observations [rows, obs_dim]` along their principal axes."""
+    variances = np.linalg.eigvalsh(np.atleast_2d(np.cov(observations.T.astype(float), bias=True)))
+    return float(np.prod(np.maximum(variances, 0.0) ** (0.5 / len(variances))))
 
 
 def on_disk() -> dict[str, dict[str, Any]]:
@@ -89,16 +120,38 @@ def write_npz(dataset: Dataset, path: Path) -> Path:
     return path
 
 
+def write_page(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """The table with what its columns are, and what made it."""
+    about = provenance()
+    versions = ", ".join(f"{package} {about['versions'][package]}" for package in ("mujoco", "gymnasium", "numpy"))
+    lines = [
+        "# The built-in datasets",
+        "",
+        *(f"- `{column}`: {meaning}" for column, meaning in STATISTICS.items() if meaning),
+        "",
+        "```",
+        f"$ python -m benchmarks.datasets stats {' '.join(str(row[0]) for row in rows)} --page {path}",
+        aligned(list(STATISTICS), rows),
+        "```",
+        "",
+        f"- commit: {commit_of(about)}",
+        f"- processor: {about['cpu']['model']}, {about['cpu']['cores']} cores; {versions}",
+        "",
+    ]
+    write_atomically(path, lambda file: file.write("\n".join(lines).encode()))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without a command it lists. SystemExit(2), with one line on stderr, for what does not work."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.datasets", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="the datasets that need no network, and all of Minari's on this disk (default)")
     build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
-    build.add_argument("ids", nargs="*", help="which (default: all)")
+    build.add_argument("ids", nargs="*", help="which (default: all but those of a million transitions)")
     stats = commands.add_parser("stats", help="table of returns and endings")
     stats.add_argument("ids", nargs="*", help="dataset ids, .npz or D4RL .hdf5 paths (default: all on this disk)")
     stats.add_argument("--env", help="the environment, for files that do not name it")
+    stats.add_argument("--page", type=Path, help="write the table and what its columns are into this page too")
     export = commands.add_parser("export", help="write a set as the .npz that a copied algorithm reads by itself")
     export.add_argument("id", help="dataset id or D4RL .hdf5 path")
     export.add_argument("path", nargs="?", type=Path, help="the file; default: the id with dashes, in this directory")
@@ -106,12 +159,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_status():
         if args.command == "build":
-            for dataset_id in args.ids or offax_sets.ids():
+            for dataset_id in args.ids or [name for name in offax_sets.ids() if not offax_sets.parse(name).size]:
                 print(offax_sets.ensure(dataset_id))
         elif args.command == "export":
             print(write_npz(load(args.id, args.env), args.path or Path(args.id.replace("/", "-")).with_suffix(".npz")))
         elif args.command == "stats":
-            print(aligned(STATISTICS, [row_of(name, args.env) for name in args.ids or on_disk()]))
+            rows = [row_of(name, args.env) for name in args.ids or on_disk()]
+            if args.page:
+                write_page(args.page, rows)
+            print(aligned(list(STATISTICS), rows))
         else:
             there = on_disk()
             for name in [*offax_sets.ids(), *sorted(there.keys() - offax_sets.ids())]:
@@ -119,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if name in there:
                     rows = there[name].get("total_steps", "?")
                     state = f"on disk, {rows} transitions, {megabytes(name):.1f} MB"
-                print(f"{name:36}{state}")
+                print(f"{name:40}{state}")
 
 
 if __name__ == "__main__":

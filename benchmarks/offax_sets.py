@@ -1,8 +1,11 @@
-"""The `offax/<env>/<quality>-v0` datasets: collected from MuJoCo on first use, by the policies beside this file.
+"""The `offax/<env>/<quality>-v1` datasets: collected from MuJoCo on first use, by the policies beside this file.
+
+The version says which policies: `behavior_policies_v1/` or, for the sets of earlier results, `behavior_policies_v0/`.
+`offax/<env>/<quality>-1m-v1` has a million transitions; of each policy's, the set without `-1m` has the first fifth.
 
 A set is the same arrays every time on one machine: every episode has its own seed, and actions are computed in double
-precision and rounded to a grid, so that neither the number of environments stepped together nor the number of BLAS
-threads changes a bit of them. It is written by Minari's own functions into Minari's own directory, with a
+precision and rounded to a grid, so that neither the number of environments stepped together nor the number of processes
+or BLAS threads changes a bit of them. It is written by Minari's own functions into Minari's own directory, with a
 `manifest.json` beside the data: seed, package versions, hash of the policies, sha256 of each array, statistics.
 
 A set is built in a hidden directory under a lock and renamed into place, so a reader finds a whole set or none.
@@ -12,12 +15,21 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
+import queue
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +37,33 @@ import numpy as np
 
 from common.cli import UsageError
 from common.environments import REFERENCE_RETURNS, quiet_mujoco
+from common.members import usable_cores
 
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
-TRANSITIONS = 200_000
+SIZES = {"": 200_000, "-1m": 1_000_000}
+SEEDS = {0: 20_250, 1: 20_251}  # by version
+ID = re.compile(r"offax/(?P<env>\w+)/(?P<quality>[a-z-]+?)(?P<size>-1m)?-v(?P<version>\d)")
+FOLDER = Path(__file__).parent
 NETWORK_SECONDS = 3.0
-POLICIES = Path(__file__).parent / "behavior_policies_v0"
-SEED = 20_250
 FORMAT = 1  # raise it when collection changes: sets made by an older one are then rebuilt
-NUM_ENVS = 32
+NUM_ENVS = 16
 ACTION_GRID = 2.0**16
 BLOCK = 4
 LOG_STD_RANGE = (-5.0, 2.0)
 
+MIN_SHARE = 20_000  # transitions that are worth a process of their own
+
 Layers = list[tuple[np.ndarray, np.ndarray]]
+
+
+class Name(NamedTuple):
+    """What an id says."""
+
+    env: str
+    quality: str
+    size: str
+    version: int
 
 
 class Part(NamedTuple):
@@ -67,35 +92,57 @@ def datasets_root() -> Path:
     return Path(root)
 
 
+def policy_file(env: str, version: int) -> Path:
+    """Where the policies behind the sets of this version are."""
+    return FOLDER / f"behavior_policies_v{version}" / f"{env}.npz"
+
+
 def ids() -> list[str]:
-    """The ids of all sets."""
-    return [f"offax/{env}/{quality}-v0" for env in ENVS for quality in QUALITIES]
+    """The ids of all sets whose policies are here, the newest first; only the first version has no larger ones."""
+    return [
+        f"offax/{env}/{quality}{size}-v{version}"
+        for version, sizes in ((1, SIZES), (0, [""]))
+        for size in sizes
+        for env in ENVS
+        if policy_file(env, version).exists()
+        for quality in QUALITIES
+    ]
 
 
-def parse(dataset_id: str) -> tuple[str, str]:
-    """`(env, quality)` of an id; UsageError that names the sets if there is no such set."""
+def parse(dataset_id: str) -> Name:
+    """What the id says; UsageError that names the sets if there is no such set."""
     if dataset_id not in ids():
+        shown = {version: [env for env in ENVS if policy_file(env, version).exists()] for version in (1, 0)}
+        there = " and ".join(f"-v{version} of {', '.join(envs)}" for version, envs in shown.items() if envs)
         raise UsageError(
-            f"there is no dataset {dataset_id}: offax sets are offax/<env>/<quality>-v0 with <env> one of "
-            f"{', '.join(ENVS)} and <quality> one of {', '.join(QUALITIES)}"
+            f"there is no dataset {dataset_id}: offax sets are offax/<env>/<quality>, {there}, with <quality> one of "
+            f"{', '.join(QUALITIES)}; of -v1 also <quality>-1m, a million transitions"
         )
-    _, env, quality = dataset_id.removesuffix("-v0").split("/")
-    return env, quality
+    match = ID.fullmatch(dataset_id)
+    assert match is not None
+    return Name(match["env"], match["quality"], match["size"] or "", int(match["version"]))
 
 
 # Policies
 
 
-def read_policies(env: str) -> dict[str, Layers]:
+def read_policies(env: str, version: int) -> dict[str, Layers]:
     """The shipped policies of `env`, name -> `[(weights, biases), ...]` as stored (float16)."""
-    path = POLICIES / f"{env}.npz"
-    if not path.exists():
-        raise UsageError(f"the behaviour policies of {env} are not in this installation ({path} is missing)")
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(policy_file(env, version), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     names = sorted({name.split("/")[0] for name in arrays})
     depth = {name: sum(key.startswith(f"{name}/w") for key in arrays) for name in names}
     return {name: [(arrays[f"{name}/w{i}"], arrays[f"{name}/b{i}"]) for i in range(depth[name])] for name in names}
+
+
+def mean_action_return(dataset_id: str) -> float | None:
+    """Return of the mean actions of the policies behind a set, mean of the policies; None where that is not known."""
+    if dataset_id not in ids():
+        return None
+    name = parse(dataset_id)
+    with np.load(policy_file(name.env, name.version), allow_pickle=False) as file:
+        keys = [f"{part.policy}/mean_action" for part in parts_of(name, SIZES[name.size])]
+        return float(np.mean([file[key] for key in keys])) if set(keys) <= set(file.files) else None
 
 
 def policy_outputs(layers: Layers, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,14 +178,25 @@ def sample_actions(layers: Layers | None, observations: np.ndarray, noise: np.nd
 # Collection
 
 
+@cache
+def _environment(env_id: str, index: int) -> Any:
+    """The `index`-th of the environments that this process steps together."""
+    import gymnasium as gym
+
+    env = gym.make(env_id, disable_env_checker=True).unwrapped
+    high = env.action_space.high
+    assert np.array_equal(env.action_space.low, -high) and np.all(high == 1.0), "actions are stored unscaled"
+    return env
+
+
 class _Running:
     """An episode being collected in one environment."""
 
-    def __init__(self, env: Any, seed: Sequence[int], uniform: bool, limit: int) -> None:
+    def __init__(self, env: Any, seed: Sequence[int], limit: int, uniform: bool, scale: float) -> None:
         rng = np.random.default_rng(seed)
         self.env, self.seed, self.length, self.terminated = env, int(rng.integers(2**31)), 0, False
         shape = (limit, env.action_space.shape[0])
-        self.noise = rng.uniform(-1.0, 1.0, shape) if uniform else rng.standard_normal(shape)
+        self.noise = scale * (rng.uniform(-1.0, 1.0, shape) if uniform else rng.standard_normal(shape))
         self.observations = np.empty((limit + 1, env.observation_space.shape[0]))
         self.actions, self.rewards = np.empty(shape, np.float32), np.empty(limit)
         self.observations[0] = env.reset(seed=self.seed)[0]
@@ -164,6 +222,30 @@ class _Running:
         )
 
 
+def run_episodes(
+    env_id: str, layers: Layers | None, seed: Sequence[int], indices: Sequence[int], mean_action: bool = False
+) -> list[Episode]:
+    """Whole episodes of sampled actions, or of the mean one, stepped together.
+
+    Episode i depends on `seed` and i only. Without a policy, actions are uniform.
+    """
+    import gymnasium as gym
+
+    limit = gym.spec(env_id).max_episode_steps
+    assert limit is not None
+    scale = 0.0 if mean_action else 1.0  # of the noise
+    started = [
+        _Running(_environment(env_id, k), [*seed, i], limit, layers is None, scale) for k, i in enumerate(indices)
+    ]
+    running = started
+    while running := [one for one in running if not one.ended]:
+        observations = np.stack([one.observations[one.length] for one in running])
+        noise = np.stack([one.noise[one.length] for one in running])
+        for one, action in zip(running, sample_actions(layers, observations, noise), strict=True):
+            one.step(action)
+    return [one.episode() for one in started]
+
+
 def collect(
     env_id: str,
     layers: Layers | None,
@@ -171,49 +253,28 @@ def collect(
     seed: Sequence[int],
     num_envs: int = NUM_ENVS,
     progress: Callable[[int], None] = lambda steps: None,
+    run: Callable[..., Iterable[list[Episode]]] = map,
 ) -> list[Episode]:
     """Whole episodes of sampled actions, `transitions` steps in all, the last one cut with a truncation.
 
-    Episode i depends on `seed` and i only. `progress` is called with the number of steps just made.
+    `run` maps a function over groups of `num_envs` episodes. `progress` is called with the number of steps just made.
     """
     import gymnasium as gym
 
-    limit = gym.spec(env_id).max_episode_steps
-    assert limit is not None
-    free = [gym.make(env_id, disable_env_checker=True).unwrapped for _ in range(min(num_envs, transitions))]
-    scale = free[0].action_space.high
-    assert np.array_equal(free[0].action_space.low, -scale) and np.all(scale == 1.0), "actions are stored unscaled"
-    running: dict[int, _Running] = {}
-    finished: dict[int, Episode] = {}
-    started = 0
-    while True:
-        # Start as many episodes as the count will need at the mean length so far; those that miss it are made after.
-        lengths = [len(episode.rewards) for episode in finished.values()]
-        mean = float(np.mean(lengths)) if lengths else limit
-        expected = sum(lengths) + sum(max(mean, one.length) for one in running.values())
-        while free and expected < transitions:
-            running[started] = _Running(free.pop(), [*seed, started], layers is None, limit)
-            started, expected = started + 1, expected + mean
-        if not running:
-            break
-        ended = False
-        while not ended:
-            observations = np.stack([one.observations[one.length] for one in running.values()])
-            noise = np.stack([one.noise[one.length] for one in running.values()])
-            actions = sample_actions(layers, observations, noise)
-            progress(len(running))
-            for one, action in zip(running.values(), actions, strict=True):
-                one.step(action)
-            for index in [index for index, one in running.items() if one.ended]:
-                finished[index] = running[index].episode()
-                free.append(running.pop(index).env)
-                ended = True
-    episodes, left = [], transitions
-    for index in range(started):
-        if left > 0:
-            episode = finished[index]
-            episodes.append(_cut(episode, left))
-            left -= len(episode.rewards)
+    episodes: list[Episode] = []
+    made, mean_length = 0, float(gym.spec(env_id).max_episode_steps or 1)
+    while made < transitions:  # as many episodes as the count will need at the mean length so far
+        first, last = len(episodes), len(episodes) + math.ceil((transitions - made) / mean_length)
+        groups = [range(i, min(i + num_envs, last)) for i in range(first, last, num_envs)]
+        for group in run(partial(run_episodes, env_id, layers, seed), groups):
+            episodes += group
+            steps = sum(len(episode.rewards) for episode in group)
+            progress(steps)
+            made += steps
+        mean_length = made / len(episodes)
+    while made - len(episodes[-1].rewards) >= transitions:
+        made -= len(episodes.pop().rewards)
+    episodes[-1] = _cut(episodes[-1], len(episodes[-1].rewards) - (made - transitions))
     return episodes
 
 
@@ -230,36 +291,87 @@ def _cut(episode: Episode, length: int) -> Episode:
     )
 
 
+# Processes
+
+
+@contextmanager
+def process_map(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` whose calls are made by new processes; one process is this one.
+
+    The pools of multiprocessing would run the caller's script once more in each, or fork a process that has threads.
+    """
+    if processes < 2:
+        yield map
+        return
+    idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+
+    def call(function: Callable[[Any], Any], task: Any) -> Any:
+        connection = idle.get()
+        try:
+            connection.send((function, task))
+            return connection.recv()
+        except (EOFError, ConnectionError):
+            raise UsageError("a process that was collecting has died; it may have run out of memory") from None
+        finally:
+            idle.put(connection)
+
+    with ExitStack() as stack:
+        for _ in range(processes):
+            ours, theirs = Pipe()
+            idle.put(stack.enter_context(ours))
+            with theirs:
+                code = f"from benchmarks.offax_sets import serve; serve({theirs.fileno()})"
+                worker = subprocess.Popen(
+                    [sys.executable, "-c", code], cwd=Path(__file__).parents[1], pass_fds=[theirs.fileno()]
+                )
+            stack.enter_context(worker)
+            stack.callback(worker.kill)
+        pool = ThreadPoolExecutor(processes)
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        yield lambda function, tasks: pool.map(partial(call, function), tasks)
+
+
+def serve(descriptor: int) -> None:
+    """What a process of `process_map` does: calls come and results go by the connection, until that is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end is interrupted too, and ends this process
+    quiet_mujoco()
+    with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
+        while True:
+            function, task = connection.recv()
+            connection.send(function(task))
+
+
 # Datasets
 
 
-def parts_of(env: str, quality: str, transitions: int) -> list[Part]:
+def parts_of(name: Name, transitions: int) -> list[Part]:
     """Which policy makes how many of the transitions, in order."""
-    if quality == "random":
+    if name.quality == "random":
         return [Part(None, transitions)]
-    mixed = sorted((name for name in read_policies(env) if name.startswith("mixed_")), key=lambda n: int(n[6:]))
-    names = {
+    policies = read_policies(name.env, name.version)
+    mixed = sorted((policy for policy in policies if policy.startswith("mixed_")), key=lambda policy: int(policy[6:]))
+    makers = {
         "medium": mixed[-1:],  # the last of the mixed snapshots
         "mixed": mixed,
         "medium-expert": [*mixed[-1:], "expert"],
         "expert": ["expert"],
-    }[quality]
-    bounds = np.linspace(0, transitions, len(names) + 1).astype(int)
-    return [Part(name, int(n)) for name, n in zip(names, np.diff(bounds), strict=True)]
+    }[name.quality]
+    bounds = np.linspace(0, transitions, len(makers) + 1).astype(int)
+    return [Part(policy, int(n)) for policy, n in zip(makers, np.diff(bounds), strict=True)]
 
 
-def _recipe(env: str, quality: str, transitions: int) -> dict[str, Any]:
+def _recipe(name: Name, transitions: int) -> dict[str, Any]:
     """Everything that decides the arrays, for the manifest; a set with another recipe is stale."""
-    parts = parts_of(env, quality, transitions)
+    parts = parts_of(name, transitions)
     weights = hashlib.sha256()
-    policies = read_policies(env) if quality != "random" else {}
+    policies = read_policies(name.env, name.version)
     for part in parts:
         for array in (array for layer in policies.get(part.policy or "", []) for array in layer):
             weights.update(f"{part.policy} {array.dtype} {array.shape}".encode() + array.tobytes())
     return {
         "format": FORMAT,
-        "seed": SEED,
-        "environment": ENVS[env],
+        "seed": SEEDS[name.version],
+        "environment": ENVS[name.env],
         "parts": [list(part) for part in parts],
         "policies_sha256": weights.hexdigest(),
     }
@@ -275,22 +387,22 @@ def is_current(directory: Path, recipe: dict[str, Any]) -> bool:
         raise UsageError(f"{directory} has no manifest of Offax: move it away to have the set made again") from None
 
 
-def ensure(dataset_id: str, transitions: int | None = None) -> Path:
+def ensure(dataset_id: str) -> Path:
     """Directory of the set `dataset_id` in Minari's directory, collected first if it is missing or stale.
 
-    `transitions` (default `TRANSITIONS`) is there for tests. Of several processes one collects and the others wait.
-    UsageError if there is no such set or the directory cannot be written.
+    Of several processes one collects and the others wait. UsageError if there is no such set or the directory cannot be
+    written.
     """
-    env, quality = parse(dataset_id)
-    recipe = _recipe(env, quality, transitions or TRANSITIONS)
+    name = parse(dataset_id)
+    recipe = _recipe(name, SIZES[name.size])
     root = datasets_root()
     directory = root / dataset_id
     if is_current(directory, recipe):
         return directory
-    building = root / ".offax-building" / f"{env}-{quality}"
+    building = root / ".offax-building" / dataset_id.removeprefix("offax/").replace("/", "-")
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
-        with lock(building.with_suffix(".lock"), f"another process is collecting {dataset_id}"):
+        with lock(building.with_name(f"{building.name}.lock"), f"another process is collecting {dataset_id}"):
             if not is_current(directory, recipe):  # else another process made it while this one waited
                 _build(dataset_id, recipe, building, directory)
     except OSError as error:
@@ -356,14 +468,16 @@ def _require_space(recipe: dict[str, Any], building: Path) -> None:
 
 
 def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:
-    env, quality = parse(dataset_id)
-    policies = read_policies(env) if quality != "random" else {}
+    name, total = parse(dataset_id), sum(transitions for _, transitions in recipe["parts"])
+    policies = read_policies(name.env, name.version)
     episodes: list[Episode] = []
-    progress = progress_bar(f"collecting {dataset_id}", sum(transitions for _, transitions in recipe["parts"]))
-    for index, (policy, transitions) in enumerate(recipe["parts"]):
-        seed = [SEED, list(ENVS).index(env), QUALITIES.index(quality), index]
-        layers = [(w.astype(float), b.astype(float)) for w, b in policies[policy]] if policy else None
-        episodes += collect(ENVS[env], layers, transitions, seed, progress=progress)
+    progress = progress_bar(f"collecting {dataset_id}", total)
+    progress(0)
+    with process_map(min(usable_cores(), total // MIN_SHARE)) as run:
+        for index, (policy, transitions) in enumerate(recipe["parts"]):
+            seed = [recipe["seed"], list(ENVS).index(name.env), QUALITIES.index(name.quality), index]
+            layers = [(w.astype(float), b.astype(float)) for w, b in policies[policy]] if policy else None
+            episodes += collect(recipe["environment"], layers, transitions, seed, progress=progress, run=run)
     return episodes
 
 
@@ -389,8 +503,8 @@ def _write(dataset_id: str, recipe: dict[str, Any], episodes: list[Episode], bui
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    env, quality = parse(dataset_id)
-    low, high = REFERENCE_RETURNS[env]
+    name = parse(dataset_id)
+    low, high = REFERENCE_RETURNS[name.env]
 
     def flags(episode: Episode, value: bool) -> np.ndarray:
         last = np.zeros(len(episode.rewards), bool)
@@ -416,7 +530,7 @@ def _write(dataset_id: str, recipe: dict[str, Any], episodes: list[Episode], bui
                 buffers,
                 env=recipe["environment"],
                 eval_env=recipe["environment"],
-                algorithm_name="uniform random actions" if quality == "random" else "SAC (benchmarks/sac.py)",
+                algorithm_name="uniform random actions" if name.quality == "random" else "SAC (benchmarks/sac.py)",
                 author="Offax",
                 description=_description(recipe),
                 ref_min_score=low,
@@ -425,17 +539,19 @@ def _write(dataset_id: str, recipe: dict[str, Any], episodes: list[Episode], bui
             )
         except RuntimeError as error:  # h5py's for a write that fails while a file is closed
             raise OSError(None, str(error).split("\n")[0]) from error
-    names = ("observations", "actions", "rewards")
-    hashes = {name: hashlib.sha256() for name in (*names, "terminations", "truncations")}
+    columns = ("observations", "actions", "rewards")
+    hashes = {column: hashlib.sha256() for column in (*columns, "terminations", "truncations")}
     for episode, buffer in zip(episodes, buffers, strict=True):
-        for name, value in hashes.items():
-            value.update(np.ascontiguousarray(getattr(buffer if name not in names else episode, name)).tobytes())
+        for column, value in hashes.items():
+            value.update(np.ascontiguousarray(getattr(episode if column in columns else buffer, column)).tobytes())
     returns = np.array([episode.rewards.sum() for episode in episodes])
     manifest = {
         "id": dataset_id,
         "recipe": recipe,
-        "versions": {name: importlib.metadata.version(name) for name in ("gymnasium", "minari", "mujoco", "numpy")},
-        "sha256": {name: value.hexdigest() for name, value in hashes.items()},
+        "versions": {
+            package: importlib.metadata.version(package) for package in ("gymnasium", "minari", "mujoco", "numpy")
+        },
+        "sha256": {column: value.hexdigest() for column, value in hashes.items()},
         "statistics": {
             "transitions": sum(len(episode.rewards) for episode in episodes),
             "episodes": len(episodes),

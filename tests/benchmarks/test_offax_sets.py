@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import h5py
@@ -31,7 +34,7 @@ RANDOM = "offax/hopper/random-v0"
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(offax_sets, "TRANSITIONS", TRANSITIONS)
+    monkeypatch.setattr(offax_sets, "SIZES", {"": TRANSITIONS, "-1m": 2 * TRANSITIONS})
     return tmp_path / "minari"
 
 
@@ -44,21 +47,23 @@ def random_layers(seed: int, obs_dim: int = 11, action_dim: int = 3) -> offax_se
     ]
 
 
-def write_policies(directory: Path, seed: int) -> None:
+def write_policies(folder: Path, seed: int, version: int = 0) -> None:
     arrays = {}
-    for number, name in enumerate([*(f"mixed_{i}" for i in range(8)), "expert"]):
+    for number, name in enumerate([*(f"mixed_{i}" for i in range(16 if version else 8)), "expert"]):
         for i, (w, b) in enumerate(random_layers(100 * seed + number)):
             arrays |= {f"{name}/w{i}": w, f"{name}/b{i}": b}
         arrays[f"{name}/steps"] = np.array(number)
+    directory = folder / f"behavior_policies_v{version}"
     directory.mkdir(exist_ok=True)
     np.savez_compressed(directory / "hopper.npz", **arrays)
 
 
 @pytest.fixture
 def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_policies(tmp_path / "policies", seed=1)
-    monkeypatch.setattr(offax_sets, "POLICIES", tmp_path / "policies")
-    return tmp_path / "policies"
+    for version in (0, 1):
+        write_policies(tmp_path, seed=1 + version, version=version)
+    monkeypatch.setattr(offax_sets, "FOLDER", tmp_path)
+    return tmp_path
 
 
 def arrays_of(directory: Path) -> dict[str, np.ndarray]:
@@ -74,7 +79,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 def child(code: str, **env: str) -> subprocess.Popen:
     """Another process that has the small size."""
-    text = f"from benchmarks import offax_sets\noffax_sets.TRANSITIONS = {TRANSITIONS}\n{code}"
+    text = f"from benchmarks import offax_sets\noffax_sets.SIZES[''] = {TRANSITIONS}\n{code}"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", text],
@@ -108,10 +113,34 @@ def test_episodes_do_not_depend_on_how_many_are_stepped_together(uniform: bool) 
     layers = None if uniform else [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
     runs = [offax_sets.collect("Hopper-v5", layers, 700, [5, 6], num_envs) for num_envs in (1, 3, 32)]
     assert sum(len(episode.rewards) for episode in runs[0]) == 700
-    for run in runs[1:]:
-        assert len(run) == len(runs[0])
-        for a, b in zip(run, runs[0], strict=True):
-            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(same_episodes(run, runs[0]) for run in runs[1:])
+
+
+def same_episodes(a: list[offax_sets.Episode], b: list[offax_sets.Episode]) -> bool:
+    fields = [[field for episode in episodes for field in episode] for episodes in (a, b)]
+    return len(a) == len(b) and all(map(np.array_equal, *fields))
+
+
+def test_episodes_do_not_depend_on_the_number_of_processes() -> None:
+    layers = [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
+    collect = partial(offax_sets.collect, "Hopper-v5", layers, 700, [5, 6], num_envs=3)
+    alone = collect()
+    for processes in (2, 3):
+        with offax_sets.process_map(processes) as run:
+            assert run is not map and same_episodes(collect(run=run), alone)
+    assert not same_episodes(alone, offax_sets.collect("Hopper-v5", layers, 700, [5, 7]))
+
+
+def test_the_mean_action_is_that_without_noise() -> None:
+    layers = [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
+    first, _ = offax_sets.run_episodes("Hopper-v5", layers, [5], [0, 1], mean_action=True)
+    mean, _ = offax_sets.policy_outputs(layers, first.observations[:-1])
+    np.testing.assert_allclose(first.actions, np.tanh(mean), atol=1e-5)
+
+
+def test_a_process_that_dies_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="has died"), offax_sets.process_map(2) as run:
+        list(run(os._exit, [1]))
 
 
 def test_replaying_the_actions_gives_the_recorded_observations_rewards_and_endings() -> None:
@@ -171,17 +200,43 @@ def test_minari_knows_the_set(root: Path) -> None:
 
 
 def test_qualities_are_made_by_their_policies(root: Path, policies: Path) -> None:
-    assert offax_sets.parts_of("hopper", "medium-expert", 100) == [("mixed_7", 50), ("expert", 50)]
-    assert offax_sets.parts_of("hopper", "mixed", 800) == [(f"mixed_{i}", 100) for i in range(8)]
-    assert offax_sets.parts_of("hopper", "medium", 9) == [("mixed_7", 9)]
-    data = load("offax/hopper/mixed-v0").transitions
-    for stop in range(250, TRANSITIONS + 1, 250):  # each part ends with the end of an episode
-        assert data.terminations[stop - 1] or data.truncations[stop - 1]
-    assert len(data.rewards) == TRANSITIONS
+    def parts(dataset_id: str, transitions: int) -> list[offax_sets.Part]:
+        return offax_sets.parts_of(offax_sets.parse(dataset_id), transitions)
+
+    assert parts("offax/hopper/medium-expert-v0", 100) == [("mixed_7", 50), ("expert", 50)]
+    assert parts("offax/hopper/medium-expert-v1", 100) == [("mixed_15", 50), ("expert", 50)]
+    assert parts("offax/hopper/mixed-v0", 800) == [(f"mixed_{i}", 100) for i in range(8)]
+    assert parts("offax/hopper/mixed-1m-v1", 1600) == [(f"mixed_{i}", 100) for i in range(16)]
+    assert parts("offax/hopper/medium-v0", 9) == [("mixed_7", 9)]
+    for version, stop in ((0, 250), (1, 125)):
+        data = load(f"offax/hopper/mixed-v{version}").transitions
+        assert len(data.rewards) == TRANSITIONS
+        ends = data.terminations + data.truncations
+        assert ends[stop - 1 :: stop].all()  # each part ends with the end of an episode
+
+
+def test_versions_have_their_own_policies_and_seeds(root: Path, policies: Path) -> None:
+    sets = {version: load(f"offax/hopper/expert-v{version}").transitions for version in (0, 1)}
+    assert not np.array_equal(sets[0].actions, sets[1].actions)
+    random = [load(f"offax/hopper/random-v{version}").transitions for version in (0, 1)]
+    assert not np.array_equal(random[0].observations[0], random[1].observations[0])
+    recipes = [json.loads((root / f"offax/hopper/expert-v{i}/manifest.json").read_text())["recipe"] for i in (0, 1)]
+    assert [recipe["seed"] for recipe in recipes] == [20_250, 20_251]
+    (policies / "behavior_policies_v1" / "hopper.npz").unlink()
+    assert offax_sets.ids() == [f"offax/hopper/{quality}-v0" for quality in offax_sets.QUALITIES]
+    with pytest.raises(UsageError, match=r"there is no dataset offax/hopper/random-v1: .*-v0 of hopper"):
+        offax_sets.parse("offax/hopper/random-v1")
+
+
+def test_a_larger_set_goes_on_where_the_smaller_one_ends(root: Path, policies: Path) -> None:
+    small, large = (load(f"offax/hopper/{quality}-v1").transitions for quality in ("medium", "medium-1m"))
+    assert (len(small.rewards), len(large.rewards)) == (TRANSITIONS, 2 * TRANSITIONS)
+    np.testing.assert_array_equal(small.actions, large.actions[:TRANSITIONS])
+    assert not np.array_equal(large.actions[:TRANSITIONS], large.actions[TRANSITIONS:])
 
 
 def test_set_of_older_policies_is_made_again(root: Path, policies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offax_sets, "TRANSITIONS", 200)
+    monkeypatch.setitem(offax_sets.SIZES, "", 200)
     dataset_id = "offax/hopper/expert-v0"
     old = arrays_of(offax_sets.ensure(dataset_id))
     stamp = (root / dataset_id / "manifest.json").stat().st_mtime_ns
@@ -194,7 +249,7 @@ def test_set_of_older_policies_is_made_again(root: Path, policies: Path, monkeyp
     assert not same(old, arrays_of(root / dataset_id))
     write_policies(policies, seed=1)
     assert same(old, arrays_of(offax_sets.ensure(dataset_id)))
-    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert.lock"]
+    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert-v0.lock"]
 
 
 @pytest.mark.slow
@@ -220,9 +275,9 @@ def test_killed_build_leaves_no_set_and_is_made_again(root: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (root / RANDOM).exists()
-    assert (root / ".offax-building" / "hopper-random").exists()
+    assert (root / ".offax-building" / "hopper-random-v0").exists()
     assert len(load(RANDOM).transitions.rewards) == TRANSITIONS
-    assert not (root / ".offax-building" / "hopper-random").exists()
+    assert not (root / ".offax-building" / "hopper-random-v0").exists()
 
 
 def test_full_disk_is_a_usage_error_and_leaves_nothing(root: Path) -> None:
@@ -234,7 +289,7 @@ def test_full_disk_is_a_usage_error_and_leaves_nothing(root: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (root / RANDOM).exists()
-    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-random.lock"]
+    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-random-v0.lock"]
     assert os.environ["MINARI_DATASETS_PATH"] == str(root)
 
 
@@ -264,7 +319,14 @@ def test_what_is_not_ours_is_left_alone(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["offax/hopper/great-v0", "offax/ant/medium-v0", "offax/hopper/medium-v1", "offax/x-v0"]
+    "name",
+    [
+        "offax/hopper/great-v0",
+        "offax/ant/medium-v0",
+        "offax/hopper/medium-v2",
+        "offax/hopper/medium-1m-v0",
+        "offax/x-v0",
+    ],
 )
 def test_unknown_set_names_the_sets_there_are(name: str) -> None:
     with pytest.raises(UsageError, match=r"medium-expert") as caught:
@@ -273,15 +335,20 @@ def test_unknown_set_names_the_sets_there_are(name: str) -> None:
 
 
 def test_shipped_policies_are_complete_and_small() -> None:
-    for path in offax_sets.POLICIES.glob("*.npz"):
-        assert path.stat().st_size < 4_000_000
-        policies = offax_sets.read_policies(path.stem)
-        assert set(policies) >= {"expert", *(f"mixed_{i}" for i in range(8))}
-        env = gym.spec(offax_sets.ENVS[path.stem])
-        assert env is not None
-        for layers in policies.values():
-            assert all(w.dtype == np.float16 and np.isfinite(w).all() and np.isfinite(b).all() for w, b in layers)
-        assert path.with_name(f"{path.stem}_training.csv").exists()
+    for version, mixed in ((0, 8), (1, 16)):
+        for env, env_id in offax_sets.ENVS.items():
+            path = offax_sets.policy_file(env, version)
+            if version == 1 and not path.exists():
+                continue
+            assert path.stat().st_size < behavior_policies.MAX_BYTES
+            policies = offax_sets.read_policies(env, version)
+            assert set(policies) == {"expert", *(f"mixed_{i}" for i in range(mixed))}
+            spaces = gym.make(env_id)
+            for layers in policies.values():
+                assert layers[0][0].shape[0] == spaces.observation_space.shape[0]
+                assert layers[-1][1].shape[0] == 2 * spaces.action_space.shape[0]
+                assert all(w.dtype == np.float16 and np.isfinite(w).all() and np.isfinite(b).all() for w, b in layers)
+            assert path.with_name(f"{env}_training.csv").exists()
 
 
 @pytest.mark.slow
@@ -290,6 +357,9 @@ def test_collection_is_fast_enough() -> None:
     start = time.process_time()
     offax_sets.collect("Hopper-v5", None, 5000, [0])
     assert 5000 / (time.process_time() - start) > 3000
+
+
+# The choice of policies
 
 
 def make_run(directory: Path, returns: list[float]) -> None:
@@ -301,40 +371,115 @@ def make_run(directory: Path, returns: list[float]) -> None:
         for i, (w, b) in enumerate(random_layers(number)):
             arrays |= {f"w{i}": w.astype(np.float32), f"b{i}": b.astype(np.float32)}
         arrays["b0"][0] = value
-        np.savez(directory / "snapshots" / f"{20_000 * number:09d}.npz", **arrays)
-        lines.append(f"{20_000 * number},{value}")
+        np.savez(directory / "snapshots" / f"{5000 * number:09d}.npz", **arrays)
+        lines.append(f"{5000 * number},{value}")
     (directory / "training.csv").write_text("\n".join(lines))
 
 
-def test_export_chooses_expert_medium_and_mixed(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, out = tmp_path / "Hopper-v5", tmp_path / "policies"
-    #                0  1   2   3   4   5   6   7   8   9  10   11    12   13   14   15   16   17
-    make_run(run, [10, 20, 30, 900, 50, 60, 70, 80, 90, 350, 500, 450, 600, 900, 700, 990, 1000, 980])
-    monkeypatch.setattr(behavior_policies, "measure", lambda env_id, layers, steps, seed: float(layers[0][1][0]))
+CHOICE = behavior_policies.Args(Path("run"), episodes=50, screening=5, finalists=3)
+
+
+def choose(sampled: dict[int, float], mean_action: dict[int, float], error: float, target: float) -> dict[str, int]:
+    """Steps of the policies chosen among snapshots 1 to 50 of returns that are `10 * step`, but for those given."""
+
+    def measure(steps: Sequence[int], episodes: int) -> list[behavior_policies.Measured]:
+        return [
+            behavior_policies.Measured(
+                step, episodes, sampled.get(step, 10.0 * step), mean_action.get(step, 10.0 * step), error
+            )
+            for step in steps
+        ]
+
+    return {
+        name: found.steps for name, found in behavior_policies.choose(range(1, 51), measure, target, CHOICE).items()
+    }
+
+
+def test_expert_has_the_highest_smaller_return_of_the_last_part() -> None:
+    assert choose({}, {}, 0.0, 200.0)["expert"] == 50
+    assert choose({45: 900.0}, {45: 100.0}, 0.0, 200.0)["expert"] == 50
+    assert choose({45: 510.0}, {45: 505.0, 50: 400.0}, 0.0, 200.0)["expert"] == 45
+    assert choose({30: 900.0}, {30: 900.0}, 0.0, 200.0)["expert"] == 50  # too early
+    assert choose({31: 900.0}, {31: 900.0}, 0.0, 250.0)["expert"] == 31
+
+
+def test_medium_is_the_nearest_to_its_target_whose_mean_action_is_no_poorer() -> None:
+    assert choose({}, {}, 0.0, 200.0)["mixed_15"] == 20
+    assert choose({}, {}, 0.0, 300.0)["mixed_15"] == 25  # the edge: half of the expert's 500
+    assert choose({}, {20: 190.0}, 0.0, 201.0)["mixed_15"] == 21  # a perfect clone would be poorer than the data
+    assert choose({}, {20: 190.0}, 10.0, 201.0)["mixed_15"] == 20  # by no more than the standard error
+    assert choose({}, {20: 400.0}, 0.0, 201.0)["mixed_15"] == 21  # a perfect clone would be no medium
+    assert choose({2: 200.0}, {2: 200.0, 20: 0.0}, 0.0, 204.0)["mixed_15"] == 21  # after fifteen others
+
+
+def test_what_medium_violates_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    poor = {step: 6.0 * step for step in range(1, 31)}
+    assert choose({}, poor, 0.0, 200.0)["mixed_15"] == 25
+    said = capsys.readouterr().out.splitlines()
+    assert "medium: mean action's return outside the band by 17" in said
+    assert "medium: mean action poorer than samples by 100" in said
+    choose({}, {}, 0.0, 200.0)
+    assert "by" not in capsys.readouterr().out
+
+
+def test_mixed_is_evenly_spaced_up_to_medium() -> None:
+    steps = [choose({}, {}, 0.0, 245.0)[f"mixed_{i}"] for i in range(16)]
+    assert steps[0] == 1 and steps[-1] == 24 and set(np.diff(steps)) == {1, 2}
+
+
+def test_the_choice_trusts_the_longer_measurement_and_goes_on_from_its_table(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "Hopper-v5", tmp_path / "behavior_policies_v1"
+    make_run(run, [10.0 * i for i in range(1, 51)])
+    calls: list[tuple[int, int]] = []
+
+    def measure(env_id: str, path: Path, episodes: int, run: Any = map) -> behavior_policies.Measured:
+        value, step = float(behavior_policies.read_snapshot(path)[0][1][0]), int(path.stem)
+        calls.append((step, episodes))
+        lucky = 100.0 if step == 240_000 and episodes == 5 else 0.0
+        return behavior_policies.Measured(step, episodes, value + lucky, value + 1.0, 0.5)
+
+    monkeypatch.setattr(behavior_policies, "measure", measure)
+    monkeypatch.setitem(behavior_policies.MEDIUM_SCORES, "hopper", 7.0)  # a return of 207.5
     behavior_policies.main(behavior_policies.Args(run, out_dir=out))
     with np.load(out / "hopper.npz") as file:
-        steps = {name.split("/")[0]: int(file[name]) for name in file.files if name.endswith("/steps")}
-    # Expert: the best of the last five. Medium: the first at a third to a half of it after seven not better than that.
-    assert steps == {"expert": 340_000} | {
-        f"mixed_{i}": 20_000 * (index + 1) for i, index in enumerate([0, 1, 2, 5, 6, 7, 8, 9])
-    }
+        kept = {name: file[name].item() for name in file.files if file[name].ndim == 0}
+    assert kept["expert/steps"] == 250_000 and kept["mixed_0/steps"] == 5_000 and kept["mixed_15/steps"] == 105_000
+    assert [kept[f"expert/{name}"] for name in ("sampled", "mean_action", "episodes")] == [500.0, 501.0, 50]
+    assert kept["mixed_3/episodes"] == 5
     assert (out / "hopper_training.csv").read_text() == (run / "training.csv").read_text()
-    monkeypatch.setattr(offax_sets, "POLICIES", out)
-    stored = offax_sets.read_policies("hopper")["expert"]
-    with np.load(run / "snapshots" / "000340000.npz") as file:
+    monkeypatch.setattr(offax_sets, "FOLDER", tmp_path)
+    stored = offax_sets.read_policies("hopper", 1)["expert"]
+    with np.load(run / "snapshots" / "000250000.npz") as file:
         for i, (w, b) in enumerate(stored):
             np.testing.assert_array_equal(w, file[f"w{i}"].astype(np.float16))
             np.testing.assert_array_equal(b, file[f"b{i}"].astype(np.float16))
-    assert len(load("offax/hopper/medium-expert-v0").transitions.rewards) == TRANSITIONS
+    assert len(load("offax/hopper/medium-expert-v1").transitions.rewards) == TRANSITIONS
+    assert len(calls) == len(set(calls))
+    before, count = (out / "hopper.npz").read_bytes(), len(calls)
+    behavior_policies.main(behavior_policies.Args(run, out_dir=out))
+    assert len(calls) == count and (out / "hopper.npz").read_bytes() == before
 
 
-def test_export_refuses_what_is_not_a_run(tmp_path: Path) -> None:
+def test_a_snapshot_is_measured_by_both_its_returns(tmp_path: Path) -> None:
+    make_run(tmp_path, [0.5])
+    path = tmp_path / "snapshots" / "000005000.npz"
+    found = behavior_policies.measure("Hopper-v5", path, 4)
+    layers = [(w.astype(float), b.astype(float)) for w, b in behavior_policies.read_snapshot(path)]
+    for value, mean_action in ((found.sampled, False), (found.mean_action, True)):
+        episodes = offax_sets.run_episodes("Hopper-v5", layers, [4], range(4), mean_action)
+        assert value == pytest.approx(np.mean([episode.rewards.sum() for episode in episodes]))
+    assert found.sampled != found.mean_action and found.standard_error > 0 and found[:2] == (5000, 4)
+
+
+def test_the_choice_refuses_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not the directory of a SAC run"):
         behavior_policies.main(behavior_policies.Args(tmp_path, env="Hopper-v5", out_dir=tmp_path))
     with pytest.raises(UsageError, match="--env"):
         behavior_policies.main(behavior_policies.Args(tmp_path))
     make_run(tmp_path / "Hopper-v5", [1.0, 2.0])
-    with pytest.raises(UsageError, match="2 snapshots, at least 9"):
+    with pytest.raises(UsageError, match="2 snapshots are too few: 27 are needed"):
         behavior_policies.main(behavior_policies.Args(tmp_path / "Hopper-v5", out_dir=tmp_path))
 
 
@@ -352,14 +497,41 @@ def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == list(datasets.STATISTICS)
     size = (tmp_path / "mine.npz").stat().st_size / 1e6
-    assert row.split()[1:] == ["Hopper-v5", "40", "2", "20.0", "20.0", "20.0", "1.2", "0.500", f"{size:.1f}"]
+    returns = ["20.0", "20.0", "20.0", "1.2", "-", "-"]
+    spread = f"{arrays['actions'].std(axis=0).mean():.3f}"
+    assert row.split()[1:-2] == ["Hopper-v5", "40", "2", *returns, "0.500", spread]
+    assert row.split()[-1] == f"{size:.1f}"
+
+
+def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:
+    box = np.stack(np.meshgrid([-1.0, 1.0], [-2.0, 2.0], [-4.0, 4.0]), -1).reshape(-1, 3)
+    assert datasets.coverage(box) == pytest.approx(2.0)
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    assert datasets.coverage(np.repeat(box @ turn, 3, axis=0) + 5.0) == pytest.approx(2.0)
+    assert datasets.coverage(box * [1.0, 0.0, 1.0]) == 0.0
+    assert datasets.coverage(box[:, :1]) == pytest.approx(1.0)
+
+
+def test_a_page_has_the_table_and_the_returns_of_the_mean_action(
+    root: Path, policies: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(offax_sets.policy_file("hopper", 1)) as file:
+        arrays = dict(file)
+    arrays |= {"mixed_15/mean_action": np.array(1607.0), "expert/mean_action": np.array(3207.0)}
+    np.savez(offax_sets.policy_file("hopper", 1), **arrays)
+    datasets.main(["stats", "offax/hopper/medium-expert-v1", RANDOM, "--page", str(root / "page.md")])
+    text, shown = (root / "page.md").read_text(), capsys.readouterr().out
+    assert shown in text and "- `coverage`: " in text and "- commit: " in text
+    cells = [dict(zip(datasets.STATISTICS, row.split(), strict=True)) for row in shown.splitlines()[1:]]
+    assert [row["mode"] for row in cells] == ["2407.0", "-"]
+    assert cells[0]["mode_score"] == f"{100 * (2407.0 + 20.272305) / (3234.3 + 20.272305):.1f}"
 
 
 def test_the_command_line_builds_and_refuses(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets.main(["build", RANDOM])
     assert capsys.readouterr().out == f"{root / RANDOM}\n"
     datasets.main(["list"])
-    assert f"{RANDOM:36}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
+    assert f"{RANDOM:40}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
     for words, message in (
         (["stats", "x/y"], "'x/y' is neither"),
         (["build", "offax/x-v0"], "no dataset"),
@@ -394,7 +566,7 @@ def test_own_sets_are_listed_and_described_without_their_environment(
     assert rows["pictures-v1"] == ["Nowhere-v0", "77", "3", "3.0"]
     assert error.startswith("pictures-v1: pictures-v1 cannot be read") and error.count("\n") == 1
     assert rows[RANDOM][:2] == ["Hopper-v5", str(TRANSITIONS)]
-    without_score = [*rows[RANDOM][1:6], "-", *rows[RANDOM][7:8]]
+    without_score = [*rows[RANDOM][1:6], "-", *rows[RANDOM][7:-1]]
     assert rows["mine/unmade-v0"][:-1] == ["Nowhere-v0", *without_score]
 
 
