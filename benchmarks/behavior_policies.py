@@ -74,7 +74,7 @@ class Measured(NamedTuple):
         return min(self.sampled, self.mean_action)
 
 
-Measure = Callable[[Sequence[int], int], list[Measured]]  # snapshots, by their steps, over so many episodes
+Measure = Callable[[Sequence[int], int], list[Measured]]  # snapshots, by their steps, over at least so many episodes
 
 
 def read_snapshot(path: Path) -> Layers:
@@ -147,17 +147,17 @@ def main(args: Args) -> None:
     table = Table(args.out_dir / f"{name}_snapshots.csv")
     fields = Measured.__annotations__.items()
     rows = [Measured(*(kind(row[field]) for field, kind in fields)) for row in table.read()]
-    known = {(found.steps, found.episodes): found for found in rows}
+    known = {found.steps: found for found in sorted(rows, key=lambda found: found.episodes)}  # the longest of each
 
     with process_map(min(usable_cores(), 2)) as run:
 
         def measured(steps: Sequence[int], episodes: int) -> list[Measured]:
             for step in steps:
-                if (step, episodes) not in known:
-                    known[step, episodes] = found = measure(env_id, paths[step], episodes, run)
+                if step not in known or known[step].episodes < episodes:
+                    known[step] = found = measure(env_id, paths[step], episodes, run)
                     table.append([found._asdict()])
                     print(" ".join(f"{field} {value:.0f}" for field, value in found._asdict().items()), flush=True)
-            return [known[step, episodes] for step in steps]
+            return [known[step] for step in steps]
 
         chosen = choose(list(paths), measured, low + MEDIUM_SCORES[name] / 100 * (high - low), args)
     arrays: dict[str, Any] = {}
