@@ -26,7 +26,7 @@ truncated last step of an episode is kept and bootstraps; the ensemble may have 
 as copies; the log standard deviation is clipped to its limits (in the authors' code it is a sigmoid between them).
 Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
 
-    python algorithms/awac.py --dataset offax/hopper/medium-expert-v0
+    python algorithms/awac.py --dataset offax/hopper/medium-expert-v1
 """
 
 from dataclasses import dataclass

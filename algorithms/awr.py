@@ -34,7 +34,7 @@ rather than after them, so that a policy acts with the one that it was trained w
 across iterations, so an episode may begin with one policy and end with the next. Evaluations and checkpoints that are
 due within an iteration follow it. There are no random steps: the policy acts from the start.
 
-    python algorithms/awr.py --dataset offax/hopper/medium-expert-v0
+    python algorithms/awr.py --dataset offax/hopper/medium-expert-v1
     python algorithms/awr.py --env Hopper-v5 --num-updates 0 --online-steps 1000000
 """
 

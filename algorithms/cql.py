@@ -25,7 +25,7 @@ Ours: terminations alone cut the bootstrap, and the truncated last step of an ep
 ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
 sampled from the policy (CORL).
 
-    python algorithms/cql.py --dataset offax/hopper/medium-expert-v0
+    python algorithms/cql.py --dataset offax/hopper/medium-expert-v1
 
 The settings are for an accelerator. Fewer actions and smaller networks for a CPU, whatever the domain: `--preset cpu`.
 """

@@ -29,7 +29,7 @@ where BRAC's code, which the paper used, averages.
 
 The settings of the domains are the paper's, for an accelerator. Smaller ones for a CPU:
 
-    python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v0
+    python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v1
 """
 
 import sys

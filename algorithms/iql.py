@@ -15,7 +15,7 @@ truncated last step of an episode is kept and bootstraps; the ensemble may have 
 cosine over the offline phase and is constant at its full value online, so that fine-tuning may start from any offline
 checkpoint (the authors' code does not decay it at all in a run that will be fine-tuned).
 
-    python algorithms/iql.py --dataset offax/hopper/medium-expert-v0
+    python algorithms/iql.py --dataset offax/hopper/medium-expert-v1
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ ensemble may have any size; biases start at zero. The paper has no fine-tuning: 
 weight of the imitation falls linearly with the online updates until it reaches `--online-bc-weight` (offline it is 1),
 and actions are explored with TD3's noise.
 
-    python algorithms/td3_bc.py --dataset offax/hopper/medium-expert-v0
+    python algorithms/td3_bc.py --dataset offax/hopper/medium-expert-v1
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ The policy imitates the dataset's actions, whatever they were worth:
 Differences from CORL's BC: all trajectories are used (CORL may keep only the best share of them); biases start at zero
 rather than uniform; the other settings are CORL's, the normalisation of states among them. There is no online phase.
 
-    python benchmarks/bc.py --dataset offax/hopper/medium-expert-v0
+    python benchmarks/bc.py --dataset offax/hopper/medium-expert-v1
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """List, collect and describe datasets.
 
 python -m benchmarks.datasets                                  # the sets that need no network, and all on this disk
-python -m benchmarks.datasets build offax/hopper/medium-v0     # collect ahead of the first use; without ids, all
-python -m benchmarks.datasets stats offax/hopper/medium-v0     # returns and endings; without ids, of all on disk
-python -m benchmarks.datasets export offax/hopper/medium-v0 medium.npz    # for an algorithm's file without the rest
+python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; without ids, all but -1m
+python -m benchmarks.datasets stats offax/hopper/medium-v1     # returns, endings, spread; without ids, of all on disk
+python -m benchmarks.datasets export offax/hopper/medium-v1 medium.npz    # for an algorithm's file without the rest
 """
 
 import argparse

@@ -33,7 +33,7 @@ class Args:
     """How much of the target Q-functions' work screening leaves."""
 
     # Datasets to train on.
-    datasets: tuple[str, ...] = ("offax/hopper/medium-v0", "offax/hopper/mixed-v0", "offax/hopper/medium-expert-v0")
+    datasets: tuple[str, ...] = ("offax/hopper/medium-v1", "offax/hopper/mixed-v1", "offax/hopper/medium-expert-v1")
     # Updates of the Q-functions after which screening is measured.
     stages: tuple[int, ...] = (0, 100, 1000, 3000, 10_000)
     num_critics: Count = 8  # K.

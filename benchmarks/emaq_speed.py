@@ -1,7 +1,7 @@
 """What each step away from the textbook version of EMaQ's update saves, on this machine.
 
     python benchmarks/emaq_speed.py
-    python benchmarks/emaq_speed.py --preset cpu --dataset offax/hopper/medium-v0 --warm-up 5000 --updates 200
+    python benchmarks/emaq_speed.py --preset cpu --dataset offax/hopper/medium-v1 --warm-up 5000 --updates 200
 
 The steps, each with all those before it:
 
@@ -53,7 +53,7 @@ from common.report import provenance
 class Args:
     """What each step away from the textbook version of EMaQ's update saves."""
 
-    dataset: str = "offax/halfcheetah/medium-v0"  # States and actions to train on.
+    dataset: str = "offax/halfcheetah/medium-v1"  # States and actions to train on.
     preset: str = "locomotion"  # Sizes (see PRESETS in algorithms/emaq.py).
     rows: Count = 20_000  # Transitions of the dataset that are used, from the first on.
     warm_up: Count = 100  # Updates of the Q-functions before the first measurement.

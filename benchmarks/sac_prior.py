@@ -5,7 +5,7 @@ the policy's own samples (Vecerik et al., 2017, arXiv:1707.08817, with SAC in pl
 section 6). Equations and networks: `benchmarks/sac.py`. Evaluated by the squashed mean, collecting by samples. Where
 Nair et al. start it from a cloned policy (appendix B.4), its networks start at random here.
 
-    python benchmarks/sac_prior.py --dataset offax/hopper/medium-v0 --num-updates 25000 --online-steps 100000
+    python benchmarks/sac_prior.py --dataset offax/hopper/medium-v1 --num-updates 25000 --online-steps 100000
 """
 
 from dataclasses import dataclass

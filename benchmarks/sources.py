@@ -71,7 +71,7 @@ def ensure(dataset_id: str) -> Path:
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError):  # the latter for an id without a version
-        raise UsageError(f"{dataset_id!r} is neither a Minari id like offax/hopper/medium-v0, .npz nor .hdf5") from None
+        raise UsageError(f"{dataset_id!r} is neither a Minari id like offax/hopper/medium-v1, .npz nor .hdf5") from None
     if dataset_id.startswith("offax/"):
         return offax_sets.ensure(dataset_id)
     directory, advice = (

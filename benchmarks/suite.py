@@ -1,6 +1,6 @@
 """Train several algorithms on several datasets, a population of seeds at a time, and keep the small files.
 
-    python benchmarks/suite.py --name locomotion --algorithms iql bc --datasets offax/hopper/medium-v0
+    python benchmarks/suite.py --name locomotion --algorithms iql bc --datasets offax/hopper/medium-v1
     python -m benchmarks.report results/locomotion
 
 Each pair of algorithm and dataset is one process, the algorithm's own script, with all seeds as one population. All
@@ -45,9 +45,9 @@ class Args:
     algorithms: tuple[str, ...] = ("iql", "bc")  # Scripts in algorithms/ or benchmarks/, without their .py.
     # Dataset ids or paths, in the order in which they are run.
     datasets: tuple[str, ...] = (
-        "offax/hopper/medium-v0",
-        "offax/hopper/mixed-v0",
-        "offax/hopper/medium-expert-v0",
+        "offax/hopper/medium-v1",
+        "offax/hopper/mixed-v1",
+        "offax/hopper/medium-expert-v1",
     )
     seed: int = 0  # First seed.
     num_seeds: int = 3  # Seeds of each algorithm on each dataset, trained in one process.

@@ -719,7 +719,7 @@ def test_presets_name_real_settings() -> None:
                "actor_learning_rate": 3e-4, "critic_learning_rate": 3e-4, "reward_shift": 0.0,
                "nonpositive_targets": True}  # fmt: skip
     for arguments, expected in (
-        (["--dataset", "offax/hopper/medium-v0"], corl | {"temperature": 1 / 3, "reward_shift": 0.0}),
+        (["--dataset", "offax/hopper/medium-v1"], corl | {"temperature": 1 / 3, "reward_shift": 0.0}),
         (["--dataset", "D4RL/antmaze/umaze-v1"], corl | {"temperature": 0.1, "reward_shift": -1.0}),
         (["--dataset", "D4RL/door/human-v2"], corl | {"temperature": 0.1, "reward_shift": 0.0}),
         (["--preset", "demonstrations"], authors),

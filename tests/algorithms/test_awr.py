@@ -1165,7 +1165,7 @@ def test_without_the_clip_a_run_diverges_and_says_so(
 
 def test_presets_name_real_settings() -> None:
     for arguments, std in (
-        (["--dataset", "offax/hopper/medium-v0"], 0.4),
+        (["--dataset", "offax/hopper/medium-v1"], 0.4),
         (["--dataset", "D4RL/antmaze/umaze-v1"], 0.4),
         (["--preset", "locomotion", "--std", "0.2"], 0.2),
     ):

@@ -590,7 +590,7 @@ def test_presets_and_sweeps() -> None:
     assert (args.preset, args.num_actions, args.num_layers, args.critic_layers) == ("cpu", 2, 2, 2)
     args = cli.parse(cql.Args, cql.PRESETS, ["--preset", "cpu", "--dataset", "D4RL/antmaze/umaze-v1"])
     assert (args.num_actions, args.lagrange, args.hp) == (4, False, cql.Hyperparameters())
-    args = cli.parse(cql.Args, cql.PRESETS, ["--dataset", "offax/hopper/medium-v0"])
+    args = cli.parse(cql.Args, cql.PRESETS, ["--dataset", "offax/hopper/medium-v1"])
     assert (args.hp.actor_learning_rate, args.lagrange, args.normalize_observations) == (3e-5, False, True)
     with pytest.raises(UsageError, match="target_gap"):
         args.replace(grid="target_gap=1,2").validate()

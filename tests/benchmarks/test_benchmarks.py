@@ -91,15 +91,15 @@ def suite_args(**changes):
 
 
 def test_plan_runs_all_algorithms_on_the_first_dataset_first():
-    jobs = suite.plan(suite_args(algorithms=("iql", "bc"), datasets=("offax/hopper/medium-v0", "x.npz")))
+    jobs = suite.plan(suite_args(algorithms=("iql", "bc"), datasets=("offax/hopper/medium-v1", "x.npz")))
     assert [job.name for job in jobs] == [
-        "iql_offax-hopper-medium-v0",
-        "bc_offax-hopper-medium-v0",
+        "iql_offax-hopper-medium-v1",
+        "bc_offax-hopper-medium-v1",
         "iql_x.npz",
         "bc_x.npz",
     ]
     assert jobs[0].command.startswith(
-        "python algorithms/iql.py --dataset offax/hopper/medium-v0 --seed 0 --num-seeds 2"
+        "python algorithms/iql.py --dataset offax/hopper/medium-v1 --seed 0 --num-seeds 2"
     )
     assert jobs[1].command.startswith("python benchmarks/bc.py ")
     assert jobs[1].command.endswith(EXTRA)

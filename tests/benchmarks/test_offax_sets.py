@@ -28,7 +28,7 @@ from common.environments import quiet_mujoco
 from common.replay import Transitions, episode_returns
 
 TRANSITIONS = 2000
-RANDOM = "offax/hopper/random-v0"
+RANDOM = "offax/hopper/random-v1"
 
 
 @pytest.fixture
@@ -237,19 +237,19 @@ def test_a_larger_set_goes_on_where_the_smaller_one_ends(root: Path, policies: P
 
 def test_set_of_older_policies_is_made_again(root: Path, policies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(offax_sets.SIZES, "", 200)
-    dataset_id = "offax/hopper/expert-v0"
+    dataset_id = "offax/hopper/expert-v1"
     old = arrays_of(offax_sets.ensure(dataset_id))
     stamp = (root / dataset_id / "manifest.json").stat().st_mtime_ns
     offax_sets.ensure(dataset_id)
     assert (root / dataset_id / "manifest.json").stat().st_mtime_ns == stamp
     before = load(dataset_id).transitions.actions
-    write_policies(policies, seed=2)
+    write_policies(policies, seed=3, version=1)
     after = load(dataset_id).transitions.actions
     assert not np.array_equal(before, after)
     assert not same(old, arrays_of(root / dataset_id))
-    write_policies(policies, seed=1)
+    write_policies(policies, seed=2, version=1)
     assert same(old, arrays_of(offax_sets.ensure(dataset_id)))
-    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert-v0.lock"]
+    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert-v1.lock"]
 
 
 @pytest.mark.slow
@@ -275,21 +275,21 @@ def test_killed_build_leaves_no_set_and_is_made_again(root: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (root / RANDOM).exists()
-    assert (root / ".offax-building" / "hopper-random-v0").exists()
+    assert (root / ".offax-building" / "hopper-random-v1").exists()
     assert len(load(RANDOM).transitions.rewards) == TRANSITIONS
-    assert not (root / ".offax-building" / "hopper-random-v0").exists()
+    assert not (root / ".offax-building" / "hopper-random-v1").exists()
 
 
 def test_full_disk_is_a_usage_error_and_leaves_nothing(root: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(UsageError, match=r"cannot write offax/hopper/random-v0 under .*MINARI_DATASETS_PATH"):
+        with pytest.raises(UsageError, match=r"cannot write offax/hopper/random-v1 under .*MINARI_DATASETS_PATH"):
             offax_sets.ensure(RANDOM)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (root / RANDOM).exists()
-    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-random-v0.lock"]
+    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-random-v1.lock"]
     assert os.environ["MINARI_DATASETS_PATH"] == str(root)
 
 
@@ -321,8 +321,8 @@ def test_what_is_not_ours_is_left_alone(root: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "offax/hopper/great-v0",
-        "offax/ant/medium-v0",
+        "offax/hopper/great-v1",
+        "offax/ant/medium-v1",
         "offax/hopper/medium-v2",
         "offax/hopper/medium-1m-v0",
         "offax/x-v0",

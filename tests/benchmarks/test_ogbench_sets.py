@@ -93,7 +93,7 @@ def test_a_malformed_file_is_refused(change: dict[str, Any], message: str) -> No
 def test_names_and_files_are_recognised(tmp_path: Path) -> None:
     for name in ("cube-single-play-singletask-v0", "antmaze-large-navigate-singletask-task3-v0", MAZE):
         assert ogbench_sets.recognises(name)
-    for name in ("offax/hopper/medium-v0", "D4RL/antmaze/umaze-v1", "cube-single-play-v0", str(tmp_path / "no.npz")):
+    for name in ("offax/hopper/medium-v1", "D4RL/antmaze/umaze-v1", "cube-single-play-v0", str(tmp_path / "no.npz")):
         assert not ogbench_sets.recognises(name)
     np.savez(tmp_path / "theirs.npz", **two_trajectories())
     np.savez(tmp_path / "ours.npz", **two_trajectories(), rewards=np.zeros(5))

@@ -249,9 +249,9 @@ def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyP
         ("D4RL/ant/x-v0", None, None, None),
         ("D4RL/ant/x-v0", "Ant-v5", None, "Ant-v5"),
         ("D4RL/ant/x-v0", "Ant-v5", "Ant-v4", "Ant-v4"),
-        ("offax/hopper/medium-v0", None, None, "Hopper-v5"),
-        ("offax/hopper/medium-v0", "Hopper-v4", None, "Hopper-v4"),
-        ("offax/hopper/medium-v0+D4RL/x-v0", None, None, None),
+        ("offax/hopper/medium-v1", None, None, "Hopper-v5"),
+        ("offax/hopper/medium-v1", "Hopper-v4", None, "Hopper-v4"),
+        ("offax/hopper/medium-v1+D4RL/x-v0", None, None, None),
     ]
     for dataset, trained, given, found in cases:
         config = {"flags": {"dataset": dataset, "env": trained}, "environment": trained or "Hopper-v5"}

@@ -41,7 +41,7 @@ def test_hyperparameters_are_flat_flags() -> None:
 
 def test_defaults_of_the_contract() -> None:
     args = parse(Args, PRESETS, [])
-    assert args.dataset == "offax/hopper/medium-expert-v0"
+    assert args.dataset == "offax/hopper/medium-expert-v1"
     assert (args.track, args.resume, args.quiet, args.online_steps, args.grid) == (False, False, False, 0, "")
 
 
@@ -75,7 +75,7 @@ def test_a_switch_by_itself_is_meant() -> None:
 
 
 def test_presets_follow_the_names_and_flags_win() -> None:
-    assert chosen("--dataset", "offax/walker2d/medium-v0").normalize_returns is True
+    assert chosen("--dataset", "offax/walker2d/medium-v1").normalize_returns is True
     assert chosen("--dataset", "D4RL/antmaze/umaze-v1").reward_shift == -1
     assert chosen("--dataset", "D4RL/antmaze/umaze-v1").hp.expectile == 0.9
     assert chosen("--dataset", "D4RL/antmaze/umaze-v1", "--expectile", "0.8").hp.expectile == 0.8
@@ -86,7 +86,7 @@ def test_presets_follow_the_names_and_flags_win() -> None:
 
 
 def test_the_preset_is_on_record() -> None:
-    assert chosen("--dataset", "offax/walker2d/medium-v0").preset == "locomotion"
+    assert chosen("--dataset", "offax/walker2d/medium-v1").preset == "locomotion"
     assert chosen("--dataset", "mine.npz").preset == "none"
     assert chosen("--dataset", "mine.npz", "--preset", "adroit").preset == "adroit"
 

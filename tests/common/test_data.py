@@ -563,7 +563,7 @@ def test_an_exported_set_is_the_same(tmp_path: Path) -> None:
 def test_without_benchmarks_one_line_says_how_to_read_other_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """As beside a copied algorithm."""
     monkeypatch.setitem(sys.modules, "benchmarks.sources", None)
-    for name in ("offax/hopper/medium-v0", "hopper.hdf5"):
+    for name in ("offax/hopper/medium-v1", "hopper.hdf5"):
         message = usage_error(name)
         assert "copy benchmarks/ too" in message and f"benchmarks.datasets export {name}" in message
 
@@ -572,7 +572,7 @@ def test_no_home_directory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """No HOME and no entry in the system's list of users: `~` stays as it is."""
     monkeypatch.delenv("MINARI_DATASETS_PATH")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert "MINARI_DATASETS_PATH" in usage_error("offax/hopper/medium-v0")
+    assert "MINARI_DATASETS_PATH" in usage_error("offax/hopper/medium-v1")
 
 
 def test_metadata_of_older_gymnasium_is_understood() -> None:

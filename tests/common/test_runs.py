@@ -529,7 +529,7 @@ def test_once_the_online_phase_has_begun_lengths_are_fixed(tmp_path: Path, small
         (["--grid", "alpha=1,2"], "alpha"),
         (["--shard", "2/2", "--num-seeds", "2"], "--shard"),
         (["--dataset", "no/such/file.npz"], "no/such/file.npz"),
-        (["--dataset", "offax/hopper/excellent-v0"], "offax/hopper/excellent-v0"),
+        (["--dataset", "offax/hopper/excellent-v1"], "offax/hopper/excellent-v1"),
         (["--dataset", "offax/../x"], "offax/../x"),
         (["--dataset", "what is this?"], "what is this?"),
         (["--dataset", ""], "Minari id"),
