@@ -83,7 +83,7 @@ class Args:
 def flops_of(name: str, obs_dim: int, action_dim: int, hidden_dim: int | None) -> float | None:
     """Floating-point operations of one update of one member; None for AWR, whose iteration is more than minibatches.
 
-    Counted before XLA optimises: of what it hands to NVIDIA's libraries it counts nothing.
+    Counted before XLA optimises: of what it hands to NVIDIA's libraries it counts nothing afterwards.
     """
     script, settings = settings_of(name, 1, hidden_dim)
     if script is awr:
@@ -92,12 +92,16 @@ def flops_of(name: str, obs_dim: int, action_dim: int, hidden_dim: int | None) -
     if script is emaq:  # the proposals are drawn ahead, and all are evaluated
         settings = settings.replace(screening=False)
         bins = (np.zeros((settings.batch_size, settings.num_proposals, action_dim), np.uint8),)
-    state = script.init(jax.random.key(0), settings.hp, settings, obs_dim, action_dim)
+    init = partial(script.init, args=settings, obs_dim=obs_dim, action_dim=action_dim)
 
     def update(state: Any, batch: Transitions, hp: Any, *bins: Any) -> Any:
         return script.update(state, batch, hp, settings, *bins)
 
-    return jax.jit(update).lower(state, batch, settings.hp, *bins).cost_analysis()["flops"]
+    with contextlib.suppress(RuntimeError), jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU's cannot
+        state = jax.eval_shape(init, jax.random.key(0), settings.hp)
+        counts = jax.jit(update).lower(state, batch, settings.hp, *bins).cost_analysis()
+        return counts["flops"] if counts else None
+    return None
 
 
 def settings_of(name: str, count: int, hidden_dim: int | None) -> tuple[Any, Any]:
