@@ -4,8 +4,8 @@
 
 Needs jax, flax, optax, numpy and tyro alone: data are random numbers of Hopper's sizes, nothing is evaluated.
 Small populations come first, and every measurement is a row of the CSV as soon as there is one, so that a run that is
-cut off keeps what it has; after `--minutes` no new one begins. The page beside the CSV, rates.md for rates.csv, ends with
-text of your own from rates.notes.md. A row has
+cut off keeps what it has; after `--minutes` no new one begins. The page beside the CSV, rates.md for rates.csv, ends
+with text of your own from rates.notes.md. A row has
 
 * `updates_per_second`, of all members together, over at least `--seconds`, after the first call;
 * `first_seconds`, from the start of a population to the end of its first update: initialising and compiling;
