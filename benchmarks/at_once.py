@@ -1,7 +1,7 @@
 """Train an algorithm on several datasets at once: one population on one accelerator, a run directory for each dataset.
 
     python benchmarks/at_once.py --name locomotion --algorithms iql --num-seeds 5 --num-updates 100000 \\
-        --datasets offax/hopper/medium-v0 offax/hopper/mixed-v0 --variants "" "slow:--polyak 0.001"
+        --datasets offax/hopper/medium-v1 offax/hopper/mixed-v1 --variants "" "slow:--polyak 0.001"
 
 A small population leaves most of a GPU idle, and its updates take nearly as long as those of a large one. So all seeds
 on all datasets, which must have the same shapes and numbers of rows, are the members of one population here: the
@@ -11,7 +11,7 @@ flags are hyperparameters or the data's transforms, which are numbers to a compi
 At shares `--evaluate-at` of the updates the states are handed to one process for each dataset, on the CPU. It fills
 the run directory as the algorithm's own script would, and evaluates meanwhile: a checkpoint, which that script can go
 on with, config.json, evaluations.csv, returns.csv and final.json; without metrics.csv. Names, folders and flags are
-those of benchmarks/suite.py. There is no resuming: what was cut off starts anew.
+those of benchmarks/suite.py. There is no resuming: what was cut off starts anew, and replaces a run of that name.
 """
 
 import importlib
