@@ -126,13 +126,18 @@ def parse(dataset_id: str) -> Name:
 # Policies
 
 
-def read_policies(env: str, version: int) -> dict[str, Layers]:
-    """The shipped policies of `env`, name -> `[(weights, biases), ...]` as stored (float16)."""
+def policy_names(env: str, version: int) -> list[str]:
+    """The names of the shipped policies of `env`."""
     with np.load(policy_file(env, version), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    names = sorted({name.split("/")[0] for name in arrays})
-    depth = {name: sum(key.startswith(f"{name}/w") for key in arrays) for name in names}
-    return {name: [(arrays[f"{name}/w{i}"], arrays[f"{name}/b{i}"]) for i in range(depth[name])] for name in names}
+        return sorted({key.split("/")[0] for key in file.files})
+
+
+def read_policies(env: str, version: int, names: Iterable[str] | None = None) -> dict[str, Layers]:
+    """The shipped policies of `env`, all or some, name -> `[(weights, biases), ...]` as stored (float16)."""
+    wanted = policy_names(env, version) if names is None else names
+    with np.load(policy_file(env, version), allow_pickle=False) as file:  # reads what is taken from it
+        depth = {name: sum(key.startswith(f"{name}/w") for key in file.files) for name in wanted}
+        return {name: [(file[f"{name}/w{i}"], file[f"{name}/b{i}"]) for i in range(depth[name])] for name in wanted}
 
 
 def mean_action_return(dataset_id: str) -> float | None:
@@ -348,7 +353,7 @@ def parts_of(name: Name, transitions: int) -> list[Part]:
     """Which policy makes how many of the transitions, in order."""
     if name.quality == "random":
         return [Part(None, transitions)]
-    policies = read_policies(name.env, name.version)
+    policies = policy_names(name.env, name.version)
     mixed = sorted((policy for policy in policies if policy.startswith("mixed_")), key=lambda policy: int(policy[6:]))
     makers = {
         "medium": mixed[-1:],  # the last of the mixed snapshots
@@ -364,7 +369,7 @@ def _recipe(name: Name, transitions: int) -> dict[str, Any]:
     """Everything that decides the arrays, for the manifest; a set with another recipe is stale."""
     parts = parts_of(name, transitions)
     weights = hashlib.sha256()
-    policies = read_policies(name.env, name.version)
+    policies = read_policies(name.env, name.version, {part.policy for part in parts if part.policy})
     for part in parts:
         for array in (array for layer in policies.get(part.policy or "", []) for array in layer):
             weights.update(f"{part.policy} {array.dtype} {array.shape}".encode() + array.tobytes())
