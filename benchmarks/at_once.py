@@ -39,7 +39,7 @@ from benchmarks.suite import Job
 from common.cli import RunArgs, UsageError, exit_status, parse
 from common.data import load
 from common.environments import Evaluator, Returns, make_environment
-from common.members import Metrics, evaluation_keys, is_key, keep_finite, make_members, usable_cores
+from common.members import evaluation_keys, is_key, keep_finite, make_members, usable_cores
 from common.replay import Recorded, Replay, fit_transform
 from common.report import fill_tree, read_json, read_tree, save_tree, write_json
 from common.runs import Run
@@ -171,26 +171,21 @@ class Population:
         self.done = {"pretraining": 0, "offline": 0}
         self.train = self.compiled(self.script.train)
         if self.script is emaq:
-            self.fit, self.draw = self.compiled(emaq.train_behavior), jax.jit(self.mapped(emaq.draw_pool))
+            self.fit, self.draw = self.compiled(emaq.train_behavior), self.compiled(emaq.draw_pool, each=0)
         self.keep_finite = jax.jit(jax.vmap(jax.vmap(keep_finite)))
 
-    def mapped(self, function: Any) -> Any:
-        """`function(state, hp, replay, x, args)` over all members; the replay is the job's dataset, x each member's."""
+    def compiled(self, function: Any, each: int | None = None) -> Any:
+        """`function(state, hp, replay, x, args)` over all members; the replay is of the job's dataset.
+
+        x is shared, such as a number of updates, or with an axis of 0 each member's own.
+        """
 
         def one(state: Any, hp: Any, offline: Recorded, pool: Any, x: Any) -> Any:
             extra = None if pool is None else pool[None]
             return function(state, hp, Replay(offline, None, jnp.int32(0), extra), x, args=self.args)
 
-        return jax.vmap(jax.vmap(one, in_axes=(0, 0, None, 0, 0)))
-
-    def compiled(self, function: Any) -> Any:
-        """A training function over all members, each of them for the same number of updates."""
-
-        def train(state: Any, hp: Any, offline: Recorded, pool: Any, count: jax.Array) -> tuple[Any, Metrics]:
-            counted = self.mapped(lambda state, hp, data, _, args: function(state, hp, data, count, args=args))
-            return counted(state, hp, offline, pool, jnp.zeros(self.diverged.shape))
-
-        return jax.jit(train)
+        seeds = jax.vmap(one, in_axes=(0, 0, None, 0, each))
+        return jax.jit(jax.vmap(seeds, in_axes=(0, 0, 0, 0, each)))
 
     def step(self, train: Any, phase: str, count: int) -> None:
         """`count` updates; members that are not finite after it stay as they were, and count as diverged."""
@@ -239,9 +234,7 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
     for one in settings:
         one.validate()
     same_program(settings)
-    names = [job.name for job in jobs]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"more than one run would be called {sorted(repeated)[0]}; label the --variants")
+    suite.refuse_repeated(jobs)
     unit = settings[0].policy_updates if script is awr else 1
     steps = sorted({max(1, round(share * args.num_updates / unit)) * unit for share in (*args.evaluate_at, 1.0)})
     if steps[-1] != args.num_updates:

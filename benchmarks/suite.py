@@ -129,10 +129,15 @@ def plan(args: Args) -> list[Job]:
             words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
             results_dir = args.results_dir / args.name / name
             jobs.append(Job(name, find_script(algorithm), (*words, *extra), run_dir, results_dir))
+    refuse_repeated(jobs)
+    return jobs
+
+
+def refuse_repeated(jobs: list[Job]) -> None:
+    """UsageError if two jobs have the same name, and so the same folders."""
     names = [job.name for job in jobs]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"more than one run would be called {sorted(repeated)[0]}")
-    return jobs
+        raise UsageError(f"more than one run would be called {sorted(repeated)[0]}; a label tells them apart")
 
 
 def run(job: Job) -> int:
