@@ -91,8 +91,9 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     run = Run(algorithm, args, members)
     transform = fit_transform(dataset.transitions, args)
     obs_dim, action_dim = len(transform.observation_mean), len(dataset.low)
-    like = members.start(partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim))
-    wanted = jax.tree.map(lambda x: x[: members.count], like)
+    init = partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim)
+    one = jax.eval_shape(init, jax.random.key(0), args.hp)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members.count, *x.shape), x.dtype), one)
     act_all = members.map(partial(script.act, args=args, action_dim=action_dim, sample=False), batched=True)
     evaluator = Evaluator(partial(make_environment, dataset.env_spec, args.max_episode_steps), members, transform)
 
@@ -103,7 +104,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
         return evaluator.run(policy, episodes, run.stopping)
 
     with run:
-        run.restore({"state": like}, dataset, transform)
+        run.restore({}, dataset, transform)  # nothing to go on with
         for step in steps:
             file = snapshot(args, step)
             while not file.exists():
