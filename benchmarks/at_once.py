@@ -12,6 +12,9 @@ At shares `--evaluate-at` of the updates the states are handed to one process fo
 the run directory as the algorithm's own script would, and evaluates meanwhile: a checkpoint, which that script can go
 on with, config.json, evaluations.csv, returns.csv and final.json; without metrics.csv. Names, folders and flags are
 those of benchmarks/suite.py. There is no resuming: what was cut off starts anew, and replaces a run of that name.
+
+Where episodes are slow, `--parts N` evaluates each run by N processes, each some of its seeds, as `--shard` would: they
+fill `part-I` of the run directory, which are merged as they finish.
 """
 
 import importlib
@@ -34,7 +37,7 @@ import numpy as np
 import tyro
 
 from algorithms import awr, emaq
-from benchmarks import suite
+from benchmarks import merge, suite
 from benchmarks.suite import Job
 from common.cli import RunArgs, UsageError, exit_status, parse
 from common.data import load
@@ -59,6 +62,7 @@ class Args(suite.Args):
     # Shares of the updates after which the policies are evaluated; the last one is 1.
     evaluate_at: tuple[float, ...] = (0.1, 0.25, 0.4, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
     evaluators: int | None = None  # Processes that evaluate at the same time. Default: the usable cores but one.
+    parts: int = 1  # Processes that evaluate a run, each some of its seeds.
 
 
 def script_of(name: str) -> ModuleType:
@@ -66,16 +70,19 @@ def script_of(name: str) -> ModuleType:
     return importlib.import_module(".".join(suite.find_script(name).with_suffix("").parts))
 
 
-def snapshot(run_dir: Path, step: int) -> Path:
-    """Where the states after `step` updates are handed over."""
-    return run_dir / "handed" / f"{step}.npz"
+def snapshot(args: RunArgs, step: int) -> Path:
+    """Where the states after `step` updates are handed over: in the run directory, or the part's in it."""
+    part = f"part-{args.shard.partition('/')[0]}" if args.shard else ""
+    return Path(args.run_dir, part, "handed", f"{step}.npz")
 
 
 # The evaluating process
 
 
 def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any) -> None:
-    """Fill the run directory of one dataset: evaluate the states after each of `steps` as they come."""
+    """Fill the run directory of one dataset, or a part: evaluate the states after each of `steps` as they come."""
+    if multiprocessing.parent_process():  # training comes first
+        os.nice(10)
     started = time.time()
     script = script_of(algorithm)
     args = parse(script.Args, script.PRESETS, list(job.flags))
@@ -84,8 +91,9 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     run = Run(algorithm, args, members)
     transform = fit_transform(dataset.transitions, args)
     obs_dim, action_dim = len(transform.observation_mean), len(dataset.low)
-    like = members.start(partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim))
-    wanted = jax.tree.map(lambda x: x[: members.count], like)
+    init = partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim)
+    one = jax.eval_shape(init, jax.random.key(0), args.hp)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members.count, *x.shape), x.dtype), one)
     act_all = members.map(partial(script.act, args=args, action_dim=action_dim, sample=False), batched=True)
     evaluator = Evaluator(partial(make_environment, dataset.env_spec, args.max_episode_steps), members, transform)
 
@@ -96,9 +104,9 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
         return evaluator.run(policy, episodes, run.stopping)
 
     with run:
-        run.restore({"state": like}, dataset, transform)
+        run.restore({}, dataset, transform)  # nothing to go on with
         for step in steps:
-            file = snapshot(job.run_dir, step)
+            file = snapshot(args, step)
             while not file.exists():
                 time.sleep(0.1)
             with turns:
@@ -115,9 +123,11 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
                 elif living:
                     run.record_evaluation(evaluate(state, args.eval_episodes))
                 file.unlink()
-    snapshot(job.run_dir, 0).parent.rmdir()
-    status = 0 if run.alive.any() else suite.DIVERGED
-    record = {"command": command, "exit_status": status, "seconds": time.time() - started}
+    file.parent.rmdir()
+    if args.shard and merge.merge(job.run_dir):  # others are not done
+        return
+    diverged = all(member["diverged"] for member in read_json(job.run_dir / "final.json")["members"])
+    record = {"command": command, "exit_status": suite.DIVERGED if diverged else 0, "seconds": time.time() - started}
     write_json(job.run_dir / "command.json", record)
     job.keep()
 
@@ -127,7 +137,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
 
 def same_program(settings: list[RunArgs]) -> None:
     """UsageError unless all of the settings compile to the same program."""
-    plain = {name: getattr(settings[0], name) for name in (*TRANSFORMS, "dataset", "run_dir", "hp", "preset")}
+    plain = {name: getattr(settings[0], name) for name in (*TRANSFORMS, "dataset", "run_dir", "shard", "hp", "preset")}
     for one in settings[1:]:
         theirs, ours = one.replace(**plain), settings[0]
         if odd := [name for name, value in vars(theirs).items() if value != getattr(ours, name)]:
@@ -154,7 +164,7 @@ class Population:
     """The members of all jobs, `[jobs, seeds, ...]`, and their training up to a number of updates."""
 
     def __init__(self, algorithm: str, settings: list[RunArgs]) -> None:
-        self.script, self.args = script_of(algorithm), settings[0]
+        self.script, self.args, self.settings = script_of(algorithm), settings[0], settings
         transitions, states, self.members = [], [], [make_members(one) for one in settings]
         read = cache(load)  # variants share it
         for members, args in zip(self.members, settings, strict=True):
@@ -211,30 +221,36 @@ class Population:
                     self.pool = self.draw(self.state, self.hp, self.data, None, keys)
             self.step(self.train, "offline", min(updates - done, every - done % every))
 
-    def hand_over(self, jobs: list[Job], before: int) -> None:
+    def hand_over(self, before: int) -> None:
         """Write the members of each job for the process that evaluates them."""
         state = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, self.state))
         device = {"platform": self.device.platform, "kind": self.device.device_kind, "count": 1}
-        for i, job in enumerate(jobs):
+        for i, settings in enumerate(self.settings):
             own = np.s_[i, : self.members[i].count]  # without the padding
             about = {"device": device, "done": self.done, "before": before, "diverged": self.diverged[own].tolist()}
             tree = {"state": jax.tree.map(lambda x: x[own], state)}  # noqa: B023
-            save_tree(snapshot(job.run_dir, self.done["offline"]), tree, about)
+            save_tree(snapshot(settings, self.done["offline"]), tree, about)
 
 
 def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int]]:
-    """The jobs of one algorithm, all variants of each dataset, their settings, and when they are evaluated."""
+    """The jobs of one algorithm, all variants of each dataset, their settings, and when they are evaluated.
+
+    A run in parts is as many jobs.
+    """
     jobs: list[Job] = []
     for variant in args.variants:
         label, _, flags = variant.partition(":")
         one = replace(args, algorithms=(algorithm,), label=label or args.label, extra=f"{args.extra} {flags}")
         jobs += suite.plan(one)
+    suite.refuse_repeated(jobs)
+    if args.parts > 1:
+        shards = [f"{i}/{args.parts}" for i in range(args.parts)]
+        jobs = [replace(job, flags=(*job.flags, "--shard", shard)) for job in jobs for shard in shards]
     script = script_of(algorithm)
     settings = [parse(script.Args, script.PRESETS, list(job.flags)) for job in jobs]
     for one in settings:
         one.validate()
     same_program(settings)
-    suite.refuse_repeated(jobs)
     unit = settings[0].policy_updates if script is awr else 1
     steps = sorted({max(1, round(share * args.num_updates / unit)) * unit for share in (*args.evaluate_at, 1.0)})
     if steps[-1] != args.num_updates:
@@ -259,11 +275,11 @@ def train(algorithm: str, args: Args) -> list[str]:
     began, population = time.time(), Population(algorithm, settings)
     for last, step in zip([0, *steps], steps, strict=False):
         population.advance(step)
-        population.hand_over(jobs, last)
+        population.hand_over(last)
         print(f"{algorithm} {step}: {time.time() - began:.0f} s", flush=True)
     for worker in workers:
         worker.join()
-    return [job.name for job, worker in zip(jobs, workers, strict=True) if worker.exitcode]
+    return sorted({job.name for job, worker in zip(jobs, workers, strict=True) if worker.exitcode})
 
 
 def main(args: Args) -> int:

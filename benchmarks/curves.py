@@ -114,6 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def score_name(configs: Sequence[dict[str, Any]]) -> str:
+    """What the score is of runs with these config.json: on OGBench's tasks it is no normalised return."""
+    return "success rate" if all("-singletask" in str(c.get("environment")) for c in configs) else "normalised score"
+
+
 def trained_on(config: dict[str, Any]) -> str:
     """The dataset, or without offline updates the environment; empty where the record says neither."""
     flags = config.get("flags", {})
@@ -193,7 +198,7 @@ def figure_of(run_dir: Path) -> Any:
             plot(axes, mine, lost, each=not grid, **style)
         finish(axes, row, curves)
         if row == name:
-            axes.set_ylabel("normalised score" if scored else "return")
+            axes.set_ylabel(score_name([config]) if scored else "return")
             axes.set_title(phase, fontsize=10)
             axes.sharey(all_axes[0, 0])
             if level is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import Cell, length_in_words, level, summary, unique
-from benchmarks.curves import PHASES, describe, plot
+from benchmarks.curves import PHASES, describe, plot, score_name
 from benchmarks.intervals import expected_best, performance_profile
 
 COLUMNS = 3
@@ -82,7 +82,8 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
             axes.grid(axis="x", alpha=0.2)
     notes = ["dashed: the data's average"] * any(level(cell, True) is not None for cell in cells)
     notes += ["red: shorter than the others"] * (len(lengths) > 1)
-    figure.supxlabel("; ".join(["normalised score", *notes]), fontsize=9)
+    name = score_name([cell.config for cell in cells])
+    figure.supxlabel("; ".join([name, *notes]), fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -131,7 +132,7 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
     notes = ["dashed: the data's average"] * (level(cells[0], scored) is not None)
     notes += ["red: shorter than the others"] * shorter
     figure.suptitle("; ".join([cells[0].dataset, *notes]), fontsize=10)
-    figure.supylabel("normalised score" if scored else "return", fontsize=9)
+    figure.supylabel(score_name([cell.config for cell in cells]) if scored else "return", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -149,7 +150,7 @@ def plot_profiles(path: Path, strata: dict[str, Strata]) -> None:
         axes.step(thresholds, share, color=f"C{number % 10}", linewidth=2.0)
         axes.set_title(short(name), fontsize=8)
         axes.grid(alpha=0.2)
-    figure.supxlabel("normalised score", fontsize=9)
+    figure.supxlabel("score", fontsize=9)
     figure.supylabel("share of runs above it", fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -205,5 +206,5 @@ def plot_against(path: Path, lines: dict[str, dict[float, Cell]], name: str) -> 
         axes.grid(alpha=0.2)
     hollow = "; hollow: a shorter run" if len(set(lengths)) > 1 else ""
     figure.suptitle(f"Final score, interval over seeds; dashed: the data's average{hollow}", fontsize=10)
-    figure.supylabel("normalised score", fontsize=9)
+    figure.supylabel("score", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -127,7 +127,7 @@ def plot(path: Path, members: Sequence[dict[str, Any]], title: str, level: float
         plot_sweep(axes, panel, sorted({member["seed"] for member in members}))
         data_line(axes.axhline, level)
         axes.set_xlabel(swept)
-        axes.set_ylabel("normalised score" if name == "score" else "return")
+        axes.set_ylabel(name)
         axes.legend(frameon=False, fontsize=8)
     if map_too:
         plot_map(all_axes[2], *interactions(members, f"{name}_mean"))

@@ -46,6 +46,7 @@ from benchmarks.cells import (
     with_diverged,
     worst_score,
 )
+from benchmarks.curves import score_name
 from benchmarks.intervals import expected_best, probability_of_improvement
 from benchmarks.tables import Table, fill
 from common.cli import UsageError, exit_status
@@ -192,7 +193,10 @@ def expected_bests(tuned: dict[str, dict[str, list[list[float]]]]) -> str:
 def meaning(cells: Sequence[Cell]) -> str:
     """What scores of 0 and 100 stand for."""
     d4rl = "0 is D4RL's random policy, 100 its expert."
-    ogbench = "On OGBench's tasks it is the share of episodes with success, 0 to 100."
+    ogbench = (
+        "On OGBench's tasks it is the share of episodes with success, 0 to 100; of the data, that of the recorded "
+    )
+    ogbench += "trajectories that are at the goal at some step, which few of them were after."
     tasks = {"-singletask" in cell.config["environment"] for cell in cells}
     return " ".join([d4rl] * (False in tasks) + [ogbench] * (True in tasks))
 
@@ -370,7 +374,7 @@ def write(folder: Path, against: str = "", page: Path | None = None) -> None:
         if page is not None:
             fill(page, "scores", scores.rstrip())
         parts += [
-            "## Normalised score\n",
+            f"## {score_name([cell.config for cell in scored]).capitalize()}\n",
             f"{meaning(scored)}\n",
             scores,
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.cli import UsageError, optional
 from common.environments import action_bounds, domain_of, make_raw, normalized_score
-from common.replay import Recorded, Transitions, episode_returns, record
+from common.replay import Recorded, Transitions, episode_returns, record, trajectories
 from common.report import read_npz
 
 
@@ -33,11 +33,15 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of it; `dataset_sha256` tells two datasets of one name apart."""
-        t, returns = self.transitions, episode_returns(self.transitions)
+        t, successes = self.transitions, None
+        if self.domain == "success":  # data of such tasks go on after the goal
+            returns, successes = trajectories(t)
+        else:
+            returns = episode_returns(t)
         hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[4:])))
         summary: dict[str, Any] = {"episodes": len(returns)}
         if len(returns):
-            scores = normalized_score(self.domain, returns)
+            scores = normalized_score(self.domain, returns, successes)
             summary |= {name: float(getattr(returns, name)()) for name in ("mean", "min", "max")}
             kitchen = self.domain == "kitchen"  # its data reward a finished task again at every step: no D4RL score
             summary["score_mean"] = None if scores is None or kitchen else float(scores.mean())

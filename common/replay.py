@@ -76,6 +76,17 @@ def episode_returns(transitions: Transitions | Recorded) -> np.ndarray:
     return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts) if len(ends) else np.zeros(0)
 
 
+def trajectories(transitions: Recorded) -> tuple[np.ndarray, np.ndarray]:
+    """Of each recorded trajectory, float64 `[trajectories]`: its return, and whether a step of it was terminal.
+
+    One ends where the next row is of another state than this row's successor, terminal or not.
+    """
+    ends = transitions.successors >= len(transitions.rewards)
+    starts = np.flatnonzero(np.append(True, ends[:-1]))
+    rewards, terminations = (np.asarray(x, np.float64) for x in (transitions.rewards, transitions.terminations))
+    return np.add.reduceat(rewards, starts), np.maximum.reduceat(terminations, starts)
+
+
 class Transform(NamedTuple):
     """observations -> (observations - mean) / std, `[obs_dim]` each; rewards -> scale * rewards + shift."""
 

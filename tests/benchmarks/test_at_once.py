@@ -69,7 +69,7 @@ def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, s
     population = at_once.Population(algorithm, settings)
     for before, step in ((0, 10), (10, 20)):
         population.advance(step)
-        population.hand_over(jobs, before)
+        population.hand_over(before)
     job = jobs[-1]  # the other dataset, and the other settings
     at_once.follow(job, algorithm, steps, "python benchmarks/at_once.py", nullcontext())
     own = tmp_path / "own" / job.name
@@ -91,6 +91,31 @@ def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, s
         np.testing.assert_allclose(*actions, rtol=1e-3, atol=1e-3)
 
 
+def test_parts_are_evaluated_by_themselves_and_merged_to_the_same_run(tmp_path, sets):
+    whole, split = (
+        arguments(tmp_path / name, sets[:1], "iql", variants=("",), parts=n) for name, n in (("whole", 1), ("split", 3))
+    )
+    for args in (whole, split):
+        jobs, settings, steps = at_once.plan("iql", args)
+        assert len(jobs) == args.parts
+        population = at_once.Population("iql", settings)
+        for before, step in ((0, 10), (10, 20)):
+            population.advance(step)
+            population.hand_over(before)
+        for i, job in enumerate(jobs):
+            assert not (job.results_dir / "final.json").exists(), i
+            at_once.follow(job, "iql", steps, "", nullcontext())
+    ours, theirs = (args.results_dir / "both" / jobs[0].name for args in (split, whole))
+    tables = [rows_of(folder / "evaluations.csv") for folder in (ours, theirs)]
+    assert [[row[name] for name in ("step", "member", "seed")] for row in tables[0]] == [
+        [row[name] for name in ("step", "member", "seed")] for row in tables[1]
+    ]
+    for mine, other in zip(*tables, strict=True):  # vmapped along other axes
+        assert float(mine["return_mean"]) == pytest.approx(float(other["return_mean"]), rel=1e-2)
+    assert [m["seed"] for m in read_json(ours / "final.json")["members"]] == [0, 1, 2]
+    assert read_json(ours / "command.json")["exit_status"] == 0
+
+
 @pytest.mark.slow
 def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path, sets):
     args = arguments(tmp_path, sets, "iql", variants=("", "wild:--critic-learning-rate 1e38"))
@@ -98,7 +123,7 @@ def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path,
     population = at_once.Population("iql", settings)
     for before, step in ((0, 10), (10, 20)):
         population.advance(step)
-        population.hand_over(jobs, before)
+        population.hand_over(before)
     for job, lost in zip(jobs, (False, False, True, True), strict=True):
         at_once.follow(job, "iql", steps, "", nullcontext())
         members = read_json(job.run_dir / "final.json")["members"]

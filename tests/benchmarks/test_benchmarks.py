@@ -277,6 +277,7 @@ def test_report_says_what_the_scores_of_its_environments_mean(tmp_path):
     assert "D4RL" in mixed
     assert "share of episodes with success" in mixed
     assert "D4RL" not in tasks
+    assert "## Success rate" in tasks and "## Normalised score" in mixed
     assert "share of episodes with success" in tasks
 
 

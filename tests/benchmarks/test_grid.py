@@ -78,7 +78,7 @@ def drawn(members: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyP
 def test_the_figure_has_a_panel_for_each_hyperparameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beta, rate, both, best = drawn(MEMBERS, tmp_path / "grid.png", monkeypatch).axes
     assert [(axes.get_xlabel(), axes.get_xscale()) for axes in (beta, rate)] == [("beta", "linear"), ("rate", "log")]
-    assert {axes.get_ylabel() for axes in (beta, rate)} == {"normalised score"}
+    assert {axes.get_ylabel() for axes in (beta, rate)} == {"score"}
     lines = {line.get_label(): line for line in beta.lines}
     assert lines["interquartile mean"].get_xydata().tolist() == [[0.5, 2.5], [1.0, 20.0]]
     cross = lines["diverged"]

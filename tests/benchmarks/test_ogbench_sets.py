@@ -16,6 +16,7 @@ import pytest
 from benchmarks import ogbench_sets
 from benchmarks.ogbench_sets import Goal, relabel, transitions
 from common.cli import UsageError
+from common.data import Dataset, check
 from common.environments import make_environment, make_raw
 from common.replay import episode_returns
 
@@ -58,6 +59,15 @@ def test_the_last_state_of_a_trajectory_is_a_successor_and_no_row() -> None:
     elsewhere = transitions("x", two_trajectories(), Goal([(slice(0, 2), (20.0, 0.0), 1.5)]))
     assert not elsewhere["terminations"].any(), "only a last state, which is no row, is there"
     assert elsewhere["truncations"].tolist() == [False, True, True], "ends of trajectories bootstrap"
+
+
+def test_the_datas_own_score_is_of_whole_trajectories() -> None:
+    """The first is at the goal, x = 10, on its way, and goes on; the second is not."""
+    arrays = transitions("x", two_trajectories(), Goal([(slice(0, 2), np.array([10.0, 0.0]), 0.5)]))
+    bounds = np.full(1, -5.0, np.float32), np.full(1, 5.0, np.float32)
+    dataset = Dataset("x", check("x", arrays, *bounds), "cube-single-singletask-v0", "success", *bounds)
+    about = dataset.describe()["dataset_returns"]
+    assert about == {"episodes": 2, "mean": -1.0, "min": -1.0, "max": -1.0, "score_mean": 50.0}
 
 
 def test_the_reward_counts_the_subgoals_that_are_missed() -> None:
