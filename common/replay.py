@@ -136,11 +136,6 @@ class Ring(NamedTuple):
         return self.data.rewards.shape[-1]
 
     @property
-    def position(self) -> jax.Array:
-        """Where the next row goes; once the ring is full, the oldest one is there."""
-        return self.written % self.capacity
-
-    @property
     def size(self) -> jax.Array:
         """How many rows there are; the rows from there on are not yet written."""
         return jnp.minimum(self.written, self.capacity)
@@ -160,7 +155,7 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
     """
     rows = len(transitions.rewards)
     assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
-    places = (ring.position + jnp.arange(rows)) % ring.capacity
+    places = (ring.written + jnp.arange(rows)) % ring.capacity
     if count is not None:
         places = jnp.where(jnp.arange(rows) < count, places, ring.capacity)  # beyond the end: dropped
     data = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), ring.data, transitions)

@@ -1,0 +1,99 @@
+"""What is known of families of environments by their names: scores, how D4RL's tasks end, what making them needs.
+
+Runs have scores, and their environments these settings, where this module is there; a copied algorithm has returns.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+from typing import Any
+
+import numpy as np
+
+from common.cli import env_name
+from common.replay import Recorded, Transitions, episode_returns
+
+# Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
+REFERENCE_RETURNS = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "antmaze": (0.0, 1.0),
+    "kitchen": (0.0, 4.0),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+}
+# What ends a task as D4RL does: in Minari's sets of these, the goal or a finished task is rewarded at every later step.
+D4RL_TASKS = {
+    "antmaze": {"continuing_task": False},
+    "frankakitchen": {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
+}
+
+
+def domain_of(spec: Any) -> str | None:
+    """Family of scores of an id or EnvSpec: that of D4RL's reference returns, or `success` for OGBench's single tasks.
+
+    None for sparse Adroit, dense AntMaze and a Kitchen without D4RL's four tasks, whose rewards differ from D4RL's.
+    """
+    families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
+    name = env_name(getattr(spec, "id", spec)) if spec else ""
+    if "-singletask" in name:
+        return "success"
+    match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
+    if match is None or (match[3] and len(getattr(spec, "kwargs", {}).get("tasks_to_complete", ())) != 4):
+        return None
+    return match[match.lastindex]
+
+
+def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndarray | None = None) -> np.ndarray | None:
+    """100 (R - random) / (expert - random), float64 of the shape of `returns`; None where D4RL published none.
+
+    On AntMaze, where D4RL's episodes end at the goal, whoever reaches it has 100, however long the reward goes on.
+    Where success is the score, as on OGBench, 100 for an episode with success, and None without `successes`.
+    """
+    if domain == "success" and successes is not None:
+        return 100.0 * np.asarray(successes, np.float64)
+    if domain not in REFERENCE_RETURNS:
+        return None
+    low, high = REFERENCE_RETURNS[domain]
+    return 100.0 * (np.minimum(returns, 1.0 if domain == "antmaze" else np.inf, dtype=np.float64) - low) / (high - low)
+
+
+def returns_of_data(spec: Any, transitions: Recorded | Transitions) -> dict[str, Any]:
+    """What config.json says of the returns of a dataset's own episodes, and of their score in the environment."""
+    returns, domain = episode_returns(transitions), domain_of(spec)
+    summary: dict[str, Any] = {"episodes": len(returns)}
+    if len(returns):
+        scores = normalized_score(domain, returns)
+        summary |= {name: float(getattr(returns, name)()) for name in ("mean", "min", "max")}
+        kitchen = domain == "kitchen"  # its data reward a finished task again at every step: no D4RL score
+        summary["score_mean"] = None if scores is None or kitchen else float(scores.mean())
+    return summary
+
+
+def options_of(spec: Any) -> dict[str, Any]:
+    """What `gymnasium.make` is to be told besides; registers gymnasium-robotics' environments for an unknown id."""
+    import gymnasium as gym
+
+    if isinstance(spec, str) and spec not in gym.registry:
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    return D4RL_TASKS.get(env_name(getattr(spec, "id", spec)).partition("_")[0], {})
+
+
+def advice(spec: Any, error: Exception) -> str:
+    """What to do where making the environment failed so, as the end of a sentence, or nothing."""
+    import gymnasium as gym
+
+    name = getattr(spec, "id", spec)
+    if isinstance(error, ModuleNotFoundError):
+        return "; install what is missing, or put its folder on PYTHONPATH"
+    if isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound):
+        return f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
+    if isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
+        return '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
+    return ""
