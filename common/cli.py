@@ -31,10 +31,7 @@ def one_line(error: Exception) -> str:
 
 
 def optional(name: str, needed_for: str = "") -> ModuleType | None:
-    """A module of benchmarks/ that whoever copies an algorithm may do without; None if it is not there.
-
-    UsageError if it is `needed_for` a flag.
-    """
+    """A module of benchmarks/, which a copied algorithm may lack: None, or UsageError if it is `needed_for` a flag."""
     try:
         return importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:

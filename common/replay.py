@@ -25,7 +25,6 @@ class Transitions(NamedTuple):
     truncations: jax.Array
 
     def at(self, rows: jax.Array) -> "Transitions":
-        """Those of some rows."""
         return Transitions(*(x[rows] for x in self))
 
 
@@ -54,7 +53,6 @@ class Recorded(NamedTuple):
         return self.states[self.successors]
 
     def at(self, rows: jax.Array) -> Transitions:
-        """The transitions of some rows."""
         return Transitions(*(x[rows] for x in self))._replace(next_observations=self.states[self.successors[rows]])
 
 
@@ -116,11 +114,10 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
         spread = float(np.ptp(episode_returns(transitions)))
         if spread <= 0.0:
             raise UsageError("every episode of the dataset has the same return; pass --normalize-returns False")
-        scale *= 1000.0 / spread
-        if spread < 1000.0:
-            print(
-                f"--normalize-returns enlarges rewards by {1000 / spread:.3g}: it is meant to shrink", file=sys.stderr
-            )
+        factor = 1000.0 / spread
+        scale *= factor
+        if factor > 1.0:
+            print(f"--normalize-returns enlarges rewards by {factor:.3g}: it is meant to shrink", file=sys.stderr)
     return Transform(mean, std, scale, args.reward_shift)
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
 from algorithms import td3_bc
-from common import members, replay
+from common import replay
 from common.replay import Replay, Transitions
 
 ARGS = td3_bc.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, online_steps=10)
@@ -72,7 +72,7 @@ def with_constant_critics(params: Any, values: list[float]) -> Any:
 
 def values_of(info: dict[str, Any]) -> dict[str, float]:
     """The metrics of one update, without those that it lacks."""
-    pairs = {name: m if isinstance(m, members.Sometimes) else (m, True) for name, m in info.items()}
+    pairs = {name: m if isinstance(m, tuple) else (m, True) for name, m in info.items()}
     return {name: float(value) for name, (value, present) in pairs.items() if present}
 
 
