@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT
 
 from algorithms.iql import PRESETS, Args
+from benchmarks.families import preset_name
 from common import cli
-from common.cli import UsageError, parse, preset_name
+from common.cli import UsageError, parse
 
 CONTRACT = [
     *("dataset", "env", "seed", "num-seeds", "grid", "shard", "num-updates", "online-steps", "eval-every"),
