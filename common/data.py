@@ -60,10 +60,11 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         raise UsageError(f"{path} is no .npz, which alone can be read without the rest of Offax; {how} {path}")
     if (spec := found.env_spec) is None:
         raise UsageError(f"{path} does not name its environment; pass --env ID")
-    theirs, ours = spaces_of(spec), (found.transitions.observations.shape[1], found.low, found.high)
-    if not all(np.shape(x) == np.shape(y) and np.allclose(x, y) for x, y in zip(theirs, ours, strict=True)):
+    ours, theirs = (found.transitions.observations.shape[1], found.low, found.high), spaces_of(spec)
+    if not all(np.shape(x) == np.shape(y) and np.allclose(x, y) for x, y in zip(ours, theirs, strict=True)):
         what = "{} has {} observations and actions from {} to {}".format
-        raise UsageError(f"{what(found.id, *ours)}, {what(getattr(spec, 'id', spec), *theirs)}; choose another --env")
+        mine, other = ([x[0], x[1].tolist(), x[2].tolist()] for x in (ours, theirs))
+        raise UsageError(f"{what(found.id, *mine)}, {what(getattr(spec, 'id', spec), *other)}; choose another --env")
     return found
 
 

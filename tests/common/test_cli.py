@@ -26,12 +26,14 @@ def test_every_flag_of_the_contract_in_both_spellings() -> None:
         ("dataset", "env", "run-dir", "wandb-project", "wandb-group", "wandb-entity", "shard"), "word"
     )
     values |= dict.fromkeys(("resume", "track", "quiet"), "True") | {"grid": "beta=1,2"}
-    for flag in CONTRACT:
-        value = values.get(flag, "17")
-        expected = {"True": True, "17": 17}.get(value, value)
-        for spelled in (flag, flag.replace("-", "_")):
-            for argv in ([f"--{spelled}", value], [f"--{spelled}={value}"]):
-                assert getattr(parse(Args, PRESETS, argv), flag.replace("-", "_")) == expected, argv
+    values = {flag: values.get(flag, "17") for flag in CONTRACT}
+    for spelled in (str, lambda flag: flag.replace("-", "_")):
+        apart = [word for flag, value in values.items() for word in (f"--{spelled(flag)}", value)]
+        for argv in (apart, [f"--{spelled(flag)}={value}" for flag, value in values.items()]):
+            args = parse(Args, PRESETS, argv)
+            for flag, value in values.items():
+                expected = {"True": True, "17": 17}.get(value, value)
+                assert getattr(args, flag.replace("-", "_")) == expected, (flag, argv)
     assert parse(Args, PRESETS, ["--quiet=False", "--resume", "False"]).quiet is False
 
 
