@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # imported where it is used: neither --help nor training by i
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
-Policy, Maker = Callable[[np.ndarray, int], Any], Callable[[], Any]
+Policy = Callable[[np.ndarray, int], Any]
+Maker = Callable[[], Any]
 
 
 def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") -> tuple[int, np.ndarray, np.ndarray]:

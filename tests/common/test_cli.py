@@ -189,6 +189,18 @@ def test_exit_statuses(error: BaseException, status: int, line: str, monkeypatch
     assert (caught.value.code, capsys.readouterr().err) == (status, line)
 
 
+def test_a_module_that_was_not_copied_is_done_without_unless_a_flag_needs_it() -> None:
+    assert cli.optional("no_such_module") is None
+    with pytest.raises(UsageError, match=r"^--track True needs benchmarks/no_such_module.py; copy it too$"):
+        cli.optional("no_such_module", "--track True")
+
+
+def test_without_families_the_preset_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "optional", lambda name: None)
+    assert (chosen("--env", "Hopper-v5").preset, chosen("--env", "Hopper-v5").hp) == ("none", Args().hp)
+    assert chosen("--preset", "antmaze").hp.expectile == 0.9
+
+
 def test_what_no_user_can_mend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (RuntimeError("a bug"), ConnectionResetError(104, "reset")):
 
