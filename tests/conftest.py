@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 _own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="offax-tests-"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # which line an operation is of: an eighth of a run
 # Compiling is most of the tests' time: small programs need no optimisation, and XLA's older emitters take a third of
 # the time of its newer ones. Without fused multiply-adds they too give every layout of a population the same bits.
 _flags = ["--xla_backend_optimization_level=0"]
