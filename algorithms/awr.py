@@ -152,7 +152,7 @@ def parts(data: Replay) -> list[Part]:
     found = [] if offline is None else [Part(offline, 0, len(offline.rewards), "offline")]
     if ring is not None:
         own = ring if member is None else jax.tree.map(lambda x: x[member], ring)
-        found.append(Part(own.data, own.position, own.written, "online"))
+        found.append(Part(own.data, own.written % own.capacity, own.written, "online"))
     return found
 
 

@@ -49,7 +49,7 @@ from common import replay
 from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import Metrics, Sometimes, evaluation_keys, join, keep_finite, make_members, repeat
+from common.members import Metrics, evaluation_keys, join, keep_finite, make_members, repeat
 from common.networks import MLP, QEnsemble, descend, glorot
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.report import fill_tree, read_tree
@@ -509,7 +509,7 @@ def train(
         if online:
             state, behavior_info = update_behavior(state, batch, hp, args)
         state, info = update(state, batch, hp, args, bins)
-        return state, info | {"behavior/loss": Sometimes(behavior_info["behavior/loss"], jnp.array(online))}
+        return state, info | {"behavior/loss": (behavior_info["behavior/loss"], jnp.array(online))}
 
     return repeat(step, state, num_updates)
 

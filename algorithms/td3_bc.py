@@ -33,7 +33,7 @@ from common import networks, replay
 from common.cli import Count, NonNegative, RunArgs, Share, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import Metrics, Sometimes, evaluation_keys, join, keep_finite, make_members, repeat
+from common.members import Metrics, evaluation_keys, join, keep_finite, make_members, repeat
 from common.networks import descend
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.runs import Run
@@ -219,12 +219,12 @@ def update(
         return new_state, info
 
     def keep_actor(state: State) -> tuple[State, dict[str, jax.Array]]:
-        # Zeros of the metrics' shapes: `Sometimes` below leaves them out of the averages.
+        # Zeros of the metrics' shapes: `due` below leaves them out of the averages.
         return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(update_actor, state)[1])
 
     due = state.step % args.policy_delay == 0
     state, actor_info = jax.lax.cond(due, update_actor, keep_actor, state)
-    actor_info = {name: Sometimes(value, due) for name, value in actor_info.items()}
+    actor_info = {name: (value, due) for name, value in actor_info.items()}
     return state._replace(online_step=state.online_step + online), critic_info | actor_info
 
 

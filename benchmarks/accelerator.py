@@ -38,11 +38,12 @@ import tyro
 from algorithms import awac, awr, cql, emaq, iql, td3_bc
 from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of
 from common.cli import exit_status
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
-from common.report import provenance, write_atomically
+from common.report import write_atomically
 
 # TFLOP/s of dense products, from NVIDIA's data sheets (SXM): in float32 and in TF32.
 PEAKS = {"H100": (67.0, 494.5), "H200": (67.0, 494.5), "A100": (19.5, 156.0)}

@@ -56,6 +56,7 @@ import numpy as np
 import tyro
 
 from benchmarks import bc, report, suite
+from benchmarks.provenance import provenance
 from benchmarks.sources import ensure
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status, one_line
@@ -63,7 +64,7 @@ from common.data import Dataset
 from common.environments import Collector, make_environment
 from common.members import make_members
 from common.replay import Replay, Transform, Transitions, fit_transform, record
-from common.report import provenance, write_atomically, write_json
+from common.report import write_atomically, write_json
 
 OBS_DIM, ACTION_DIM = 39, 28
 DOOR_ANGLE = 28
@@ -314,7 +315,7 @@ def prepare(args: Prepare) -> int:
     found["clone"] = {"updates": args.clone_updates, "seed": args.seed} | about(own)
     print(f"clone: {json.dumps(found['clone'])}", flush=True)
     both = jax.tree.map(lambda *parts: np.concatenate(parts), human, own)
-    whole = Dataset(str(args.out), both, ENV, None, -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32))
+    whole = Dataset(str(args.out), both, ENV, -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32))
     found["digest"] = whole.describe()["dataset_sha256"]
     write_json(args.out.with_suffix(".json"), found | provenance())
     write_atomically(args.out, lambda file: np.savez_compressed(file, env=ENV, **both._asdict()))

@@ -42,12 +42,13 @@ import numpy as np
 import tyro
 
 from algorithms import emaq
+from benchmarks.provenance import provenance
 from benchmarks.tables import aligned
 from common.cli import UsageError, exit_status
 from common.data import load
 from common.members import use_compilation_cache
 from common.replay import fit_transform
-from common.report import fill_tree, provenance, read_tree, write_json
+from common.report import fill_tree, read_tree, write_json
 
 
 def expected_max(values: np.ndarray, probabilities: np.ndarray | None, n: int) -> np.ndarray:

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks import offax_sets, sources
+from benchmarks.families import domain_of, normalized_score
 from benchmarks.offax_sets import datasets_root
+from benchmarks.provenance import provenance
 from benchmarks.tables import aligned, commit_of
 from common.cli import UsageError, exit_status
-from common.data import Dataset, load, normalized_score
+from common.data import Dataset, load
 from common.replay import Transitions, episode_returns
-from common.report import provenance, read_json, write_atomically
+from common.report import read_json, write_atomically
 
 STATISTICS = {
     "dataset": "",
@@ -51,7 +53,7 @@ def statistics(dataset: Dataset) -> list[str]:
     mode = offax_sets.mean_action_return(dataset.id)
 
     def score(value: float | None) -> str:
-        normalised = None if value is None else normalized_score(dataset.domain, np.array(value))
+        normalised = None if value is None else normalized_score(domain_of(dataset.env_spec), np.array(value))
         return "-" if normalised is None else f"{normalised:.1f}"
 
     return [

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import tyro
 
 from algorithms import emaq
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of
 from common import replay
 from common.cli import Count, UsageError, exit_status, parse
 from common.data import load
 from common.members import use_compilation_cache
 from common.replay import Replay
-from common.report import provenance
 
 
 @dataclass(frozen=True)

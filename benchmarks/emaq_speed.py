@@ -39,6 +39,7 @@ import optax
 import tyro
 
 from algorithms import emaq
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of
 from common import replay
 from common.cli import Count, exit_status, parse
@@ -46,7 +47,6 @@ from common.data import load
 from common.members import use_compilation_cache
 from common.networks import descend
 from common.replay import Recorded, Replay, Transitions, record
-from common.report import provenance
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def load(id_or_path: str, env: str | None = None) -> Dataset:
     found = check(id_or_path, arrays, low, high)
     if found.observations.shape[1] != obs_dim:
         raise UsageError(f"{id_or_path} has {found.observations.shape[1]} observations, {spec.id} has {obs_dim}")
-    return Dataset(id_or_path, found, spec, "success", low, high)
+    return Dataset(id_or_path, found, spec, low, high)
 
 
 def locate(id_or_path: str, env: str | None) -> tuple[Path, gym.envs.registration.EnvSpec]:

@@ -37,9 +37,9 @@ import tyro
 from benchmarks import parity_sides, peer_sides, peers
 from benchmarks.parity_sides import Ours
 from benchmarks.peer_sides import UNIT, PeerError, Side
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of
 from common.cli import UsageError, exit_status
-from common.report import provenance
 
 CHANGES_TEXT = """
 no tanh: the policy's mean does not pass through tanh

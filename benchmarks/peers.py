@@ -50,9 +50,9 @@ import tyro
 
 from benchmarks import peer_sides
 from benchmarks.peer_sides import ONCE, OURS, Info, PeerError, Side
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, aligned, commit_of
 from common.cli import UsageError, exit_status
-from common.report import provenance
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
 SETTINGS = {

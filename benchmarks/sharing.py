@@ -21,10 +21,11 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of
 from common.cli import Count, UsageError, exit_status
 from common.members import usable_cores
-from common.report import provenance, write_atomically
+from common.report import write_atomically
 
 SCRIPT = Path(__file__).resolve().with_name("accelerator.py")
 

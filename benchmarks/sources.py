@@ -25,7 +25,7 @@ from benchmarks import offax_sets, ogbench_sets
 from benchmarks.offax_sets import datasets_root
 from common.cli import UsageError, one_line
 from common.data import Dataset, bounds_of, check, load_npz
-from common.environments import action_bounds, domain_of
+from common.environments import action_bounds
 from common.replay import Transitions, record
 
 
@@ -57,7 +57,7 @@ def _load(id_or_path: str, env: str | None) -> Dataset:
     else:
         ensure(id_or_path)
         found = load_minari(id_or_path)
-    return replace(found, env_spec=env, domain=domain_of(env)) if env else found
+    return replace(found, env_spec=env) if env else found
 
 
 def ensure(dataset_id: str) -> Path:
@@ -112,7 +112,7 @@ def load_minari(dataset_id: str) -> Dataset:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         again = "delete its directory to have it made or downloaded again"
         raise UsageError(f"{dataset_id} cannot be read from {data} ({one_line(error)}); if damaged, {again}") from None
-    return Dataset(dataset_id, check(dataset_id, arrays, *bounds), spec, domain_of(spec), *bounds)
+    return Dataset(dataset_id, check(dataset_id, arrays, *bounds), spec, *bounds)
 
 
 def _array(group: Any, name: str) -> np.ndarray:
@@ -206,4 +206,4 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
         if domain == "ant" and arrays["observations"].shape[1:] == (111,):
             spec.kwargs["use_contact_forces"] = True  # as D4RL's Ant had them
     bounds = bounds_of(env, arrays["actions"])  # D4RL's environments are all bounded by [-1, 1]
-    return Dataset(path, check(path, arrays, *bounds), spec, domain, *bounds)
+    return Dataset(path, check(path, arrays, *bounds), spec, *bounds)

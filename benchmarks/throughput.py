@@ -45,9 +45,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, fill
 from common.cli import UsageError, exit_status, parse
-from common.report import provenance
 from common.runs import STRETCH
 
 ROOT = Path(__file__).resolve().parent.parent

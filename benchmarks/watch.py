@@ -28,9 +28,10 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
+from benchmarks.families import domain_of, normalized_score
 from common.cli import Count, UsageError, exit_status, one_line
 from common.data import load
-from common.environments import evaluation_seed, make_environment, normalized_score, scalar
+from common.environments import evaluation_seed, make_environment, scalar
 from common.report import Policy, load_policy, read_json
 
 SMOOTH = 30
@@ -98,7 +99,7 @@ def environment_of(config: dict[str, Any], env: str | None) -> tuple[Any, str | 
     except UsageError as error:
         hint = "" if env else f"; --env {config['environment']} plays without the data"
         raise UsageError(f"{error}{hint}") from None
-    return dataset.env_spec, dataset.domain
+    return dataset.env_spec, domain_of(dataset.env_spec)
 
 
 def playable(spec: Any, config: dict[str, Any]) -> gym.Env:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_type_hints
 
@@ -30,13 +29,15 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def optional(name: str) -> ModuleType | None:
-    """A module of benchmarks/ that whoever copies an algorithm may do without; None if it is not there."""
+def optional(name: str, needed_for: str = "") -> ModuleType | None:
+    """A module of benchmarks/, which a copied algorithm may lack: None, or UsageError if it is `needed_for` a flag."""
     try:
         return importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
         if error.name not in ("benchmarks", f"benchmarks.{name}"):
             raise
+        if needed_for:
+            raise UsageError(f"{needed_for} needs benchmarks/{name}.py; copy it too") from None
         return None
 
 
@@ -45,17 +46,17 @@ def exit_status() -> Iterator[None]:
     """End the process as a script should: 2 and one line for what a user can mend, 130 after Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UsageError as error:
-        line = " ".join(str(error).split())
+        line = str(error)
     except OSError as error:  # a full disk, a directory without permission
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         line = f"{error.filename or 'writing results'}: {error.strerror}"
-    except KeyboardInterrupt:
-        sys.exit(130)
     else:
         return
-    print(f"error: {line}", file=sys.stderr)
+    print("error:", *line.split(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -78,9 +79,9 @@ class RunArgs:
     """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
 
     dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, or path of an .npz or a D4RL .hdf5 file.
-    # Gymnasium id to evaluate in, `module:Name-v0` where a module registers it. Default: the dataset's own.
-    env: str | None = None
-    # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name.
+    env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` if a module has it. Default: the dataset's.
+    # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name, where
+    # there is benchmarks/families.py.
     preset: str = "auto"
     seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
@@ -90,19 +91,16 @@ class RunArgs:
     # Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms.
     num_updates: int = 1_000_000
     online_steps: int = 0  # Environment steps of fine-tuning after the offline phase, with one update each; 0: none.
-    # Without offline updates: first environment steps, with uniform actions and no update (CleanRL's SAC).
-    random_steps: int = 5_000
+    random_steps: int = 5_000  # First of them, where --num-updates is 0: uniform actions, no updates (CleanRL's SAC).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
-    # Steps after which an episode is cut; 0: the environment's own limit, or 10,000 where it has none.
-    max_episode_steps: int = 0
+    max_episode_steps: int = 0  # Steps after which an episode is cut; 0: the environment's own limit, or 10,000.
     # Updates (online: environment steps) between checkpoints, beside those before evaluations; 0: none (ours).
     checkpoint_every: int = 50_000
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
-    # Keep the best evaluated policy of each member beside the last one, in checkpoint/best.npz.
-    keep_best: bool = False
+    keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.
     resume: bool = False  # Continue from the last checkpoint in --run-dir, or start there if there is none.
     normalize_observations: bool = False  # Centre and scale states by the dataset's mean and standard deviation.
     normalize_returns: bool = False  # Scale rewards by 1000 / (largest - smallest episode return of the dataset).
@@ -166,34 +164,6 @@ def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
         raise UsageError(f"--grid: {name} has no effect {where}")
 
 
-# Families of environments that share settings, by how their name or a part of the dataset's begins.
-FAMILIES = {
-    "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
-    "antmaze": r"ant_?maze",
-    "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
-    "kitchen": r"(franka)?kitchen(?![a-z])",
-    "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
-}
-
-
-def env_name(env_id: str) -> str:
-    """`hopper` for `gymnasium.envs.mujoco:Hopper-v5`: without module, namespace and version, by gymnasium's rules."""
-    import gymnasium.envs.registration as registration
-
-    try:
-        return registration.parse_env_id(env_id.rpartition(":")[2])[1].lower()
-    except registration.error.Error as error:
-        raise UsageError(f"--env {env_id}: {error}") from None
-
-
-def preset_name(dataset: str, env: str | None) -> str:
-    """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
-    is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
-    names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
-    found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
-    return next(found, "none")
-
-
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
     """Flags into `args_type`; those not given come from the preset, then from the class; `preset` says which it was.
 
@@ -212,7 +182,9 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     chosen = first.parse_known_args(given)[0]
     if chosen.preset not in ("auto", "none", *presets):
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-    preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
+    preset, families = chosen.preset, optional("families")
+    if preset == "auto" and families:
+        preset = families.preset_name(chosen.dataset or "", chosen.env)
     preset = preset if preset in presets else "none"
     settings = presets.get(preset, {})
     hp = {name: value for name, value in settings.items() if name in plain.hp._fields}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from common.cli import UsageError, optional
-from common.environments import action_bounds, domain_of, make_raw, normalized_score
-from common.replay import Recorded, Transitions, episode_returns, record, trajectories
+from common.environments import action_bounds, make_raw
+from common.replay import Recorded, Transitions, record
 from common.report import read_npz
 
 
@@ -21,33 +21,23 @@ class Dataset:
     """Flat transitions, and what they were recorded in.
 
     `transitions` holds numpy float32 arrays; actions were rescaled to [-1, 1] from `low, high [action_dim]`.
-    `env_spec`, a gymnasium id or EnvSpec, is what to evaluate in; `domain` the family of D4RL's reference returns.
+    `env_spec`, a gymnasium id or EnvSpec, is what to evaluate in.
     """
 
     id: str
     transitions: Recorded
     env_spec: Any
-    domain: str | None
     low: np.ndarray
     high: np.ndarray
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of it; `dataset_sha256` tells two datasets of one name apart."""
-        t, successes = self.transitions, None
-        if self.domain == "success":  # data of such tasks go on after the goal
-            returns, successes = trajectories(t)
-        else:
-            returns = episode_returns(t)
-        hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[4:])))
-        summary: dict[str, Any] = {"episodes": len(returns)}
-        if len(returns):
-            scores = normalized_score(self.domain, returns, successes)
-            summary |= {name: float(getattr(returns, name)()) for name in ("mean", "min", "max")}
-            kitchen = self.domain == "kitchen"  # its data reward a finished task again at every step: no D4RL score
-            summary["score_mean"] = None if scores is None or kitchen else float(scores.mean())
+        t, families = self.transitions, optional("families")
         about = {"environment": getattr(self.env_spec, "id", self.env_spec), "transitions": len(t.rewards)}
         about |= {"action_low": self.low.tolist(), "action_high": self.high.tolist()}
-        return about | {"dataset_sha256": hashlib.sha256(hashed).hexdigest()[:16], "dataset_returns": summary}
+        hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[4:])))
+        about |= {"dataset_sha256": hashlib.sha256(hashed).hexdigest()[:16]}
+        return about | ({"dataset_returns": families.returns_of_data(self.env_spec, t)} if families else {})
 
 
 def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dataset:
@@ -57,10 +47,9 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
     scratch, nothing is read and there are no rows. UsageError for a dataset that is not there or cannot be used.
     """
     if only_env and env is not None:
-        obs_dim, low, high = spaces_of(env)
-        shapes = [(0, obs_dim), (0, len(low)), (0,), (0, obs_dim), (0,), (0,)]
-        nothing = record(Transitions(*(np.zeros(shape, np.float32) for shape in shapes)))
-        return Dataset("none", nothing, env, domain_of(env), low, high)
+        obs_dim, *bounds = spaces_of(env)
+        shapes = [(0, obs_dim), (0, len(bounds[0])), (0,), (0, obs_dim), (0,), (0,)]
+        return Dataset("none", record(Transitions(*(np.zeros(x, np.float32) for x in shapes))), env, *bounds)
     path = os.path.expanduser(id_or_path)
     if (sources := optional("sources")) is not None:
         found = sources.load(path, env)
@@ -71,12 +60,11 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         raise UsageError(f"{path} is no .npz, which alone can be read without the rest of Offax; {how} {path}")
     if (spec := found.env_spec) is None:
         raise UsageError(f"{path} does not name its environment; pass --env ID")
-    obs_dim, low, high = spaces_of(spec)
-    ours = (found.transitions.observations.shape[1], found.low.tolist(), found.high.tolist())
-    if obs_dim != ours[0] or low.shape != found.low.shape or not np.allclose((low, high), ours[1:]):
-        theirs = f"environment {getattr(spec, 'id', spec)} has {obs_dim} and {low.tolist()} to {high.tolist()}"
-        mine = f"{found.id} has {ours[0]} observations and actions from {ours[1]} to {ours[2]}"
-        raise UsageError(f"{mine}, {theirs}; choose another --env")
+    ours, theirs = (found.transitions.observations.shape[1], found.low, found.high), spaces_of(spec)
+    if not all(np.shape(x) == np.shape(y) and np.allclose(x, y) for x, y in zip(ours, theirs, strict=True)):
+        what = "{} has {} observations and actions from {} to {}".format
+        mine, other = ([x[0], x[1].tolist(), x[2].tolist()] for x in (ours, theirs))
+        raise UsageError(f"{what(found.id, *mine)}, {what(getattr(spec, 'id', spec), *other)}; choose another --env")
     return found
 
 
@@ -139,4 +127,4 @@ def load_npz(path: str, env: str | None) -> Dataset:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}")
     env = env or (str(arrays["env"]) if "env" in arrays else None)
     bounds = bounds_of(env, arrays["actions"])
-    return Dataset(path, check(path, arrays, *bounds), env, domain_of(env), *bounds)
+    return Dataset(path, check(path, arrays, *bounds), env, *bounds)

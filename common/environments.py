@@ -1,74 +1,26 @@
-"""Environments with flat observations and actions in [-1, 1]: which fit, their scores, evaluating, collecting."""
+"""Environments with flat observations and actions in [-1, 1]: which fit, evaluating, collecting."""
 
 import contextlib
-import importlib
-import io
-import re
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from common.cli import UsageError, env_name, one_line
+from common.cli import UsageError, one_line, optional
 from common.members import Members
 from common.replay import Transform, Transitions
 
 if TYPE_CHECKING:  # imported where it is used: neither --help nor training by itself needs it
     import gymnasium as gym
 
-# Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
-REFERENCE_RETURNS = {
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-    "ant": (-325.6, 3879.7),
-    "antmaze": (0.0, 1.0),
-    "kitchen": (0.0, 4.0),
-    "pen": (96.262799, 3076.8331017826877),
-    "door": (-56.512833, 2880.5693087298737),
-    "hammer": (-274.856578, 12794.134825156867),
-    "relocate": (-6.425911, 4233.877797728884),
-}
-# What ends a task as D4RL does: in Minari's sets of these, the goal or a finished task is rewarded at every later step.
-D4RL_TASKS = {
-    "antmaze": {"continuing_task": False},
-    "frankakitchen": {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
-}
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
 Policy = Callable[[np.ndarray, int], Any]
-
-
-def domain_of(spec: Any) -> str | None:
-    """Family of D4RL's reference returns, of an id or EnvSpec.
-
-    None for sparse Adroit, dense AntMaze and a Kitchen without D4RL's four tasks, whose rewards differ from D4RL's.
-    """
-    families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
-    name = env_name(getattr(spec, "id", spec)) if spec else ""
-    match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
-    if match is None or (match[3] and len(getattr(spec, "kwargs", {}).get("tasks_to_complete", ())) != 4):
-        return None
-    return match[match.lastindex]
-
-
-def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndarray | None = None) -> np.ndarray | None:
-    """100 (R - random) / (expert - random), float64 of the shape of `returns`; None where D4RL published none.
-
-    On AntMaze, where D4RL's episodes end at the goal, whoever reaches it has 100, however long the reward goes on.
-    Where success is the score, as on OGBench, 100 for an episode with success, and None without `successes`.
-    """
-    if domain == "success" and successes is not None:
-        return 100.0 * np.asarray(successes, np.float64)
-    if domain not in REFERENCE_RETURNS:
-        return None
-    low, high = REFERENCE_RETURNS[domain]
-    return 100.0 * (np.minimum(returns, 1.0 if domain == "antmaze" else np.inf, dtype=np.float64) - low) / (high - low)
+Maker = Callable[[], Any]
 
 
 def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") -> tuple[int, np.ndarray, np.ndarray]:
@@ -105,31 +57,19 @@ def quiet_mujoco() -> None:
 
 
 def make_raw(spec: Any, **options: Any) -> "gym.Env":
-    """`gymnasium.make(spec)`, with D4RL_TASKS. UsageError if it cannot be made."""
+    """`gymnasium.make(spec)`, with what benchmarks/families.py knows of it. UsageError if it cannot be made."""
     import gymnasium as gym
 
-    unknown, name = (gym.error.NameNotFound, gym.error.NamespaceNotFound), getattr(spec, "id", spec)
-    options |= D4RL_TASKS.get(env_name(name).partition("_")[0], {})
-    make = partial(gym.make, spec, disable_env_checker=True, **options)
+    families = optional("families")
     quiet_mujoco()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
-            try:
-                return make()
-            except (*unknown, gym.error.VersionNotFound):
-                with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
-                    gym.register_envs(importlib.import_module("gymnasium_robotics"))
-                return make()
+            known = families.options_of(spec) if families else {}
+            return gym.make(spec, disable_env_checker=True, **options | known)
     except Exception as error:  # whatever an environment's constructor raises
-        reason = one_line(error)
-        if isinstance(error, ModuleNotFoundError):
-            reason += "; install what is missing, or put its folder on PYTHONPATH"
-        elif isinstance(error, unknown):
-            reason += f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
-        elif isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
-            reason += '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
-        raise UsageError(f"cannot make environment {name}: {reason}") from None
+        reason = one_line(error) + (families.advice(spec, error) if families else "")
+        raise UsageError(f"cannot make environment {getattr(spec, 'id', spec)}: {reason}") from None
 
 
 def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> "gym.Env":
@@ -166,10 +106,10 @@ def width_of(episodes: int, total: int) -> int:
 
 
 class Returns(NamedTuple):
-    """Undiscounted returns of the evaluation's episodes, `[members, episodes]`.
+    """Undiscounted `returns` of the evaluation's episodes, and their `successes`, `[members, episodes]` each.
 
-    `successes` is 1 where the environment reported success (`info["success"]`) at some step of the episode, 0 where it
-    did at none, and NaN where it reports nothing of the kind.
+    A success is 1 where the environment reported it (`info["success"]`) at some step, 0 where it did at none, and NaN
+    where it reports nothing of the kind.
     """
 
     returns: np.ndarray
@@ -183,7 +123,7 @@ class Evaluator:
     `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes.
     """
 
-    def __init__(self, make: Callable[[], Any], members: Members, transform: Transform) -> None:
+    def __init__(self, make: Maker, members: Members, transform: Transform) -> None:
         self.make, self.members, self.transform = make, members, transform
         self.environments: list[Any] = []
 
@@ -194,15 +134,13 @@ class Evaluator:
         `count` is another one at every time step. None if `stopping()`, asked before each, says so.
         """
         width, members = width_of(episodes, self.members.total), self.members.count
-        waves = -(-episodes // width)
-        returns, successes = np.zeros((members, waves * width)), np.full((members, waves * width), np.nan)
+        returns, successes = np.zeros((members, episodes)), np.full((members, episodes), np.nan)
         while len(self.environments) < members * width:
             self.environments.append(self.make())
         shape = self.environments[0].observation_space.shape
         observations = np.zeros((len(self.members.seeds), width, *shape), np.float32)
-        for wave in range(waves):
-            first, step = wave * width, 0
-            running = [(m, j) for m in range(members) for j in range(width) if first + j < episodes]
+        for wave, first in enumerate(range(0, episodes, width)):
+            running, step = list(np.ndindex(members, min(width, episodes - first))), 0
             for m, j in running:
                 seed = evaluation_seed(self.members.seeds[m], first + j)
                 observations[m, j], _ = self.environments[m * width + j].reset(seed=seed)
@@ -219,7 +157,7 @@ class Evaluator:
                     if not (terminated or truncated):
                         going.append((m, j))
                 running = going
-        return Returns(returns[:, :episodes], successes[:, :episodes])
+        return Returns(returns, successes)
 
 
 class Collector:
@@ -229,9 +167,7 @@ class Collector:
     some steps, are not gone on with: these start with other seeds. `observations [padded, per_member, obs_dim]`.
     """
 
-    def __init__(
-        self, make: Callable[[], Any], members: Members, transform: Transform, per_member: int = 1, done: int = 0
-    ) -> None:
+    def __init__(self, make: Maker, members: Members, transform: Transform, per_member: int = 1, done: int = 0) -> None:
         from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
         self.transform, self.per_member = transform, per_member

@@ -206,13 +206,6 @@ def make_members(args: RunArgs) -> Members:
     return Members(indices, len(everyone), seeds, hp, swept, Mesh(np.array(devices), ("members",)))
 
 
-class Sometimes(NamedTuple):
-    """A metric that exists at some updates only, e.g. where the policy is updated at every second one."""
-
-    value: jax.Array
-    present: jax.Array
-
-
 class Metrics(NamedTuple):
     """Metrics over some updates: their sums, and how many updates had each."""
 
@@ -228,7 +221,8 @@ def join(parts: Sequence[Metrics]) -> Metrics:
 def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
     """Apply `step`, which gives the next state and metrics, `num_steps` times on the device; add the metrics up.
 
-    The count is traced: chunks of different lengths share one compilation.
+    A metric that exists at some updates only, as where the policy is updated at every second one, is a pair: its value,
+    and whether it is there. The count is traced: chunks of different lengths share one compilation.
     """
     step = jax.jit(step, inline=True)  # traced once
     names = list(step.eval_shape(state)[1])
@@ -239,7 +233,7 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
         state, (sums, counts) = carry
         state, metrics = step(state)
         for name, metric in metrics.items():
-            value, present = metric if isinstance(metric, Sometimes) else (metric, True)
+            value, present = metric if isinstance(metric, tuple) else (metric, True)
             sums = sums | {name: sums[name] + jnp.where(present, value, 0.0).astype(jnp.float32)}
             counts = counts | {name: counts[name] + present}
         return state, Metrics(sums, counts)

@@ -25,7 +25,6 @@ class Transitions(NamedTuple):
     truncations: jax.Array
 
     def at(self, rows: jax.Array) -> "Transitions":
-        """Those of some rows."""
         return Transitions(*(x[rows] for x in self))
 
 
@@ -54,7 +53,6 @@ class Recorded(NamedTuple):
         return self.states[self.successors]
 
     def at(self, rows: jax.Array) -> Transitions:
-        """The transitions of some rows."""
         return Transitions(*(x[rows] for x in self))._replace(next_observations=self.states[self.successors[rows]])
 
 
@@ -74,17 +72,6 @@ def episode_returns(transitions: Transitions | Recorded) -> np.ndarray:
     ends = (np.asarray(transitions.terminations) > 0) | (np.asarray(transitions.truncations) > 0)
     starts = np.flatnonzero(np.append(True, ends[:-1])) if len(ends) else np.zeros(0, int)
     return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts) if len(ends) else np.zeros(0)
-
-
-def trajectories(transitions: Recorded) -> tuple[np.ndarray, np.ndarray]:
-    """Of each recorded trajectory, float64 `[trajectories]`: its return, and whether a step of it was terminal.
-
-    One ends where the next row is of another state than this row's successor, terminal or not.
-    """
-    ends = transitions.successors >= len(transitions.rewards)
-    starts = np.flatnonzero(np.append(True, ends[:-1]))
-    rewards, terminations = (np.asarray(x, np.float64) for x in (transitions.rewards, transitions.terminations))
-    return np.add.reduceat(rewards, starts), np.maximum.reduceat(terminations, starts)
 
 
 class Transform(NamedTuple):
@@ -127,11 +114,10 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
         spread = float(np.ptp(episode_returns(transitions)))
         if spread <= 0.0:
             raise UsageError("every episode of the dataset has the same return; pass --normalize-returns False")
-        scale *= 1000.0 / spread
-        if spread < 1000.0:
-            print(
-                f"--normalize-returns enlarges rewards by {1000 / spread:.3g}: it is meant to shrink", file=sys.stderr
-            )
+        factor = 1000.0 / spread
+        scale *= factor
+        if factor > 1.0:
+            print(f"--normalize-returns enlarges rewards by {factor:.3g}: it is meant to shrink", file=sys.stderr)
     return Transform(mean, std, scale, args.reward_shift)
 
 
@@ -145,11 +131,6 @@ class Ring(NamedTuple):
     def capacity(self) -> int:
         """How many rows there is room for."""
         return self.data.rewards.shape[-1]
-
-    @property
-    def position(self) -> jax.Array:
-        """Where the next row goes; once the ring is full, the oldest one is there."""
-        return self.written % self.capacity
 
     @property
     def size(self) -> jax.Array:
@@ -171,7 +152,7 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
     """
     rows = len(transitions.rewards)
     assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
-    places = (ring.position + jnp.arange(rows)) % ring.capacity
+    places = (ring.written + jnp.arange(rows)) % ring.capacity
     if count is not None:
         places = jnp.where(jnp.arange(rows) < count, places, ring.capacity)  # beyond the end: dropped
     data = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), ring.data, transitions)

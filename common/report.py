@@ -9,11 +9,8 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +103,6 @@ def save_tree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     """Write every leaf of `tree` by its name, random keys as data, and `metadata` (JSON) to the `.npz` at `path`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = {keystr(name): np.asarray(jax.random.key_data(x) if is_key(x) else x) for name, x in leaves}
-    save_arrays(path, arrays, metadata)
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    """Write arrays by their names as `save_tree` does the leaves of a tree."""
     about = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     write_atomically(path, lambda file: np.savez(file, **arrays, metadata=about))
 
@@ -128,41 +120,16 @@ def read_tree(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str = "") -> Any:
     """A tree like `like`, of arrays or shapes, from the leaves under `prefix`; UsageError if theirs are others."""
-    wanted = jax.tree.map(lambda x: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x, like)
-    shapes = {prefix + keystr(name): (x.shape, x.dtype) for name, x in jax.tree_util.tree_leaves_with_path(wanted)}
-    found = {k: (x.shape, x.dtype) for k, x in arrays.items() if re.match(re.escape(prefix) + r"(?!\w)", k)}
-    if odd := [name for name in sorted(shapes | found) if shapes.get(name) != found.get(name)]:
-        (shape, dtype), (want, kind) = found.get(odd[0], ("nothing", "")), shapes.get(odd[0], ("nothing", ""))
-        what = f"{odd[0]} is {dtype}{shape} instead of {kind}{want}"
-        raise UsageError(f"checkpoint {path} is of another kind of run: {what}")
-
-    def fill(name: Any, leaf: Any) -> Any:
-        array = arrays[prefix + keystr(name)]
-        return jax.random.wrap_key_data(array) if is_key(leaf) else array
-
-    return jax.tree_util.tree_map_with_path(fill, like)
-
-
-def provenance() -> dict[str, Any]:
-    """What made a result: package versions, git commit (and whether tracked code differs from it), processor."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    packages = [p for p in ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari") if find_spec(p)]
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "cpu": {"model": model[1] if model else platform.processor(), "cores": os.cpu_count()},
-    }
+    leaves, structure = jax.tree.flatten_with_path(like)
+    wanted = {prefix + keystr(name): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for name, x in leaves}
+    found = {k: x for k, x in arrays.items() if re.match(re.escape(prefix) + r"(?!\w)", k)}
+    for name in sorted(wanted | found):
+        want, have = (f"{x[name].dtype}{x[name].shape}" if name in x else "nothing" for x in (wanted, found))
+        if want != have:
+            raise UsageError(f"checkpoint {path} is of another kind of run: {name} is {have} instead of {want}")
+    filled = [found[name] for name in wanted]
+    keys = [jax.random.wrap_key_data(x) if is_key(leaf) else x for x, (_, leaf) in zip(filled, leaves, strict=True)]
+    return jax.tree.unflatten(structure, keys)
 
 
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
@@ -178,24 +145,23 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     path, script = Path(run_dir), None
     config = read_json(path / "config.json")
     arrays, about = read_tree(path / "checkpoint" / ("best.npz" if best else "state.npz"))
-    numbers = [entry["member"] for entry in config["members"]]
-    if member not in numbers:
-        raise UsageError(f"{path} has no member {member}; it has {numbers}")
+    entries, name = {entry["member"]: entry for entry in config["members"]}, config["algorithm"]
+    if member not in entries:
+        raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
     for package in ("", "algorithms.", "benchmarks."):  # first of all the copy beside the script
         with contextlib.suppress(ModuleNotFoundError):
-            script = script or importlib.import_module(package + config["algorithm"])
+            script = script or importlib.import_module(package + name)
     if script is None:
-        raise UsageError(f"there is no {config['algorithm']}.py to import, which {path} was trained by")
-    row, transform = numbers.index(member), Transform(*map(np.asarray, config["transform"].values()))
+        raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
+    row, transform = list(entries).index(member), Transform(*map(np.asarray, config["transform"].values()))
     low, high = (np.array(config[f"action_{end}"], np.float32) for end in ("low", "high"))
-    hp = script.Hyperparameters(**config["members"][row]["hyperparameters"])
+    hp = script.Hyperparameters(**entries[member]["hyperparameters"])
     flags = {f.name: config["flags"][f.name] for f in dataclasses.fields(script.Args) if f.name != "hp"}
     args, obs_dim = script.Args(hp=hp, **flags), len(transform.observation_mean)
     init = jax.vmap(lambda key: script.init(key, hp, args, obs_dim, len(low)))
     like = jax.eval_shape(init, jax.random.split(jax.random.key(0), 1))
-    own = {name: array[row : row + 1] for name, array in arrays.items() if name.startswith("['state']")}
-    state = fill_tree(path, own, {"state": like})["state"]
-    seed, steps = config["members"][row]["seed"], about["done"]["offline"] + about["done"]["online"]
+    state = fill_tree(path, {name: x[row : row + 1] for name, x in arrays.items()}, like, "['state']")
+    seed, steps = entries[member]["seed"], about["done"]["offline"] + about["done"]["online"]
     width, count = width_of(args.final_eval_episodes, config["population"]), itertools.count()
     act = jax.jit(jax.vmap(lambda s, x, key: script.act(s, hp, x, key, args, len(low), sample)))
     to_environment = rescale_box(Box(low, high), np.float32(-1.0), np.float32(1.0))[2]

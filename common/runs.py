@@ -19,9 +19,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from common import report
 from common.cli import RunArgs, UsageError, one_line, optional
-from common.data import Dataset, normalized_score
+from common.data import Dataset
 from common.environments import Returns
 from common.members import Members, Metrics
 from common.replay import Transform
@@ -52,7 +51,7 @@ class Run:
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
         self.path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
         self.lock = claim(self.path, args.resume)
-        self.checkpoint, self.best = (self.path / "checkpoint" / name for name in ("state.npz", "best.npz"))
+        self.checkpoint = self.path / "checkpoint" / "state.npz"
         self.alive = (np.arange(len(members.seeds)) < members.count).astype(np.int32)
         self.done = {"pretraining": 0, "offline": 0, "online": 0}
         self.evaluations: list[dict[str, Any]] = []
@@ -92,7 +91,7 @@ class Run:
         It writes config.json, cuts the tables to the checkpoint, and says in one line what the run is about to do.
         UsageError for a checkpoint of another run.
         """
-        self.about, self.domain, device = dataset.describe(), dataset.domain, jax.local_devices()[0]
+        self.about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
         self.before: dict[str, Any] = {}  # the flags of the run that is resumed
         found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
@@ -117,13 +116,13 @@ class Run:
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
-        config |= report.provenance() | {"population": self.members.total, "members": members}
+        config |= provenance.provenance() if (provenance := optional("provenance")) else {}
+        config |= {"population": self.members.total, "members": members}
         write_json(self.path / "config.json", config)
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
-            if (tracking := optional("tracking")) is None:
-                raise UsageError("--track True: logging to Weights & Biases is in benchmarks/tracking.py; copy it too")
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
-            self.tracker = tracking.Tracker(self.args, config, names, self.label)
+            self.tracker = optional("tracking", "--track True").Tracker(self.args, config, names, self.label)
+        self.keep_best = optional("keep_best", "--keep-best True") if self.args.keep_best else None
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         end = f", resumed at {self.done}" if found else ""
@@ -227,16 +226,18 @@ class Run:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
             next(self.chunks(self.phase, self.total))
-        rows = []
+        families, rows = optional("families"), []
+        domain = families.domain_of(self.env_spec) if families else None
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
             row = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
-            for name, x in (("return", returns), ("score", normalized_score(self.domain, returns, success))):
+            score = families.normalized_score(domain, returns, success) if domain else None
+            for name, x in (("return", returns), ("score", score)):
                 row |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
             reported = {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
             rows.append(row | {"episodes": len(success)} | reported)
-        if self.args.keep_best:
-            self._keep({row["member"]: row["return_mean"] for row in rows})
+        if self.keep_best:
+            self.keep_best.keep(self, rows)
         self.evaluations += rows
         self._write("evaluations.csv", rows)
         name = "score" if rows and rows[0]["score_mean"] is not None else "return"
@@ -248,17 +249,6 @@ class Run:
         append_rows(self.path / table, rows)
         if self.tracker:
             self.tracker.log(table, rows, sum(self.done.values()), self.rate(self.phase))
-
-    def _keep(self, returns: dict[int, float]) -> None:
-        """Copy the members with their largest returns so far from the checkpoint, which is of this very step."""
-        beaten = {r["member"] for r in self.evaluations if r["return_mean"] >= returns.get(r["member"], -np.inf)}
-        if better := [i for i, index in enumerate(self.members.indices) if index in returns.keys() - beaten]:
-            arrays, about = read_tree(self.checkpoint)
-            states = {name: array for name, array in arrays.items() if name.startswith("['state']")}
-            best = read_tree(self.best)[0] if self.best.exists() else states
-            for name, array in states.items():
-                best[name][better] = array[better]
-            report.save_arrays(self.best, best, about)
 
     def finish(self, result: Returns | None) -> None:
         """The last evaluation, returns.csv, final.json, curves.png and a table; None where every member diverged."""

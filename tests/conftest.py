@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 _own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="offax-tests-"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # which line an operation is of: an eighth of a run
 # Compiling is most of the tests' time: small programs need no optimisation, and XLA's older emitters take a third of
 # the time of its newer ones. Without fused multiply-adds they too give every layout of a population the same bits.
 _flags = ["--xla_backend_optimization_level=0"]
@@ -30,7 +31,7 @@ for _name in [name for name in os.environ if name.startswith("WANDB_")]:
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from common.cli import RunArgs, launch, parse  # noqa: E402
 from common.members import Metrics  # noqa: E402
@@ -187,9 +188,9 @@ def signalled_after(stretch: int, number: int = signal.SIGTERM) -> Iterator[None
 def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`script(name, *flags)`: the command line of an algorithm, in this process; or of `package="benchmarks"`.
 
-    Its figures are drawn without a search for their layout, which takes as long as drawing them: test_curves has it.
+    Its figures are saved blank: drawing them is a fifth of such a run, and what test_curves and test_grid do.
     """
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
+    monkeypatch.setattr(Figure, "draw", lambda *_: None)
 
     def call(name: str, *flags: object, package: str = "algorithms") -> Outcome:
         module = importlib.import_module(f"{package}.{name}")

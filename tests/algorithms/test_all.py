@@ -230,7 +230,7 @@ def test_layer_normalisation_is_in_the_critics_alone(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("iql", "td3_bc") else pytest.param(name, marks=pytest.mark.slow) for name in ACTOR_CRITICS],
+    [name if name == "iql" else pytest.param(name, marks=pytest.mark.slow) for name in ACTOR_CRITICS],
 )
 @pytest.mark.parametrize("num_critics", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_any_number_of_critics_learns_online_from_the_dataset_and_the_ring(name: str, num_critics: int) -> None:

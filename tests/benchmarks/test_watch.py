@@ -235,7 +235,7 @@ def test_an_mp4(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 
 def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which an id alone does not name; what is given by a flag, and the built-in sets', are ids."""
-    read, theirs = [], SimpleNamespace(env_spec="with options", domain="ant")
+    read, theirs = [], SimpleNamespace(env_spec=gym.spec("Ant-v5"))
 
     def load(*arguments: Any, only_env: bool) -> Any:
         assert only_env
@@ -255,7 +255,7 @@ def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyP
     ]
     for dataset, trained, given, found in cases:
         config = {"flags": {"dataset": dataset, "env": trained}, "environment": trained or "Hopper-v5"}
-        assert watch.environment_of(config, given) == ("with options", "ant")
+        assert watch.environment_of(config, given) == (theirs.env_spec, "ant")
         assert read.pop() == (dataset, found)
     with pytest.raises(UsageError, match=r"it is not there$"):
         watch.environment_of({"flags": {"dataset": "gone", "env": "Hopper-v5"}, "environment": "Hopper-v5"}, None)

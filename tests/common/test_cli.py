@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT
 
 from algorithms.iql import PRESETS, Args
+from benchmarks.families import preset_name
 from common import cli
-from common.cli import UsageError, parse, preset_name
+from common.cli import UsageError, parse
 
 CONTRACT = [
     *("dataset", "env", "seed", "num-seeds", "grid", "shard", "num-updates", "online-steps", "eval-every"),
@@ -25,12 +26,14 @@ def test_every_flag_of_the_contract_in_both_spellings() -> None:
         ("dataset", "env", "run-dir", "wandb-project", "wandb-group", "wandb-entity", "shard"), "word"
     )
     values |= dict.fromkeys(("resume", "track", "quiet"), "True") | {"grid": "beta=1,2"}
-    for flag in CONTRACT:
-        value = values.get(flag, "17")
-        expected = {"True": True, "17": 17}.get(value, value)
-        for spelled in (flag, flag.replace("-", "_")):
-            for argv in ([f"--{spelled}", value], [f"--{spelled}={value}"]):
-                assert getattr(parse(Args, PRESETS, argv), flag.replace("-", "_")) == expected, argv
+    values = {flag: values.get(flag, "17") for flag in CONTRACT}
+    for spelled in (str, lambda flag: flag.replace("-", "_")):
+        apart = [word for flag, value in values.items() for word in (f"--{spelled(flag)}", value)]
+        for argv in (apart, [f"--{spelled(flag)}={value}" for flag, value in values.items()]):
+            args = parse(Args, PRESETS, argv)
+            for flag, value in values.items():
+                expected = {"True": True, "17": 17}.get(value, value)
+                assert getattr(args, flag.replace("-", "_")) == expected, (flag, argv)
     assert parse(Args, PRESETS, ["--quiet=False", "--resume", "False"]).quiet is False
 
 
@@ -184,6 +187,18 @@ def test_exit_statuses(error: BaseException, status: int, line: str, monkeypatch
     with pytest.raises(SystemExit) as caught:
         cli.launch(main, Args, PRESETS)
     assert (caught.value.code, capsys.readouterr().err) == (status, line)
+
+
+def test_a_module_that_was_not_copied_is_done_without_unless_a_flag_needs_it() -> None:
+    assert cli.optional("no_such_module") is None
+    with pytest.raises(UsageError, match=r"^--track True needs benchmarks/no_such_module.py; copy it too$"):
+        cli.optional("no_such_module", "--track True")
+
+
+def test_without_families_the_preset_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "optional", lambda name: None)
+    assert (chosen("--env", "Hopper-v5").preset, chosen("--env", "Hopper-v5").hp) == ("none", Args().hp)
+    assert chosen("--preset", "antmaze").hp.expectile == 0.9
 
 
 def test_what_no_user_can_mend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

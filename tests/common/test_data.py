@@ -21,6 +21,7 @@ from test_environments import UNFIT
 
 from benchmarks import sources
 from benchmarks.datasets import write_npz
+from benchmarks.families import domain_of
 from common.cli import UsageError
 from common.data import load
 from common.replay import Transitions, episode_returns
@@ -144,10 +145,10 @@ def test_environment_comes_from_the_dataset_and_may_be_replaced() -> None:
     recorded = episode(observations, [1, 1], truncated=True, actions=np.zeros((2, 3), np.float32))
     write_minari("test/hopper-v0", [recorded], env.observation_space, env.action_space, env="Hopper-v5")
     dataset = load("test/hopper-v0")
-    assert (dataset.domain, dataset.env_spec.id, dataset.id) == ("hopper", "Hopper-v5", "test/hopper-v0")
+    assert (domain_of(dataset.env_spec), dataset.env_spec.id, dataset.id) == ("hopper", "Hopper-v5", "test/hopper-v0")
     assert gym.make(dataset.env_spec).spec.max_episode_steps == 1000
     other = load("test/hopper-v0", env="Hopper-v4")
-    assert (other.env_spec, other.domain) == ("Hopper-v4", "hopper")
+    assert (other.env_spec, domain_of(other.env_spec)) == ("Hopper-v4", "hopper")
     message = usage_error("test/hopper-v0", "Walker2d-v5")
     assert "11 observations" in message and "Walker2d-v5 has 17" in message
     assert "Nothing-v0" in usage_error("test/hopper-v0", "Nothing-v0")
@@ -255,7 +256,7 @@ def test_npz_rows(tmp_path: Path) -> None:
     dataset = load(str(tmp_path / "mine.npz"), "Any32-v0")
     for name in Transitions._fields:
         np.testing.assert_array_equal(getattr(dataset.transitions, name), arrays[name].astype(np.float32))
-    assert (dataset.env_spec, dataset.domain) == ("Any32-v0", None)
+    assert (dataset.env_spec, domain_of(dataset.env_spec)) == ("Any32-v0", None)
     assert len(episode_returns(dataset.transitions)) == 3
     about = dataset.describe()
     assert (about["environment"], about["transitions"], about["dataset_returns"]["episodes"]) == ("Any32-v0", 5, 3)
@@ -290,7 +291,7 @@ def test_npz_actions_are_rescaled_from_the_environment(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", **arrays)
     dataset = load(str(tmp_path / "mine.npz"), env="Pendulum-v1")  # bounded by 2
     np.testing.assert_allclose(dataset.transitions.actions, 0.75)
-    assert dataset.high.tolist() == [2] and dataset.domain is None
+    assert dataset.high.tolist() == [2] and domain_of(dataset.env_spec) is None
 
 
 @pytest.mark.parametrize(
@@ -440,14 +441,14 @@ def sized_d4rl(obs_dim: int, action_dim: int) -> dict[str, np.ndarray]:
 )  # fmt: skip
 def test_d4rl_files_that_name_their_environment(tmp_path: Path, name: str, env_id: str, domain: str) -> None:
     dataset = load(write_d4rl(tmp_path / f"{name}.hdf5", **sized_d4rl(*SIZES[env_id])))
-    assert (getattr(dataset.env_spec, "id", dataset.env_spec), dataset.domain) == (env_id, domain)
+    assert (getattr(dataset.env_spec, "id", dataset.env_spec), domain_of(dataset.env_spec)) == (env_id, domain)
 
 
 def test_d4rls_ant_has_contact_forces(tmp_path: Path) -> None:
     dataset = load(write_d4rl(tmp_path / "ant_medium-v2.hdf5", **sized_d4rl(111, 8)))
     assert dataset.env_spec.id == "Ant-v4" and dataset.env_spec.kwargs["use_contact_forces"] is True
     env = gym.make(dataset.env_spec)
-    assert env.observation_space.shape == (111,) and dataset.domain == "ant"
+    assert env.observation_space.shape == (111,) and domain_of(dataset.env_spec) == "ant"
     assert "use_contact_forces" not in gym.spec("Ant-v4").kwargs, "gymnasium's own is as it was"
 
 
@@ -459,7 +460,7 @@ def test_d4rls_ant_has_contact_forces(tmp_path: Path) -> None:
 def test_d4rl_files_without_an_environment(tmp_path: Path, name: str) -> None:
     path = write_d4rl(tmp_path / f"{name}.hdf5", **d4rl_arrays([0, 0, 1], [0, 0, 0]))
     assert "--env" in usage_error(path)
-    assert load(path, "Any1-v0").domain is None, "it is that of the environment"
+    assert domain_of(load(path, "Any1-v0").env_spec) is None, "it is that of the environment"
 
 
 def test_d4rl_bad_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from gymnasium import spaces
 
 from algorithms import iql
+from benchmarks import families
 from common import environments, members
 from common.cli import UsageError
 from common.environments import Collector, Evaluator, make_environment
@@ -340,19 +341,19 @@ def test_a_module_that_registers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
      ("door", -56.512833, 2880.5693087298737), ("antmaze", 0.0, 1.0), ("kitchen", 0.0, 4.0)],
 )  # fmt: skip
 def test_reference_scores(domain: str, low: float, high: float) -> None:
-    scores = environments.normalized_score(domain, np.array([low, high, (low + high) / 2]))
+    scores = families.normalized_score(domain, np.array([low, high, (low + high) / 2]))
     np.testing.assert_allclose(scores, [0, 100, 50], atol=1e-9)
 
 
 def test_whoever_reaches_the_goal_of_antmaze_has_100() -> None:
-    scores = environments.normalized_score("antmaze", np.array([0.0, 1.0, 2.0, 700.0]))
+    scores = families.normalized_score("antmaze", np.array([0.0, 1.0, 2.0, 700.0]))
     np.testing.assert_array_equal(scores, [0, 100, 100, 100])
 
 
 def test_no_reference_no_score() -> None:
-    assert environments.normalized_score("hopper", np.ones(1, np.float32)).dtype == np.float64
-    assert environments.normalized_score(None, np.ones(1)) is None
-    assert environments.normalized_score("pusher", np.ones(1)) is None
+    assert families.normalized_score("hopper", np.ones(1, np.float32)).dtype == np.float64
+    assert families.normalized_score(None, np.ones(1)) is None
+    assert families.normalized_score("pusher", np.ones(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -364,7 +365,7 @@ def test_no_reference_no_score() -> None:
      ("gymnasium_robotics:AdroitHandDoor-v1", "door")],
 )  # fmt: skip
 def test_domain_of_environment(env_id: str | None, domain: str | None) -> None:
-    assert environments.domain_of(env_id) == domain
+    assert families.domain_of(env_id) == domain
 
 
 # Collection

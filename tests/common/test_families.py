@@ -7,9 +7,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from common.cli import FAMILIES, UsageError, preset_name
-from common.data import Dataset
-from common.environments import REFERENCE_RETURNS, domain_of, make_environment, normalized_score
+from benchmarks.families import (
+    FAMILIES,
+    REFERENCE_RETURNS,
+    domain_of,
+    normalized_score,
+    preset_name,
+    returns_of_data,
+)
+from common.cli import UsageError
+from common.environments import make_environment
 from common.replay import Transitions
 
 robotics = pytest.mark.skipif(
@@ -85,32 +92,32 @@ def test_pointmaze_goes_on_at_the_goal_and_has_no_score() -> None:
     assert normalized_score(domain_of("PointMaze_UMaze-v3"), np.ones(1)) is None
 
 
-def score_of_data(domain: str, *episodes: list[float]) -> Any:
+def score_of_data(env_spec: Any, *episodes: list[float]) -> Any:
     rewards = np.concatenate(episodes).astype(np.float32)
     ends = np.zeros(len(rewards), np.float32)
     ends[np.cumsum([len(episode) for episode in episodes]) - 1] = 1.0
     rows, zeros = np.zeros((len(rewards), 1), np.float32), np.zeros(len(rewards), np.float32)
     transitions = Transitions(rows, rows, rewards, rows, zeros, ends)
-    bound = np.ones(1, np.float32)
-    return Dataset("x", transitions, None, domain, -bound, bound).describe()["dataset_returns"]["score_mean"]
+    return returns_of_data(env_spec, transitions)["score_mean"]
+
+
+def kitchen(tasks: list[str]) -> Any:
+    kwargs = MINARIS_KITCHEN | {"tasks_to_complete": tasks}
+    return gym.envs.registration.EnvSpec("FrankaKitchen-v1", "absent:Kitchen", kwargs=kwargs)
 
 
 def test_data_that_go_on_at_the_goal_are_scored_by_success() -> None:
-    assert score_of_data("antmaze", [0, 0, 1, 1, 1], [0, 0], [1], [0, 0, 0]) == 50.0
+    assert score_of_data("AntMaze_UMaze-v4", [0, 0, 1, 1, 1], [0, 0], [1], [0, 0, 0]) == 50.0
 
 
 def test_kitchens_data_have_no_score() -> None:
     """They reward two finished tasks by 2 at every later step: no sum of that is D4RL's number of tasks."""
-    assert score_of_data("kitchen", [0, 1, 2, 2, 2]) is None
+    assert score_of_data(kitchen(TASKS), [0, 1, 2, 2, 2]) is None
 
 
 def test_kitchen_is_scored_where_it_has_four_tasks() -> None:
-    def spec(tasks: list[str]) -> Any:
-        kwargs = MINARIS_KITCHEN | {"tasks_to_complete": tasks}
-        return gym.envs.registration.EnvSpec("FrankaKitchen-v1", "absent:Kitchen", kwargs=kwargs)
-
     assert preset_name("D4RL/kitchen/mixed-v2", None) == "kitchen"
-    assert domain_of(spec(TASKS)) == "kitchen" and domain_of(spec(TASKS[:3])) is None
+    assert domain_of(kitchen(TASKS)) == "kitchen" and domain_of(kitchen(TASKS[:3])) is None
 
 
 def test_kitchen_says_which_mujoco_it_needs() -> None:

@@ -185,9 +185,9 @@ def test_metric_that_exists_at_some_updates_is_averaged_over_those() -> None:
     def step(count: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         odd = count % 2 == 1
         value = jnp.where(odd, count, jnp.nan).astype(jnp.float32)  # what is not there must not count
-        never = members.Sometimes(jnp.float32(jnp.inf), jnp.array(False))
-        broken = members.Sometimes(jnp.where(count == 3, jnp.inf, 1.0), odd)
-        return count + 1, {"odd": members.Sometimes(value, odd), "never": never, "broken": broken}
+        never = (jnp.float32(jnp.inf), jnp.array(False))
+        broken = (jnp.where(count == 3, jnp.inf, 1.0), odd)
+        return count + 1, {"odd": (value, odd), "never": never, "broken": broken}
 
     _, metrics = jax.jit(partial(members.repeat, step))(jnp.int32(0), 6)
     assert float(means(metrics)["odd"]) == 3.0  # mean of 1, 3, 5

@@ -11,9 +11,10 @@ import minari
 import numpy as np
 import pytest
 
+from benchmarks.families import domain_of, normalized_score
 from common.cli import UsageError
 from common.data import Dataset, load
-from common.environments import make_environment, normalized_score
+from common.environments import make_environment
 from common.replay import episode_returns
 
 robotics = pytest.importorskip("gymnasium_robotics")
@@ -92,8 +93,8 @@ def test_antmaze() -> None:
     assert not rows.terminations.any()
     returns = episode_returns(rows)
     assert returns[1] > 1 and returns[0] == returns[2] == 0
-    assert dataset.domain == "antmaze"
-    np.testing.assert_array_equal(normalized_score(dataset.domain, returns), [0, 100, 0])
+    assert domain_of(dataset.env_spec) == "antmaze"
+    np.testing.assert_array_equal(normalized_score(domain_of(dataset.env_spec), returns), [0, 100, 0])
     evaluated = make_environment(dataset.env_spec)
     assert evaluated.unwrapped.maze.maze_map == evaluation
     evaluated.reset(seed=0)
@@ -153,4 +154,4 @@ def test_kitchen() -> None:
     assert not rows.terminations.any()
     returns = episode_returns(rows)
     assert returns[0] == 0 and returns[1] >= 1
-    assert dataset.domain == "kitchen"
+    assert domain_of(dataset.env_spec) == "kitchen"

@@ -1,0 +1,135 @@
+"""What is known of families of environments by their names: presets, scores, how D4RL's tasks end, what they need.
+
+A run looks for this module and does without it: with --preset NAME, and returns in place of scores.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.replay import Recorded, episode_returns
+
+# Families of environments that share settings, by how their name or a part of the dataset's begins.
+FAMILIES = {
+    "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
+    "antmaze": r"ant_?maze",
+    "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
+    "kitchen": r"(franka)?kitchen(?![a-z])",
+    "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
+}
+# Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
+REFERENCE_RETURNS = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "antmaze": (0.0, 1.0),
+    "kitchen": (0.0, 4.0),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+}
+# What ends a task as D4RL does: in Minari's sets of these, the goal or a finished task is rewarded at every later step.
+D4RL_TASKS = {
+    "antmaze": {"continuing_task": False},
+    "frankakitchen": {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
+}
+
+
+def env_name(env_id: str) -> str:
+    """`hopper` for `gymnasium.envs.mujoco:Hopper-v5`: without module, namespace and version."""
+    return re.sub(r".*[:/]|-v\d+$", "", env_id).lower()
+
+
+def preset_name(dataset: str, env: str | None) -> str:
+    """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
+    is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
+    names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
+    found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
+    return next(found, "none")
+
+
+def domain_of(spec: Any) -> str | None:
+    """Family of scores of an id or EnvSpec: that of D4RL's reference returns, or `success` for OGBench's single tasks.
+
+    None for sparse Adroit, dense AntMaze and a Kitchen without D4RL's four tasks, whose rewards differ from D4RL's.
+    """
+    families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
+    name = env_name(getattr(spec, "id", spec)) if spec else ""
+    if "-singletask" in name:
+        return "success"
+    match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
+    if match is None or (match[3] and len(getattr(spec, "kwargs", {}).get("tasks_to_complete", ())) != 4):
+        return None
+    return match[match.lastindex]
+
+
+def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndarray | None = None) -> np.ndarray | None:
+    """100 (R - random) / (expert - random), float64 of the shape of `returns`; None where D4RL published none.
+
+    On AntMaze, where D4RL's episodes end at the goal, whoever reaches it has 100, however long the reward goes on.
+    Where success is the score, as on OGBench, 100 for an episode with success, and None without `successes`.
+    """
+    if domain == "success" and successes is not None:
+        return 100.0 * np.asarray(successes, np.float64)
+    if domain not in REFERENCE_RETURNS:
+        return None
+    low, high = REFERENCE_RETURNS[domain]
+    return 100.0 * (np.minimum(returns, 1.0 if domain == "antmaze" else np.inf, dtype=np.float64) - low) / (high - low)
+
+
+def trajectories(transitions: Recorded) -> tuple[np.ndarray, np.ndarray]:
+    """Of each recorded trajectory, float64 `[trajectories]`: its return, and whether a step of it was terminal.
+
+    One ends where the next row is of another state than this row's successor, terminal or not.
+    """
+    ends = transitions.successors >= len(transitions.rewards)
+    starts = np.flatnonzero(np.append(True, ends[:-1]))
+    rewards, terminations = (np.asarray(x, np.float64) for x in (transitions.rewards, transitions.terminations))
+    return np.add.reduceat(rewards, starts), np.maximum.reduceat(terminations, starts)
+
+
+def returns_of_data(spec: Any, transitions: Recorded) -> dict[str, Any]:
+    """What config.json says of the returns of a dataset's own episodes, and of their score in the environment."""
+    domain, successes = domain_of(spec), None
+    if domain == "success":  # data of such tasks go on after the goal
+        returns, successes = trajectories(transitions)
+    else:
+        returns = episode_returns(transitions)
+    summary: dict[str, Any] = {"episodes": len(returns)}
+    if len(returns):
+        scores = normalized_score(domain, returns, successes)
+        summary |= {name: float(getattr(returns, name)()) for name in ("mean", "min", "max")}
+        kitchen = domain == "kitchen"  # its data reward a finished task again at every step: no D4RL score
+        summary["score_mean"] = None if scores is None or kitchen else float(scores.mean())
+    return summary
+
+
+def options_of(spec: Any) -> dict[str, Any]:
+    """What `gymnasium.make` is to be told besides; registers gymnasium-robotics' environments for an unknown id."""
+    import gymnasium as gym
+
+    if isinstance(spec, str) and spec not in gym.registry:
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    return D4RL_TASKS.get(env_name(getattr(spec, "id", spec)).partition("_")[0], {})
+
+
+def advice(spec: Any, error: Exception) -> str:
+    """What to do where making the environment failed so, as the end of a sentence, or nothing."""
+    import gymnasium as gym
+
+    name = getattr(spec, "id", spec)
+    if isinstance(error, ModuleNotFoundError):
+        return "; install what is missing, or put its folder on PYTHONPATH"
+    if isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound):
+        return f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
+    if isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
+        return '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
+    return ""
