@@ -1,27 +1,19 @@
-"""What is known of families of environments by their names: presets, scores, how D4RL's tasks end, what they need.
+"""What is known of families of environments by their names: scores, how D4RL's tasks end, what making them needs.
 
-A run looks for this module and does without it: with --preset NAME, and returns in place of scores.
+Runs have scores, and their environments these settings, where this module is there; a copied algorithm has returns.
 """
 
 import contextlib
 import importlib
 import io
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.cli import env_name
 from common.replay import Recorded, episode_returns
 
-# Families of environments that share settings, by how their name or a part of the dataset's begins.
-FAMILIES = {
-    "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
-    "antmaze": r"ant_?maze",
-    "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
-    "kitchen": r"(franka)?kitchen(?![a-z])",
-    "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
-}
 # Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
 REFERENCE_RETURNS = {
     "halfcheetah": (-280.178953, 12135.0),
@@ -40,19 +32,6 @@ D4RL_TASKS = {
     "antmaze": {"continuing_task": False},
     "frankakitchen": {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
 }
-
-
-def env_name(env_id: str) -> str:
-    """`hopper` for `gymnasium.envs.mujoco:Hopper-v5`: without module, namespace and version."""
-    return re.sub(r".*[:/]|-v\d+$", "", env_id).lower()
-
-
-def preset_name(dataset: str, env: str | None) -> str:
-    """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
-    is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
-    names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
-    found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
-    return next(found, "none")
 
 
 def domain_of(spec: Any) -> str | None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_type_hints
 
@@ -80,8 +81,7 @@ class RunArgs:
 
     dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, or path of an .npz or a D4RL .hdf5 file.
     env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` if a module has it. Default: the dataset's.
-    # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name, where
-    # there is benchmarks/families.py.
+    # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name.
     preset: str = "auto"
     seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
@@ -164,6 +164,29 @@ def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
         raise UsageError(f"--grid: {name} has no effect {where}")
 
 
+# Families of environments that share settings, by how their name or a part of the dataset's begins.
+FAMILIES = {
+    "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
+    "antmaze": r"ant_?maze",
+    "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
+    "kitchen": r"(franka)?kitchen(?![a-z])",
+    "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
+}
+
+
+def env_name(env_id: str) -> str:
+    """`hopper` for `gymnasium.envs.mujoco:Hopper-v5`: without module, namespace and version."""
+    return re.sub(r".*[:/]|-v\d+$", "", env_id).lower()
+
+
+def preset_name(dataset: str, env: str | None) -> str:
+    """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
+    is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
+    names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
+    found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
+    return next(found, "none")
+
+
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
     """Flags into `args_type`; those not given come from the preset, then from the class; `preset` says which it was.
 
@@ -182,9 +205,7 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     chosen = first.parse_known_args(given)[0]
     if chosen.preset not in ("auto", "none", *presets):
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-    preset, families = chosen.preset, optional("families")
-    if preset == "auto" and families:
-        preset = families.preset_name(chosen.dataset or "", chosen.env)
+    preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
     preset = preset if preset in presets else "none"
     settings = presets.get(preset, {})
     hp = {name: value for name, value in settings.items() if name in plain.hp._fields}

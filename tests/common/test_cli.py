@@ -10,9 +10,8 @@ import pytest
 from conftest import ROOT
 
 from algorithms.iql import PRESETS, Args
-from benchmarks.families import preset_name
 from common import cli
-from common.cli import UsageError, parse
+from common.cli import UsageError, parse, preset_name
 
 CONTRACT = [
     *("dataset", "env", "seed", "num-seeds", "grid", "shard", "num-updates", "online-steps", "eval-every"),

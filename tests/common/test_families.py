@@ -7,15 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from benchmarks.families import (
-    FAMILIES,
-    REFERENCE_RETURNS,
-    domain_of,
-    normalized_score,
-    preset_name,
-    returns_of_data,
-)
-from common.cli import UsageError
+from benchmarks.families import REFERENCE_RETURNS, domain_of, normalized_score, returns_of_data
+from common.cli import FAMILIES, UsageError, preset_name
 from common.environments import make_environment
 from common.replay import Transitions
 
