@@ -194,10 +194,11 @@ def test_a_module_that_was_not_copied_is_done_without_unless_a_flag_needs_it() -
         cli.optional("no_such_module", "--track True")
 
 
-def test_without_families_the_preset_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "optional", lambda name: None)
-    assert (chosen("--env", "Hopper-v5").preset, chosen("--env", "Hopper-v5").hp) == ("none", Args().hp)
-    assert chosen("--preset", "antmaze").hp.expectile == 0.9
+def test_a_copy_without_benchmarks_has_the_same_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = chosen("--env", "Hopper-v5")
+    monkeypatch.setattr(cli, "optional", lambda *_: None)
+    assert chosen("--env", "Hopper-v5") == with_it
+    assert with_it.preset == "locomotion"
 
 
 def test_what_no_user_can_mend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
