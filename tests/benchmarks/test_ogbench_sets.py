@@ -66,7 +66,7 @@ def test_the_datas_own_score_is_of_whole_trajectories() -> None:
     """The first is at the goal, x = 10, on its way, and goes on; the second is not."""
     arrays = transitions("x", two_trajectories(), Goal([(slice(0, 2), np.array([10.0, 0.0]), 0.5)]))
     bounds = np.full(1, -5.0, np.float32), np.full(1, 5.0, np.float32)
-    dataset = Dataset("x", check("x", arrays, *bounds), "cube-single-singletask-v0", "success", *bounds)
+    dataset = Dataset("x", check("x", arrays, *bounds), "cube-single-singletask-v0", *bounds)
     about = dataset.describe()["dataset_returns"]
     assert about == {"episodes": 2, "mean": -1.0, "min": -1.0, "max": -1.0, "score_mean": 50.0}
 
