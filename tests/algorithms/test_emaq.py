@@ -310,6 +310,18 @@ def test_terminations_mask_and_truncations_bootstrap_by_hand() -> None:
     assert targets_of(q, hp, PLAIN, rewards=rewards, terminations=zero, truncations=one).tolist() == [12, 22]
 
 
+@pytest.mark.parametrize("width", [8, 10])
+def test_units_added_for_a_gpu_change_no_value(width: int) -> None:
+    args = PLAIN.replace(hidden_dim=width)
+    state, batch = initialise(jax.random.key(0), HP, args, OBS, ACT), random_batch()
+    critic = emaq.modules(args, ACT)[1]
+    actions = propose(state.behavior, batch.observations, jax.random.key(1), args, ACT)
+    wide, params = emaq.widened(critic, state.critic, batch.observations, actions)
+    assert wide.hidden_dim == (8 if width == 8 else 16)
+    q = critic.apply(state.critic, batch.observations, actions)
+    assert_close(wide.apply(params, batch.observations, actions), q, rtol=1e-5, atol=1e-6)
+
+
 def test_soft_backup_lies_between_mean_and_maximum_and_grows() -> None:
     """In alpha, for the same proposals; the two limits."""
     q = np.random.default_rng(0).normal(size=(3, 9, 20))
