@@ -57,7 +57,7 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
         self.clock: dict[str, list[tuple[int, float]]] = {}  # of each phase: steps and time at first and at last
-        self.phase, self.signal, self.row, self.note = "offline", 0, None, ""
+        self.phase, self.total, self.signal, self.row, self.note = "offline", 0, 0, None, ""
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         self.flags |= self.flags.pop("hp")._asdict()
         self.tracker: Any = None

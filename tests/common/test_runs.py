@@ -672,6 +672,16 @@ def test_a_damaged_checkpoint(small_run: list[str], iql: Any, taken: Path, damag
 # Surroundings
 
 
+def test_a_signal_ends_a_run_that_only_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As benchmarks/at_once.py does: without a stretch of updates before."""
+    args = Args(run_dir=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as caught, Run("iql", args, members.make_members(args)) as run:
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.record_evaluation(None)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert "stopped" in capsys.readouterr().err
+
+
 def test_a_run_directory_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
