@@ -19,7 +19,8 @@ and the policy is updated with the new critic (in the authors' code with the old
 authors' script for human demonstrations with rewards of 0 and -1, which differs from the paper's table 1 too; in itself
 batches have 128 transitions before the online phase, and it collects and updates by turns of 1,000. In place of its
 clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
-such rewards never exceed; with positive rewards it would erase them.
+such rewards never exceed; with positive rewards it would erase them. `--least-reward r` (ours) keeps them at or above
+r / (1 - discount), what a reward of r for ever is worth, below which the minimum of Q-functions drags Q.
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
@@ -80,6 +81,8 @@ class Args(RunArgs):
     value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
     # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3).
     nonpositive_targets: bool = False
+    # Keep them at or above this / (1 - discount), where no reward is less; default: no bound (ours).
+    least_reward: float | None = None
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (CORL, authors' code: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
     # Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions).
@@ -231,6 +234,8 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_q
     if args.nonpositive_targets:
         targets = jnp.minimum(targets, 0.0)
+    if args.least_reward is not None:
+        targets = jnp.maximum(targets, args.least_reward / (1.0 - hp.discount))
 
     def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return critic_loss(critic.apply(params, batch.observations, batch.actions), targets)
