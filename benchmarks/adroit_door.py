@@ -19,7 +19,7 @@ step of an episode that is cut is a truncation, which bootstraps.
   left out and the others are cut at their first success. (Theirs are cut at the last one.)
 
 `prepare` makes the data of both: 25 human demonstrations (Rajeswaran et al., 2018), of up to 300 steps, and 500
-trajectories of five policies that `bc.py` clones from them, with other seeds and lengths, and that act by their mean.
+trajectories of six policies that `bc.py` clones from them, with other seeds and lengths, and that act by their mean.
 Rewards are computed from the observations; actions are clipped to [-1, 1], as the simulator does. The clones are
 trained on one thread and act in double precision, their actions rounded (see `offax_sets.py`), so that the arrays do
 not depend on the number of threads; other processors and versions give other clones. What was found is written beside
@@ -294,7 +294,7 @@ class Prepare:
     # From which angle on, in rad, the door is open (authors' code; paper, B.1.1: 1.4).
     angle: Literal[1.35, 1.4] = 1.35
     # Updates of behaviour cloning of each clone, at bc.py's defaults; seeds are --seed, --seed + 1, ... (ours).
-    clone_updates: tuple[int, ...] = (2_000, 5_000, 10_000, 20_000, 40_000)
+    clone_updates: tuple[int, ...] = (2_000, 5_000, 10_000, 20_000, 40_000, 80_000)
     trajectories: int = 500  # Episodes of all clones together (paper, section 6.1).
     seed: int = 0  # Of the first clone and its episodes.
 
