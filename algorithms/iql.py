@@ -59,6 +59,9 @@ class Args(RunArgs):
     """IQL: implicit Q-learning."""
 
     hp: Hyperparameters = Hyperparameters()
+    updates_per_step: Count = 1  # Online: updates after each environment step (RLPD: 20).
+    # Online: share of each minibatch from the dataset (RLPD: 0.5); default: it is uniform over the dataset and the new.
+    offline_share: Share | None = None
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (paper: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, appendix B).
     num_layers: Count = 2  # Hidden layers of every network (paper, appendix B).
@@ -260,11 +263,11 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh minibatch of the data; metrics are means over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
-        batch = replay.sample(sample_key, data, args.batch_size)
+        batch = replay.sample(sample_key, data, args.batch_size, args.offline_share)
         return update(state._replace(key=key), batch, hp, args, online=data.ring is not None)
 
     return repeat(step, state, num_updates)
@@ -339,7 +342,8 @@ def main(args: Args) -> None:
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
                     ring = insert_all(ring, envs.step(actions))
-                    data, due = Replay(offline, ring, members.places), run.alive * (step >= warm_up)
+                    data = Replay(offline, ring, members.places)
+                    due = run.alive * (step >= warm_up) * args.updates_per_step
                     now = (envs.observations, keys, (step + 1) * everyone)
                     state, actions, metrics = tune_all(state, members.hp, data, due, *now)
                     parts.append(metrics)

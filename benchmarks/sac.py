@@ -203,13 +203,18 @@ def act(state: State, observations: jax.Array, key: jax.Array, args: Args, actio
 
 
 def train(
-    state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
+    state: State,
+    hp: Hyperparameters,
+    data: Replay,
+    num_updates: jax.Array | int,
+    args: Args,
+    offline_share: float | None = None,
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh minibatch of the data; metrics are means over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
-        batch = replay.sample(sample_key, data, args.batch_size)
+        batch = replay.sample(sample_key, data, args.batch_size, offline_share)
         return update(state._replace(key=key), batch, hp, args)
 
     return repeat(step, state, num_updates)

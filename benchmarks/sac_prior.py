@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sac
-from common.cli import Count, RunArgs, launch
+from common.cli import Count, RunArgs, Share, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import evaluation_keys, join, keep_finite, make_members
@@ -30,6 +30,9 @@ class Args(RunArgs):
     """SAC with prior data: soft actor-critic on a dataset, then on the union with its own samples."""
 
     hp: sac.Hyperparameters = sac.Hyperparameters()
+    updates_per_step: Count = 1  # Online: updates after each environment step (RLPD: 20).
+    # Online: share of each minibatch from the dataset (RLPD: 0.5); default: it is uniform over the dataset and the new.
+    offline_share: Share | None = None
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
     num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
     num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
@@ -81,7 +84,7 @@ def main(args: Args) -> None:
         return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, minval=-1.0), actions)
 
     def tune(state: sac.State, hp: sac.Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
-        state, metrics = sac.train(state, hp, data, num_updates, args)
+        state, metrics = sac.train(state, hp, data, num_updates, args, args.offline_share)
         return state, explore(state, hp, *now), metrics
 
     train_all, explore_all = members.map(partial(sac.train, args=args)), members.map(explore)
@@ -126,7 +129,8 @@ def main(args: Args) -> None:
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
                     ring = insert_all(ring, envs.step(actions))
-                    data, due = Replay(offline, ring, members.places), run.alive * (step >= warm_up)
+                    data = Replay(offline, ring, members.places)
+                    due = run.alive * (step >= warm_up) * args.updates_per_step
                     now = (envs.observations, keys, (step + 1) * everyone)
                     state, actions, metrics = tune_all(state, members.hp, data, due, *now)
                     parts.append(metrics)

@@ -308,7 +308,9 @@ def test_a_script_takes_the_prepared_data_as_they_are(
 
     data = folder / "door-binary.npz"
     command = f"python benchmarks/sac_prior.py --dataset {data} --num-updates 1 --online-steps 2 --hidden-dim 8"
-    command += f" --eval-episodes 1 --final-eval-episodes 1 --batch-size 8 --run-dir {tmp_path / 'run'}"
+    command += (
+        f" --updates-per-step 3 --eval-episodes 1 --final-eval-episodes 1 --batch-size 8 --run-dir {tmp_path / 'run'}"
+    )
     sac_prior.main(parsed(command.split()))
     with open(tmp_path / "run" / "evaluations.csv") as file:
         rows = list(csv.DictReader(file))
@@ -317,7 +319,7 @@ def test_a_script_takes_the_prepared_data_as_they_are(
         assert -200.0 <= float(row["return_mean"]) <= 0.0
         assert (float(row["success_mean"]) > 0.0) == (float(row["return_mean"]) > -200.0)
     steps = [array for name, array in arrays_of(tmp_path / "run").items() if name.endswith(".step")]
-    assert [step.tolist() for step in steps] == [[3]], "an update offline, and one for each step online"
+    assert [step.tolist() for step in steps] == [[7]], "an update offline, and three for each step online"
 
 
 # The runs and the page
