@@ -66,6 +66,8 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, table 1).
     # L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4).
     actor_weight_decay: NonNegative = 0.0
+    # Scale of the policy's standard deviation while collecting data (ours: 1; 0 collects by the mean).
+    exploration_scale: NonNegative = 1.0
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,7 @@ def act(
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
     mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    log_std = log_std + jnp.log(hp.exploration_scale)
     return sample_actions(key, mean, log_std, 1).squeeze(0) if sample else jnp.clip(mean, -1.0, 1.0)
 
 

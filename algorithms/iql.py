@@ -52,6 +52,8 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, appendix B).
     value_learning_rate: NonNegative = 3e-4  # Adam's rate for the value function (paper, appendix B).
     weight_clip: Positive = 100.0  # Largest weight of a transition in the policy's loss (authors' code).
+    # Scale of the policy's standard deviation while collecting data (ours: 1; 0 collects by the mean).
+    exploration_scale: NonNegative = 1.0
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def act(
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
     mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
-    noise = jnp.exp(log_std) * jax.random.normal(key, mean.shape) if sample else 0.0
+    noise = hp.exploration_scale * jnp.exp(log_std) * jax.random.normal(key, mean.shape) if sample else 0.0
     return jnp.clip(mean + noise, -1.0, 1.0)
 
 

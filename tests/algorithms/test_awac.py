@@ -494,6 +494,9 @@ def test_act_is_the_clipped_mean_or_a_sample() -> None:
     assert samples[:, 0].std() == pytest.approx(0.1, rel=0.03)
     np.testing.assert_array_equal(samples[:, 1], 1.0)
     assert (samples[:, 0] != others[:, 0]).mean() > 0.99
+    for scale in (0.5, 0.0):  # half as far from the mean, with the same noise; or there
+        nearer = act(state, HP._replace(exploration_scale=scale), observations, keys[0], sample=True)
+        np.testing.assert_allclose(nearer[:, 0], 0.2 + scale * (samples[:, 0] - 0.2), atol=1e-6)
 
 
 def test_weight_decay_is_in_the_gradient_of_every_parameter_of_the_policy_and_of_no_other() -> None:

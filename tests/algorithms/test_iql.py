@@ -105,6 +105,9 @@ def test_act_returns_the_mean_or_samples_around_it() -> None:
     assert np.abs(samples).max() <= 1.0
     inside = np.abs(np.asarray(expected)) + 4 * np.exp(-2.0) < 1.0  # dimensions that the clip leaves alone
     np.testing.assert_allclose(samples.std(axis=0)[inside[0]], np.exp(-2.0), rtol=0.05)
+    half = iql.act(state, HP._replace(exploration_scale=0.5), many, jax.random.key(1), ARGS, ACT, sample=True)
+    kept = np.abs(samples) < 1.0
+    np.testing.assert_allclose(half[kept], ((samples + expected) / 2)[kept], atol=1e-6)
 
 
 def test_cosine_never_rises_again() -> None:
