@@ -44,6 +44,7 @@ itself:
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -245,7 +246,7 @@ def about(episodes: Sequence[Episode]) -> dict[str, Any]:
 def clone(data: Transitions, num_updates: int, seed: int) -> Layers:
     """The policy that `benchmarks/bc.py` clones from the data, with its defaults; it takes raw observations.
 
-    For `offax_sets.run_episodes`, whose policies have a log standard deviation too. On one thread of a CPU.
+    For `offax_sets.run_episodes`, whose policies have a log standard deviation too. Trained on the CPU.
     """
     args = bc.Args(num_updates=num_updates, seed=seed)
     transform = fit_transform(data, args)
@@ -254,8 +255,7 @@ def clone(data: Transitions, num_updates: int, seed: int) -> Layers:
         state = jax.jit(partial(bc.init, args=args, obs_dim=OBS_DIM, action_dim=ACTION_DIM))(
             jax.random.key(seed), args.hp
         )
-        train = jax.jit(partial(bc.train, args=args), compiler_options={"xla_cpu_multi_thread_eigen": False})
-        state, _ = train(state, args.hp, replay, num_updates)
+        state, _ = jax.jit(partial(bc.train, args=args))(state, args.hp, replay, num_updates)
     return on_raw_observations(state.actor["params"]["MLP_0"], transform)
 
 
@@ -334,6 +334,7 @@ def data_file(folder: Path, protocol: str) -> Path:
 
 def prepare(args: Prepare) -> int:
     """Read, clone, collect, write; the exit status."""
+    os.environ["NPROC"] = "1"  # before JAX starts: its sums over a minibatch are cut by the number of threads
     make_environment(env_name(PROTOCOLS[0], args.angle)).close()  # this and the rest rather now than after the cloning
     clones = len(args.clone_updates)
     if min(args.clone_updates, default=0) < 1 or args.trajectories < clones:

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import arrays_of, parsed
+from conftest import ROOT, arrays_of, parsed
 
 from benchmarks import adroit_door as door
 from benchmarks import sac_prior
@@ -217,6 +219,7 @@ def test_episodes_without_success_are_left_out_and_the_others_end_at_it() -> Non
 
 
 def test_prepare_refuses_before_it_clones(tmp_path: Path, recorded: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC", "1")  # which it sets, and this takes back
     monkeypatch.setattr(door, "clone", lambda *_: pytest.fail("it cloned"))
     source, new = as_npz(tmp_path / "human.npz", recorded[0]), tmp_path / "new"
     (tmp_path / "there").mkdir()
@@ -290,6 +293,7 @@ def test_a_script_takes_the_prepared_data_as_they_are(
 ) -> None:
     """SAC evaluates in the door of the data's protocol, steps it, without --env, and reports its success rate."""
     updates = []
+    monkeypatch.setenv("NPROC", "1")  # which prepare sets, and this takes back
     monkeypatch.setattr(door, "clone", lambda data, *numbers: updates.append(numbers) or random_layers())
     source, folder = as_npz(tmp_path / "human.npz", recorded[0]), tmp_path / "data"
     words = f"prepare --demonstrations {source} --out {folder} --clone-updates 7 9 --trajectories 3 --seed 4"
@@ -320,6 +324,21 @@ def test_a_script_takes_the_prepared_data_as_they_are(
         assert (float(row["success_mean"]) > 0.0) == (float(row["return_mean"]) > -200.0)
     steps = [array for name, array in arrays_of(tmp_path / "run").items() if name.endswith(".step")]
     assert [step.tolist() for step in steps] == [[7]], "an update offline, and three for each step online"
+
+
+@pytest.mark.slow
+def test_the_data_are_the_same_for_any_number_of_threads(recorded: tuple, tmp_path: Path) -> None:
+    source, digests = as_npz(tmp_path / "human.npz", recorded[0]), []
+    for threads in ("1", "2"):
+        words = f"prepare --demonstrations {source} --out {tmp_path / threads} --clone-updates 20 --trajectories 1"
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.adroit_door", *words.split()],
+            cwd=ROOT,
+            env=os.environ | {"NPROC": threads, "OPENBLAS_NUM_THREADS": threads, "JAX_PLATFORMS": "cpu"},
+            check=True,
+        )
+        digests.append(json.loads((tmp_path / threads / "data.json").read_text())["protocols"])
+    assert digests[0] == digests[1]
 
 
 # The runs and the page
