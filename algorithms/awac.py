@@ -66,6 +66,8 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, table 1).
     # L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4).
     actor_weight_decay: NonNegative = 0.0
+    # Share of the policy that moves at every update into the average that acts; 1: the policy itself acts (ours).
+    actor_average: Share = 1.0
     # Scale of the policy's standard deviation while collecting data (ours: 1; 0 collects by the mean).
     exploration_scale: NonNegative = 1.0
 
@@ -153,6 +155,7 @@ class State(NamedTuple):
     """Everything that training changes, of one member."""
 
     actor: Any
+    average_actor: Any
     critic: Any
     target_critic: Any
     actor_opt: optax.OptState
@@ -183,6 +186,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     critic_params = critic.init(critic_key, observations, actions)
     return State(
         actor=actor_params,
+        average_actor=jax.tree.map(jnp.copy, actor_params),
         critic=critic_params,
         target_critic=jax.tree.map(jnp.copy, critic_params),
         actor_opt=ADAM.init(actor_params),
@@ -267,6 +271,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
 
     new_state = State(
         actor=actor_params,
+        average_actor=optax.incremental_update(actor_params, state.average_actor, hp.actor_average),
         critic=critic_params,
         target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
         actor_opt=actor_opt,
@@ -287,7 +292,7 @@ def act(
     sample: bool,
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
-    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    mean, log_std = modules(args, action_dim)[0].apply(state.average_actor, observations)
     log_std = log_std + jnp.log(hp.exploration_scale)
     return sample_actions(key, mean, log_std, 1).squeeze(0) if sample else jnp.clip(mean, -1.0, 1.0)
 

@@ -52,6 +52,8 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, appendix B).
     value_learning_rate: NonNegative = 3e-4  # Adam's rate for the value function (paper, appendix B).
     weight_clip: Positive = 100.0  # Largest weight of a transition in the policy's loss (authors' code).
+    # Share of the policy that moves at every update into the average that acts; 1: the policy itself acts (ours).
+    actor_average: Share = 1.0
     # Scale of the policy's standard deviation while collecting data (ours: 1; 0 collects by the mean).
     exploration_scale: NonNegative = 1.0
 
@@ -116,6 +118,7 @@ class State(NamedTuple):
     """Everything that training changes, of one member."""
 
     actor: Any
+    average_actor: Any
     critic: Any
     target_critic: Any
     value: Any
@@ -148,6 +151,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     value_params = value.init(value_key, observations)
     return State(
         actor=actor_params,
+        average_actor=jax.tree.map(jnp.copy, actor_params),
         critic=critic_params,
         target_critic=jax.tree.map(jnp.copy, critic_params),
         value=value_params,
@@ -235,6 +239,7 @@ def update(
 
     new_state = State(
         actor=actor_params,
+        average_actor=optax.incremental_update(actor_params, state.average_actor, hp.actor_average),
         critic=critic_params,
         target_critic=target_critic,
         value=value_params,
@@ -257,7 +262,7 @@ def act(
     sample: bool,
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
-    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    mean, log_std = modules(args, action_dim)[0].apply(state.average_actor, observations)
     noise = hp.exploration_scale * jnp.exp(log_std) * jax.random.normal(key, mean.shape) if sample else 0.0
     return jnp.clip(mean + noise, -1.0, 1.0)
 

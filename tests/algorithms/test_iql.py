@@ -99,7 +99,7 @@ def test_act_returns_the_mean_or_samples_around_it() -> None:
     expected, _ = iql.modules(ARGS, ACT)[0].apply(state.actor, observations)
     np.testing.assert_array_equal(mean, expected)
     params = dict(state.actor["params"]) | {"log_std": jnp.full(ACT, -2.0)}
-    state = state._replace(actor={"params": params})
+    state = state._replace(average_actor={"params": params})
     many = jnp.repeat(observations, 20_000, axis=0)
     samples = np.asarray(iql.act(state, HP, many, jax.random.key(1), ARGS, ACT, sample=True))
     assert np.abs(samples).max() <= 1.0
@@ -272,6 +272,16 @@ def test_actor_rate_follows_the_cosine_offline_and_is_whole_online() -> None:
         online, _ = jax.jit(partial(iql.update, args=args, online=True))(state, batch, HP)
         whole, _ = update(state._replace(step=jnp.asarray(0)), batch, HP, args)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), online.actor, whole.actor)
+
+
+def test_the_average_that_acts_moves_by_its_share_and_is_the_policy_with_all() -> None:
+    state, batch = fresh(), random_batch()
+    assert trees_equal(state.average_actor, state.actor)
+    for share in (0.25, 1.0):
+        new, _ = update(state, batch, HP._replace(actor_average=share, actor_learning_rate=1e-2), ARGS)
+        expected = jax.tree.map(lambda old, x: (1 - share) * old + share * x, state.average_actor, new.actor)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), new.average_actor, expected)
+        assert trees_equal(new.average_actor, new.actor) == (share == 1.0)
 
 
 def test_losses_do_not_broadcast() -> None:
