@@ -48,7 +48,7 @@ def fresh(args: awac.Args = ARGS, seed: int = 0, obs_dim: int = OBS, action_dim:
 def state_of(actor: Any, critic: Any) -> awac.State:
     """The state of networks made by hand, at the start of training."""
     optimisers = {"actor_opt": awac.ADAM.init(actor), "critic_opt": awac.ADAM.init(critic)}
-    return awac.State(actor, critic, critic, **optimisers, step=jnp.int32(0), key=jax.random.key(0))
+    return awac.State(actor, actor, critic, critic, **optimisers, step=jnp.int32(0), key=jax.random.key(0))
 
 
 def assert_close(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -404,6 +404,21 @@ def test_nonpositive_targets() -> None:
     np.testing.assert_allclose(kept[free <= 0], free[free <= 0], atol=1e-6)
 
 
+def test_targets_are_never_below_what_the_least_reward_is_worth_for_ever() -> None:
+    """Q = 4 and Q = -30 at discount 0.9; with at least -2 a step no return is below -20. The last row is terminal."""
+    rewards, terminal = np.float32([-1.0, -1.0, 0.5, -1.0]), np.float32([0, 0, 0, 1])
+    batch = transitions(np.zeros((4, 2)), np.zeros(4), rewards, terminations=terminal)
+    actor = policy_of(one_layer(np.zeros((2, 1)), [0], [0]), NARROW)
+    for q, free, kept in (
+        (4.0, [2.6, 2.6, 4.1, -1.0], [2.6, 2.6, 4.1, -1.0]),
+        (-30.0, [-28.0, -28.0, -26.5, -1.0], [-20.0, -20.0, -20.0, -1.0]),
+    ):
+        level = one_layer(np.zeros((3, 1)), [0], [0], q)
+        state, hp = state_of(actor, ensemble_of(level, level)), HP._replace(discount=0.9)
+        np.testing.assert_allclose(targets_of(state, batch, MODE, hp), free, atol=1e-3)
+        np.testing.assert_allclose(targets_of(state, batch, MODE.replace(least_reward=-2.0), hp), kept, atol=1e-3)
+
+
 def test_a_critic_above_nonpositive_targets_still_learns() -> None:
     """A Q-function that is itself cut at 0 has no gradient there."""
     args = ARGS.replace(nonpositive_targets=True)
@@ -422,6 +437,16 @@ def test_target_starts_as_a_copy_and_moves_by_the_polyak_amount_at_every_update(
         expected = jax.tree.map(lambda t, q: 0.9 * np.asarray(t, np.float64) + 0.1 * q, old.target_critic, state.critic)
         assert_close(state.target_critic, expected, atol=1e-7)
         assert not trees_equal(old.target_critic, state.target_critic)
+
+
+def test_the_average_that_acts_moves_by_its_share_and_is_the_policy_with_all() -> None:
+    state, batch = fresh(), random_batch()
+    assert trees_equal(state.average_actor, state.actor)
+    for share in (0.25, 1.0):
+        new, _ = update(state, batch, HP._replace(actor_average=share, actor_learning_rate=1e-2), ARGS)
+        expected = jax.tree.map(lambda old, x: (1 - share) * old + share * x, state.average_actor, new.actor)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), new.average_actor, expected)
+        assert trees_equal(new.average_actor, new.actor) == (share == 1.0)
 
 
 def test_losses_do_not_broadcast() -> None:
@@ -468,7 +493,7 @@ def test_policy_is_a_gaussian_whose_mean_alone_may_be_squashed(squash_mean: bool
 def test_act_is_the_clipped_mean_or_a_sample() -> None:
     """A mean of 0.2, one of 3: the second is clipped, and so are the samples around it."""
     mlp = one_layer(np.zeros((OBS, 1)), [1], [[0.2, 3.0]])
-    state = fresh()._replace(actor=policy_of(mlp, np.log(0.1), np.log(0.1)))
+    state = fresh()._replace(average_actor=policy_of(mlp, np.log(0.1), np.log(0.1)))
     act = jax.jit(partial(awac.act, args=MODE, action_dim=ACT), static_argnames="sample")
     observations, keys = np.zeros((20_000, OBS), np.float32), jax.random.split(jax.random.key(0), 2)
     for key in keys:
@@ -479,6 +504,9 @@ def test_act_is_the_clipped_mean_or_a_sample() -> None:
     assert samples[:, 0].std() == pytest.approx(0.1, rel=0.03)
     np.testing.assert_array_equal(samples[:, 1], 1.0)
     assert (samples[:, 0] != others[:, 0]).mean() > 0.99
+    for scale in (0.5, 0.0):  # half as far from the mean, with the same noise; or there
+        nearer = act(state, HP._replace(exploration_scale=scale), observations, keys[0], sample=True)
+        np.testing.assert_allclose(nearer[:, 0], 0.2 + scale * (samples[:, 0] - 0.2), atol=1e-6)
 
 
 def test_weight_decay_is_in_the_gradient_of_every_parameter_of_the_policy_and_of_no_other() -> None:
@@ -524,6 +552,7 @@ def numpy_awac(
         mean, std, _ = policy(s2)
         y = r + hp.discount * (1 - done) * numpy_min_q(targets, s2, samples(next_key, mean, std, 1)[0])
         y = np.minimum(y, 0) if args.nonpositive_targets else y
+        y = y if args.least_reward is None else np.maximum(y, args.least_reward / (1 - hp.discount))
         before = []
         for k, critic in enumerate(critics):
             q, inputs = numpy_mlp(critic, np.concatenate([s, a], axis=1))
@@ -572,7 +601,8 @@ def numpy_awac(
     [
         ({}, HP._replace(temperature=0.2)),
         (
-            {"weights": "softmax", "value": "mode", "squash_mean": True, "num_critics": 1, "nonpositive_targets": True},
+            {"weights": "softmax", "value": "mode", "squash_mean": True, "num_critics": 1, "nonpositive_targets": True}
+            | {"least_reward": -0.05},
             HP._replace(softmax_temperature=0.1, advantage_clip=0.05, actor_weight_decay=0.1, discount=0.9),
         ),
         (
