@@ -13,7 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, arrays_of, parsed
+from conftest import ROOT, parsed
 
 from benchmarks import adroit_door as door
 from benchmarks import sac_prior
