@@ -26,9 +26,9 @@ rewards after `--reward-scale` and `--reward-shift`.
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
 as copies; the log standard deviation is clipped to its limits (in the authors' code it is a sigmoid between them).
-Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples. Where success is rare,
-three flags (ours) keep it from falling there: collecting with less noise (`--exploration-scale`), acting by an average
-of the policies so far (`--actor-average`), and minibatches that go on having a share of the dataset (`--offline-share`).
+Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples. Where success
+is rare, three flags (ours) keep it from falling there: collecting with less noise (`--exploration-scale`), acting by an
+average of the policies so far (`--actor-average`), and a share of the dataset in all minibatches (`--offline-share`).
 
     python algorithms/awac.py --dataset offax/hopper/medium-expert-v1
 """
