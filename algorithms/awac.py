@@ -26,9 +26,7 @@ rewards after `--reward-scale` and `--reward-shift`.
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
 as copies; the log standard deviation is clipped to its limits (in the authors' code it is a sigmoid between them).
-Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples. Where success
-is rare, three flags (ours) keep it from falling there: collecting with less noise (`--exploration-scale`), acting by an
-average of the policies so far (`--actor-average`), and a share of the dataset in all minibatches (`--offline-share`).
+Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
 
     python algorithms/awac.py --dataset offax/hopper/medium-expert-v1
 """
@@ -69,10 +67,6 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, table 1).
     # L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4).
     actor_weight_decay: NonNegative = 0.0
-    # Share of the policy that moves at every update into the average that acts; 1: the policy itself acts (ours).
-    actor_average: Share = 1.0
-    # Scale of the policy's standard deviation while collecting data (ours: 1; 0 collects by the mean).
-    exploration_scale: NonNegative = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,6 @@ class Args(RunArgs):
     nonpositive_targets: bool = False
     # Keep them at or above this / (1 - discount), where no reward is less; default: no bound (ours).
     least_reward: float | None = None
-    # Online: share of each minibatch from the dataset (RLPD: 0.5); default: it is uniform over the dataset and the new.
-    offline_share: Share | None = None
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (CORL, authors' code: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
     # Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions).
@@ -157,7 +149,6 @@ class State(NamedTuple):
     """Everything that training changes, of one member."""
 
     actor: Any
-    average_actor: Any
     critic: Any
     target_critic: Any
     actor_opt: optax.OptState
@@ -188,7 +179,6 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     critic_params = critic.init(critic_key, observations, actions)
     return State(
         actor=actor_params,
-        average_actor=jax.tree.map(jnp.copy, actor_params),
         critic=critic_params,
         target_critic=jax.tree.map(jnp.copy, critic_params),
         actor_opt=ADAM.init(actor_params),
@@ -273,7 +263,6 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
 
     new_state = State(
         actor=actor_params,
-        average_actor=optax.incremental_update(actor_params, state.average_actor, hp.actor_average),
         critic=critic_params,
         target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
         actor_opt=actor_opt,
@@ -294,19 +283,18 @@ def act(
     sample: bool,
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
-    mean, log_std = modules(args, action_dim)[0].apply(state.average_actor, observations)
-    log_std = log_std + jnp.log(hp.exploration_scale)
+    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
     return sample_actions(key, mean, log_std, 1).squeeze(0) if sample else jnp.clip(mean, -1.0, 1.0)
 
 
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
-        batch = replay.sample(sample_key, data, args.batch_size, args.offline_share)
+        batch = replay.sample(sample_key, data, args.batch_size)
         return update(state._replace(key=key), batch, hp, args)
 
     return repeat(step, state, num_updates)

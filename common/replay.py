@@ -173,21 +173,16 @@ class Replay(NamedTuple):
     extra: Any = None
 
 
-def sample_rows(key: jax.Array, replay: Replay, batch_size: int, offline_share: float | None = None) -> jax.Array:
+def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
     """Row numbers `[batch_size]`, uniform with replacement over all rows of the offline data and the ring.
 
-    Offline rows come first; those of the ring follow in the order in which it stores them. With `offline_share`, where
-    there are both, that share of the row numbers is of offline rows, the others of the ring's.
+    Offline rows come first; those of the ring follow in the order in which it stores them.
     """
     offline, ring, member, _ = replay
     num_offline = 0 if offline is None else len(offline.rewards)
     assert num_offline or ring is not None, "nothing to sample from"
     written = 0 if ring is None else ring.size if member is None else ring.size[member]
-    if offline_share is None or not num_offline or ring is None:
-        return jax.random.randint(key, (batch_size,), 0, num_offline + written)
-    from_ring = jnp.arange(batch_size) >= round(offline_share * batch_size)
-    least, end = jnp.where(from_ring, num_offline, 0), jnp.where(from_ring, num_offline + written, num_offline)
-    return jax.random.randint(key, (batch_size,), least, end)
+    return jax.random.randint(key, (batch_size,), 0, num_offline + written)
 
 
 def take(replay: Replay, rows: jax.Array) -> Transitions:
@@ -207,6 +202,6 @@ def take(replay: Replay, rows: jax.Array) -> Transitions:
     return jax.tree.map(pick, offline.at(jnp.minimum(rows, num_offline - 1)), new)
 
 
-def sample(key: jax.Array, replay: Replay, batch_size: int, offline_share: float | None = None) -> Transitions:
-    """A minibatch `[batch_size, ...]` of the rows that `sample_rows` draws."""
-    return take(replay, sample_rows(key, replay, batch_size, offline_share))
+def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:
+    """A minibatch `[batch_size, ...]`, uniform with replacement over all rows of the offline data and the ring."""
+    return take(replay, sample_rows(key, replay, batch_size))

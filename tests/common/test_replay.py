@@ -120,30 +120,6 @@ def test_before_the_first_insertion_the_union_is_the_offline_data() -> None:
     assert_uniform(counts_of(Replay(rows(old), replay.empty_ring(10, 2, 1)), old))
 
 
-@pytest.mark.parametrize(("share", "of_offline"), [(0.25, 125), (1.0, 500), (0.0, 0), (None, None)])
-def test_a_share_of_every_minibatch_is_offline_and_each_part_uniform(
-    share: float | None, of_offline: int | None
-) -> None:
-    """Minibatches of 500 from 4 offline rows and 6 of the ring."""
-    data = Replay(rows([1, 2, 3, 4]), filled(10, list(range(101, 107))))
-    draw = jax.jit(jax.vmap(lambda key: replay.sample_rows(key, data, 500, share)))
-    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 60)))
-    counts = np.bincount(drawn.ravel(), minlength=10)
-    if share is None:
-        assert_uniform(counts)
-        return
-    assert ((drawn < 4).sum(axis=1) == of_offline).all()
-    for part in (counts[:4], counts[4:]):
-        if part.sum():
-            assert_uniform(part)
-
-
-def test_a_share_of_what_is_not_there_is_ignored() -> None:
-    for data in (Replay(rows([1, 2, 3])), Replay(None, filled(5, [101, 102]))):
-        shared, plain = (replay.sample_rows(jax.random.key(1), data, 64, share) for share in (0.5, None))
-        np.testing.assert_array_equal(shared, plain)
-
-
 @pytest.mark.parametrize("inserted", [1, 7, 25])
 def test_a_ring_alone_is_drawn_uniformly(inserted: int) -> None:
     new = list(range(101, 101 + inserted))
