@@ -21,7 +21,8 @@ batches have 128 transitions before the online phase, and it collects and update
 clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
 such rewards never exceed; with positive rewards it would erase them. `--least-reward r` (ours) keeps them at or above
 r / (1 - discount), what a reward of r for ever is worth, below which the minimum of Q-functions drags Q; r is of the
-rewards after `--reward-scale` and `--reward-shift`.
+rewards after `--reward-scale` and `--reward-shift`. `--actor-average` (ours) is for tasks where a policy succeeds or
+fails by little, so that successive ones differ much.
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
@@ -67,6 +68,8 @@ class Hyperparameters(NamedTuple):
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, table 1).
     # L2 penalty on the policy's parameters, in Adam's gradient (CORL: none; paper, table 1: 1e-4).
     actor_weight_decay: NonNegative = 0.0
+    # Share of the policy that moves at every update into the average that acts; 1: the policy itself acts (ours).
+    actor_average: Share = 1.0
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class State(NamedTuple):
     """Everything that training changes, of one member."""
 
     actor: Any
+    average_actor: Any
     critic: Any
     target_critic: Any
     actor_opt: optax.OptState
@@ -179,6 +183,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     critic_params = critic.init(critic_key, observations, actions)
     return State(
         actor=actor_params,
+        average_actor=jax.tree.map(jnp.copy, actor_params),
         critic=critic_params,
         target_critic=jax.tree.map(jnp.copy, critic_params),
         actor_opt=ADAM.init(actor_params),
@@ -263,6 +268,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
 
     new_state = State(
         actor=actor_params,
+        average_actor=optax.incremental_update(actor_params, state.average_actor, hp.actor_average),
         critic=critic_params,
         target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
         actor_opt=actor_opt,
@@ -283,7 +289,7 @@ def act(
     sample: bool,
 ) -> jax.Array:
     """Actions `[batch, action_dim]` in [-1, 1]: the mean for evaluation, or a sample for data collection."""
-    mean, log_std = modules(args, action_dim)[0].apply(state.actor, observations)
+    mean, log_std = modules(args, action_dim)[0].apply(state.average_actor, observations)
     return sample_actions(key, mean, log_std, 1).squeeze(0) if sample else jnp.clip(mean, -1.0, 1.0)
 
 

@@ -48,6 +48,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -457,18 +458,20 @@ def plot(path: Path, protocol: str, cells: Sequence[report.Cell]) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.0 + 0.2 * len(cells)), layout="constrained")
+    labels = [textwrap.fill(cell.algorithm, 90) for cell in cells]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(7.0, 4.0 + 0.2 * lines), layout="constrained")
     axes = figure.add_subplot()
     for number, cell in enumerate(cells):
         color = f"C{number}"
         rates = success_rates(cell, "online")
         if not rates:
             last = np.mean(list(success_rates(cell, "offline").values())[-1])
-            axes.axhline(last, color=color, linestyle="--", linewidth=1.0, label=cell.algorithm)
+            axes.axhline(last, color=color, linestyle="--", linewidth=1.0, label=labels[number])
             continue
         found = {step: values for step, values in rates.items() if len(values) == len(cell.members)}
         means = [float(np.mean(values)) for values in found.values()]
-        axes.plot(list(found), means, color=color, label=cell.algorithm)
+        axes.plot(list(found), means, color=color, label=labels[number])
         low, high = ([pick(values) for values in found.values()] for pick in (min, max))
         axes.fill_between(list(found), low, high, color=color, alpha=0.12, linewidth=0)
         if found and len(found) < len(rates):
@@ -477,7 +480,7 @@ def plot(path: Path, protocol: str, cells: Sequence[report.Cell]) -> None:
     axes.set_ylabel("success rate, %")
     axes.set_ylim(-3.0, 103.0)
     axes.set_title(f"{protocol}: mean over seeds; band from the lowest to the highest", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
 

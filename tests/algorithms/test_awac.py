@@ -48,7 +48,7 @@ def fresh(args: awac.Args = ARGS, seed: int = 0, obs_dim: int = OBS, action_dim:
 def state_of(actor: Any, critic: Any) -> awac.State:
     """The state of networks made by hand, at the start of training."""
     optimisers = {"actor_opt": awac.ADAM.init(actor), "critic_opt": awac.ADAM.init(critic)}
-    return awac.State(actor, critic, critic, **optimisers, step=jnp.int32(0), key=jax.random.key(0))
+    return awac.State(actor, actor, critic, critic, **optimisers, step=jnp.int32(0), key=jax.random.key(0))
 
 
 def assert_close(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -439,6 +439,16 @@ def test_target_starts_as_a_copy_and_moves_by_the_polyak_amount_at_every_update(
         assert not trees_equal(old.target_critic, state.target_critic)
 
 
+def test_the_average_that_acts_moves_by_its_share_and_is_the_policy_with_all() -> None:
+    state, batch = fresh(), random_batch()
+    assert trees_equal(state.average_actor, state.actor)
+    for share in (0.25, 1.0):
+        new, _ = update(state, batch, HP._replace(actor_average=share, actor_learning_rate=1e-2), ARGS)
+        expected = jax.tree.map(lambda old, x: (1 - share) * old + share * x, state.average_actor, new.actor)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), new.average_actor, expected)
+        assert trees_equal(new.average_actor, new.actor) == (share == 1.0)
+
+
 def test_losses_do_not_broadcast() -> None:
     with pytest.raises(AssertionError):
         awac.critic_loss(jnp.zeros((2, 4)), jnp.zeros((4, 1)))
@@ -483,7 +493,7 @@ def test_policy_is_a_gaussian_whose_mean_alone_may_be_squashed(squash_mean: bool
 def test_act_is_the_clipped_mean_or_a_sample() -> None:
     """A mean of 0.2, one of 3: the second is clipped, and so are the samples around it."""
     mlp = one_layer(np.zeros((OBS, 1)), [1], [[0.2, 3.0]])
-    state = fresh()._replace(actor=policy_of(mlp, np.log(0.1), np.log(0.1)))
+    state = fresh()._replace(average_actor=policy_of(mlp, np.log(0.1), np.log(0.1)))
     act = jax.jit(partial(awac.act, args=MODE, action_dim=ACT), static_argnames="sample")
     observations, keys = np.zeros((20_000, OBS), np.float32), jax.random.split(jax.random.key(0), 2)
     for key in keys:
