@@ -4,7 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import importlib.metadata
+import importlib
 import io
 import itertools
 import json
