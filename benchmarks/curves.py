@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.families import domain_of
 from benchmarks.intervals import aggregate, interquartile_mean
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status, one_line
@@ -116,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def score_name(configs: Sequence[dict[str, Any]]) -> str:
     """What the score is of runs with these config.json: on OGBench's tasks it is no normalised return."""
-    return "success rate" if all("-singletask" in str(c.get("environment")) for c in configs) else "normalised score"
+    return "success rate" if all(domain_of(c.get("environment")) == "success" for c in configs) else "normalised score"
 
 
 def trained_on(config: dict[str, Any]) -> str:
