@@ -39,7 +39,7 @@ from algorithms import awac, awr, cql, emaq, iql, td3_bc
 from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of
+from benchmarks.tables import Table, commit_of, markdown
 from common.cli import exit_status
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
@@ -179,9 +179,9 @@ def measure_peers(side: Side, count: int, seconds: float) -> dict[str, Any]:
 
 def page(rows: list[dict[str, str]]) -> str:
     """The rows of the CSV as Markdown, by algorithm and members."""
-    heads = ["updates/s, all members", "of one member", "first update, s", "TFLOP/s", "of the peak", "peak memory, GiB"]
-    lines = ["# Updates per second on an accelerator\n\nMade by `python benchmarks/accelerator.py`.\n"]
-    lines += [f"| algorithm | members | {' | '.join(heads)} |", "| :-- |" + " --: |" * 7]
+    columns = ["algorithm", "members", "updates/s, all members", "of one member", "first update, s"]
+    columns += ["TFLOP/s", "of the peak", "peak memory, GiB"]
+    lines: list[list[str]] = []
     names = {row["algorithm"]: None for row in rows}
     for row in sorted(rows, key=lambda row: ([*names].index(row["algorithm"]), int(row["members"]))):
         rate, count = float(row["updates_per_second"]), int(row["members"])
@@ -192,9 +192,11 @@ def page(rows: list[dict[str, str]]) -> str:
             ("peak_gib", "{:.2f}", 1),
         ):
             numbers.append(form.format(float(row[name]) * unit) if row[name] else "-")
-        lines.append(f"| {' | '.join([row['algorithm'], row['members'], *numbers])} |")
+        lines.append([row["algorithm"], row["members"], *numbers])
     made = {(row["device"], row["jax"], row["commit"]) for row in rows}
-    return "\n".join([*lines, "", *(f"- {kind}; JAX {jax}; commit {commit}" for kind, jax, commit in sorted(made)), ""])
+    head = "# Updates per second on an accelerator\n\nMade by `python benchmarks/accelerator.py`.\n"
+    origin = [f"- {kind}; JAX {jax}; commit {commit}" for kind, jax, commit in sorted(made)]
+    return "\n".join([head, markdown(columns, lines), *origin, ""])
 
 
 def main(args: Args) -> None:

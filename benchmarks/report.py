@@ -47,8 +47,9 @@ from benchmarks.cells import (
     worst_score,
 )
 from benchmarks.curves import score_name
+from benchmarks.families import domain_of
 from benchmarks.intervals import expected_best, probability_of_improvement
-from benchmarks.tables import Table, fill
+from benchmarks.tables import Table, fill, markdown
 from common.cli import UsageError, exit_status
 from common.report import read_json
 
@@ -69,12 +70,6 @@ class Args:
 
 
 # Tables
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
-    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def show(value: dict[str, float] | None, lost: int = 0, length: str = "") -> str:
@@ -195,9 +190,9 @@ def meaning(cells: Sequence[Cell]) -> str:
     d4rl = "0 is D4RL's random policy, 100 its expert."
     ogbench = (
         "On OGBench's tasks it is the share of episodes with success, 0 to 100; of the data, that of the recorded "
+        "trajectories that are at the goal at some step, which few of them were after."
     )
-    ogbench += "trajectories that are at the goal at some step, which few of them were after."
-    tasks = {"-singletask" in cell.config["environment"] for cell in cells}
+    tasks = {domain_of(cell.config["environment"]) == "success" for cell in cells}
     return " ".join([d4rl] * (False in tasks) + [ogbench] * (True in tasks))
 
 

@@ -41,6 +41,12 @@ class Table:
         write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
 
 
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table for the screen, the first column to the left and the others to the right; None is an empty cell."""
     cells = [["" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
