@@ -94,7 +94,7 @@ def options_of(spec: Any) -> dict[str, Any]:
     """What `gymnasium.make` is to be told besides; registers gymnasium-robotics' environments for an unknown id."""
     import gymnasium as gym
 
-    if isinstance(spec, str) and spec not in gym.registry:
+    if isinstance(spec, str) and ":" not in spec and spec not in gym.registry:  # module:Name registers its own
         with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
     return D4RL_TASKS.get(env_name(getattr(spec, "id", spec)).partition("_")[0], {})
