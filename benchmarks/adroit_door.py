@@ -65,12 +65,12 @@ from benchmarks import bc, offax_sets, report, suite
 from benchmarks.offax_sets import Layers
 from benchmarks.provenance import provenance
 from benchmarks.sources import ensure
-from benchmarks.tables import Table
+from benchmarks.tables import Table, markdown
 from common.cli import UsageError, exit_status, one_line
 from common.data import Dataset
 from common.environments import make_environment
 from common.replay import Replay, Transform, Transitions, fit_transform, record
-from common.report import write_atomically, write_json
+from common.report import read_json, write_atomically, write_json
 
 OBS_DIM, ACTION_DIM = 39, 28
 DOOR_ANGLE = 28
@@ -413,7 +413,7 @@ def run(args: Run) -> int:
     for path in (found, *(data_file(args.data, protocol) for protocol in args.protocols)):
         if not path.exists():
             raise UsageError(f"there is no {path}: run `python benchmarks/adroit_door.py prepare` first")
-    if kept.exists() and read_json(kept)["protocols"] != read_json(found)["protocols"]:
+    if kept.exists() and read_record(kept)["protocols"] != read_record(found)["protocols"]:
         raise UsageError(f"{kept.parent} has results on other data than {args.data}: give another --name")
     calls = suites(args)
     for call in calls:
@@ -502,7 +502,7 @@ def describe(found: dict[str, Any]) -> str:
         rows.append(row)
     kept = found["protocols"]["success"]
     return (
-        f"{report.markdown(columns, rows)}\nThe demonstrations are those of {human['source']}. Of the numbers in their "
+        f"{markdown(columns, rows)}\nThe demonstrations are those of {human['source']}. Of the numbers in their "
         f"actions {100 * human['actions_beyond_bounds']:.1f} % were beyond [-1, 1], up to "
         f"{human['largest_action']:.2f}, and are clipped, as the simulator does. The door is open from "
         f"{found['angle']:g} rad on. The data of `success` are {kept['episodes']} episodes with "
@@ -510,15 +510,11 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """The record in a data.json; UsageError for a file that is none."""
-    try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "protocols" not in record:
+    if "protocols" not in (found := read_json(path)):
         raise UsageError(f"{path} is damaged, or not made by `prepare`")
-    return record
+    return found
 
 
 def results_of(cells: Sequence[report.Cell]) -> str:
@@ -533,7 +529,7 @@ def results_of(cells: Sequence[report.Cell]) -> str:
         row += [f"{cell.final['updates']:,}", f"{cell.final['online_steps']:,}", show(before), show(after)]
         rows.append([*row, f"{len(cell.members)}" + (f", {lost} diverged" if lost else "")])
     columns = ["algorithm", "preset", "batch", "offline updates", "environment steps", "before these", "last policy"]
-    return report.markdown([*columns, "seeds"], rows)
+    return markdown([*columns, "seeds"], rows)
 
 
 def write_page(args: Report) -> int:
@@ -545,7 +541,7 @@ def write_page(args: Report) -> int:
         raise UsageError(f"{args.results}: {missing[0]} has no success rates; it is no run of this experiment")
     by_protocol = {protocol: [c for c in cells if protocol_of(c) == protocol] for protocol in PROTOCOLS}
     data, notes = args.results / "data.json", args.results / "notes.md"
-    found = read_json(data) if data.exists() else None
+    found = read_record(data) if data.exists() else None
     for protocol, own in by_protocol.items():
         digests = {cell.config["dataset_sha256"] for cell in own}
         if len(digests | ({found["protocols"][protocol]["digest"]} if found and own else set())) > 1:
