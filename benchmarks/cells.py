@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ FILES = ("config.json", "final.json", "command.json")
 NOT_SETTINGS = (FREE - {"max_episode_steps"}) | LENGTHS
 NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
+MEASURED = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
+"""What an evaluation says of a member."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,24 @@ def with_diverged(cell: Cell, cells: Sequence[Cell]) -> list[float]:
     """Final scores of all its seeds, those that diverged at the dataset's worst."""
     values = cell.values("score_mean")
     return values + [worst_score(cells, cell.dataset)] * (len(cell.members) - len(values))
+
+
+def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
+    """The cells as they were after so many offline updates; without those that were not evaluated there.
+
+    A member that has no evaluation there, beside others that have one, had diverged.
+    """
+    found = []
+    for cell in cells:
+        here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) == ("offline", updates))
+        rows, members = {row["member"]: row for row in here}, []
+        for member in cell.members if rows else []:
+            row = rows.get(str(member["member"]), {})
+            values = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
+            members.append(member | values | {"diverged": None if row else member["diverged"]})
+        if members:
+            found.append(replace(cell, members=members, final=cell.final | {"updates": updates, "online_steps": 0}))
+    return found
 
 
 def before_online(cell: Cell) -> list[float]:

@@ -11,7 +11,8 @@ Of a suite it reads `config.json`, `final.json`, `evaluations.csv` and `command.
 into its own `README.md`, `scores.csv` (a row for each seed), `scores.png`, `profiles.png` (how likely each score is),
 `best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`.
 `--page README.md` puts the table of scores there too. `--against num_proposals` adds a table and a figure of the score
-against that setting, in which the runs differ.
+against that setting, in which the runs differ. `--at 40000` adds a table of the evaluations after so many updates,
+for runs of different lengths.
 Text of your own in the folder's `notes.md` goes under the table of scores.
 
 Scores are those of the last policy, never of the best one. A number over seeds is their interquartile mean with a 95 %
@@ -29,8 +30,10 @@ import tyro
 
 from benchmarks import curves, figures, grid, merge
 from benchmarks.cells import (
+    MEASURED,
     Cell,
     about_data,
+    after,
     aggregate,
     before_online,
     common_datasets,
@@ -65,6 +68,8 @@ class Args:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
     # Of a suite: a setting in which the runs differ; adds a table and a figure of the score against it.
     against: str = ""
+    # Of a suite: adds a table of the evaluations after so many offline updates, for runs of different lengths; 0: none.
+    at: int = 0
     # Of a suite: a page that is to have its table of scores too, between <!-- scores --> and <!-- /scores -->.
     page: Path | None = None
 
@@ -252,12 +257,11 @@ def speed(cells: Sequence[Cell]) -> str:
 def write_scores(path: Path, cells: Sequence[Cell]) -> None:
     """A row for each seed."""
     path.unlink(missing_ok=True)
-    measured = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
     rows = []
     for cell in cells:
         for member in cell.members:
             row = {"algorithm": cell.algorithm, "dataset": cell.dataset, "seed": member["seed"]}
-            row |= {name: member[name] for name in measured}
+            row |= {name: member[name] for name in MEASURED}
             diverged = (member["diverged"] or {}).get("step")
             rows.append(row | {"diverged_at": diverged, "updates": cell.final["updates"]})
             rows[-1] |= {"git_commit": cell.config["git_commit"]}
@@ -338,12 +342,13 @@ def evaluation_practice(folder: Path, cells: Sequence[Cell]) -> list[str]:
     return parts
 
 
-def write(folder: Path, against: str = "", page: Path | None = None) -> None:
+def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None) -> None:
     """Write README.md, scores.csv and the figures of the suite in `folder`, and the scores into another `page`."""
     cells = read(folder)
     lines = lines_against(cells, against) if against else {}
     command = f"python benchmarks/report.py results/{folder.resolve().name}"
     command += f" --against {against}" if against else ""
+    command += f" --at {at}" if at else ""
     write_scores(folder / "scores.csv", cells)
     parts = [
         f"# Results: {folder.resolve().name}\n",
@@ -368,10 +373,21 @@ def write(folder: Path, against: str = "", page: Path | None = None) -> None:
         scores = table(scored, "score_mean", score, ["data"])
         if page is not None:
             fill(page, "scores", scores.rstrip())
+        title = score_name([cell.config for cell in scored]).capitalize()
+        parts += [f"## {title}\n", f"{meaning(scored)}\n", scores]
+        if at:
+            then = after(scored, at)
+            if not then:
+                raise UsageError(f"--at {at}: no run was evaluated after so many offline updates")
+            episodes = sorted(
+                {int(member["episodes"]) for cell in then for member in cell.members if member["episodes"]}
+            )
+            parts += [
+                f"### After {at:,} updates\n",
+                f"By the evaluation at that point, {' or '.join(map(str, episodes))} episodes for each seed.\n",
+                table(then, "score_mean", score, ["data"]),
+            ]
         parts += [
-            f"## {score_name([cell.config for cell in scored]).capitalize()}\n",
-            f"{meaning(scored)}\n",
-            scores,
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),
             "![Final scores](scores.png)\n",
@@ -433,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if is_run(folder):
                 of_run(folder)
             else:
-                write(folder, args.against.replace("-", "_"), args.page)
+                write(folder, args.against.replace("-", "_"), args.at, args.page)
                 print(f"wrote {folder / 'README.md'}")
 
 

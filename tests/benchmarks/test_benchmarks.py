@@ -363,6 +363,23 @@ def test_runs_of_other_lengths_are_left_out_of_averages_and_comparisons(tmp_path
     assert shorter == {"bc": "black", "cql": "tab:red", "iql": "black"}
 
 
+def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_path):
+    for algorithm, updates, then in (("bc", 100, (1.0, 2.0)), ("iql", 40, (3.0,)), ("cql", 20, ())):
+        write_run(tmp_path, algorithm, "easy", [60.0, None], num_updates=updates)
+        with open(tmp_path / f"{algorithm}_easy_num_updates-{updates}" / "evaluations.csv", "a") as file:
+            file.writelines(f"offline,40,{i},{i},0,0,{score},0,4\n" for i, score in enumerate(then))
+            file.write("online,40,0,0,0,0,99,0,9\n")
+    report.main([str(tmp_path), "--at", "40"])
+    page = (tmp_path / "README.md").read_text()
+    assert "--at 40`" in page
+    part = page[page.index("### After 40 updates") :]
+    assert "4 episodes for each seed" in part
+    assert cells_of(part, "dataset") == ["dataset", "data", "bc", "iql"], "the other had ended by then"
+    assert cells_of(part, "easy")[2:] == ["1.5 [1.0, 2.0]", "3.0 [3.0, 3.0], 1 diverged"]
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--at", "41"])
+
+
 def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
     """Of twelve evaluations after the untrained one, of which the second is the best."""
     write_run(tmp_path, "iql", "easy", [7.0, None])
