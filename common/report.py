@@ -1,6 +1,5 @@
 """What a run leaves behind: files written whole or not at all, where it came from, and the policy."""
 
-import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -127,17 +126,15 @@ def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str 
         want, have = (f"{x[name].dtype}{x[name].shape}" if name in x else "nothing" for x in (wanted, found))
         if want != have:
             raise UsageError(f"checkpoint {path} is of another kind of run: {name} is {have} instead of {want}")
-    filled = [found[name] for name in wanted]
-    keys = [jax.random.wrap_key_data(x) if is_key(leaf) else x for x, (_, leaf) in zip(filled, leaves, strict=True)]
-    return jax.tree.unflatten(structure, keys)
+    pairs = zip((found[name] for name in wanted), leaves, strict=True)
+    return jax.tree.unflatten(structure, [jax.random.wrap_key_data(x) if is_key(old) else x for x, (_, old) in pairs])
 
 
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
     """The trained policy: raw observations `[obs_dim]` or `[batch, obs_dim]` to actions in the environment's own range.
 
     It acts as in the final evaluation, whose returns it repeats to the last digit, or with `sample` as to collect data;
-    `best` is what --keep-best kept. The algorithm's file is imported, as `<name>`, `algorithms.<name>` or
-    `benchmarks.<name>`. UsageError for a directory without a checkpoint and a member that is not in it.
+    `best` is what --keep-best kept. It imports the algorithm's file. UsageError without a checkpoint or such a member.
     """
     from gymnasium.spaces import Box
     from gymnasium.wrappers.utils import rescale_box
@@ -148,9 +145,12 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     entries, name = {entry["member"]: entry for entry in config["members"]}, config["algorithm"]
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
-    for package in ("", "algorithms.", "benchmarks."):  # first of all the copy beside the script
-        with contextlib.suppress(ModuleNotFoundError):
-            script = script or importlib.import_module(package + name)
+    for module in (name, f"algorithms.{name}", f"benchmarks.{name}"):  # first of all the copy beside the script
+        try:
+            script = script or importlib.import_module(module)
+        except ModuleNotFoundError as error:  # that there is no such file, and not that it lacks what it imports
+            if error.name not in (module, module.partition(".")[0]):
+                raise
     if script is None:
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
     row, transform = list(entries).index(member), Transform(*map(np.asarray, config["transform"].values()))

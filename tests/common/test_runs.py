@@ -455,6 +455,21 @@ def test_a_policy_that_is_not_there_is_one_line(finished: Path, tmp_path: Path) 
         assert words in str(caught.value)
 
 
+def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of a run by an algorithm of one's own, whose file is not there, and then needs a package that is not."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"algorithm": "my_own"}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"no my_own\.py to import"):
+        report.load_policy(run)
+    (tmp_path / "my_own.py").write_text("import a_package_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
+        report.load_policy(run)
+
+
 # Divergence
 
 
