@@ -1,4 +1,4 @@
-"""List, collect and describe datasets.
+"""List, collect, describe and export datasets.
 
 python -m benchmarks.datasets                                  # the sets that need no network, and all on this disk
 python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; without ids, all but -1m

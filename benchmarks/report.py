@@ -202,7 +202,7 @@ def meaning(cells: Sequence[Cell]) -> str:
 
 
 def updates_of(cells: Sequence[Cell]) -> str:
-    """How many offline updates each algorithm made, a list item."""
+    """How many offline updates each algorithm made, in words."""
     by_count: dict[int, list[str]] = {}
     for cell in cells:
         names = by_count.setdefault(cell.final["updates"], [])

@@ -1,4 +1,4 @@
-"""Datasets other than `.npz`: Minari's, `offax/...` among them, and D4RL's `.hdf5`.
+"""Datasets by name or path: `.npz`, Minari's, D4RL's `.hdf5`, OGBench's (see ogbench_sets.py); several joined by "+".
 
 * Minari: downloaded when missing, `offax/...` collected (see offax_sets.py). Every step has its true successor, the
   last one of a truncated episode too; an episode without a flag at its end is marked truncated. Dictionaries are

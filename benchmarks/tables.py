@@ -69,5 +69,5 @@ def fill(page: Path, name: str, text: str) -> None:
 
 
 def commit_of(provenance: dict[str, Any]) -> str:
-    """The commit of a `common.report.provenance()`, and whether the code differed from it."""
+    """The commit of a `benchmarks.provenance.provenance()`, and whether the code differed from it."""
     return (provenance["git_commit"] or "unknown") + (" with uncommitted changes" if provenance["git_dirty"] else "")

@@ -68,7 +68,7 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Args:
-    """Speed of IQL on this machine."""
+    """Speed on this machine."""
 
     populations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # Members of the populations whose updates are timed.
     repeats: int = 5  # Measurements of each figure.

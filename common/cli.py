@@ -79,7 +79,7 @@ Positive = Annotated[float, Range(0, above=True)]
 class RunArgs:
     """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
 
-    dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, or path of an .npz or a D4RL .hdf5 file.
+    dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, OGBench name, or path of an .npz or .hdf5 file.
     env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` if a module has it. Default: the dataset's.
     # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name.
     preset: str = "auto"

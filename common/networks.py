@@ -1,4 +1,4 @@
-"""Network parts shared by the algorithms: MLP, vmapped ensemble, Gaussian heads, gradient steps.
+"""Network parts shared by the algorithms: MLP, vmapped ensemble, Gaussian density, gradient steps.
 
 Shapes are written `[batch, dim]`. Every module takes unbatched leading axes as they come, so the same parameters
 act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: files written whole or not at all, where it came from, and the policy."""
+"""What a run leaves behind: files written whole or not at all, tables that grow by rows, and the policy."""
 
 import csv
 import dataclasses

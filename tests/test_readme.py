@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_a_copied_algorithm_takes_the_readmes_edits_and_runs_alone(tmp_path: Path, tiny: Path) -> None:
-    """In a folder with the copies alone: the diffs apply, the new flag exists and the critic is normalised."""
+    """In a folder with the copies alone: the diffs apply, the new flag exists and acts on the policy alone."""
     copy = re.search(r"<!-- copy -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
     for word in ("algorithms", "common"):
         shutil.copytree(ROOT / word, tmp_path / word, ignore=shutil.ignore_patterns("__pycache__"))
