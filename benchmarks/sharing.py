@@ -5,8 +5,8 @@
 
 Runs of one member each, on random data of HalfCheetah's sizes (benchmarks/accelerator.py), start together, with as many
 of XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates. The second command
-puts every run into a cgroup with a quota, and names the row by it. It is to be there; in version 2, with the rights, by
-`mkdir /sys/fs/cgroup/half; echo "100000 100000" > /sys/fs/cgroup/half/cpu.max`.
+puts every run into a cgroup with a quota, and names the row by it. The cgroup must exist; in version 2
+`mkdir /sys/fs/cgroup/half; echo "100000 100000" > /sys/fs/cgroup/half/cpu.max` makes one of a single core.
 
 Rows go to `<out>.csv`, the table of the medians to `<out>.md`.
 """
