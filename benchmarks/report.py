@@ -379,12 +379,11 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
             then = after(scored, at)
             if not then:
                 raise UsageError(f"--at {at}: no run was evaluated after so many offline updates")
-            episodes = sorted(
-                {int(member["episodes"]) for cell in then for member in cell.members if member["episodes"]}
-            )
+            episodes = {int(member["episodes"]) for cell in then for member in cell.members if member["episodes"]}
+            counts = " to ".join(str(n) for n in sorted({min(episodes), max(episodes)}))
             parts += [
                 f"### After {at:,} updates\n",
-                f"By the evaluation at that point, {' or '.join(map(str, episodes))} episodes for each seed.\n",
+                f"By the evaluation at that point, {counts} episodes for each seed.\n",
                 table(then, "score_mean", score, ["data"]),
             ]
         parts += [
