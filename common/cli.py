@@ -30,16 +30,21 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def find_module(module: str) -> ModuleType | None:
+    """A module that a copy may lack, with or without its package; None where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:  # of another name: it is there, and lacks what it imports
+        if error.name not in (module, module.partition(".")[0]):
+            raise
+        return None
+
+
 def optional(name: str, needed_for: str = "") -> ModuleType | None:
     """A module of benchmarks/, which a copied algorithm may lack: None, or UsageError if it is `needed_for` a flag."""
-    try:
-        return importlib.import_module(f"benchmarks.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("benchmarks", f"benchmarks.{name}"):
-            raise
-        if needed_for:
-            raise UsageError(f"{needed_for} needs benchmarks/{name}.py; copy it too") from None
-        return None
+    if (module := find_module(f"benchmarks.{name}")) is None and needed_for:
+        raise UsageError(f"{needed_for} needs benchmarks/{name}.py; copy it too")
+    return module
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import fcntl
-import importlib
 import io
 import itertools
 import json
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from common.cli import UsageError, one_line
+from common.cli import UsageError, find_module, one_line
 from common.environments import width_of
 from common.members import evaluation_keys, is_key
 from common.replay import Transform
@@ -139,18 +138,14 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     from gymnasium.spaces import Box
     from gymnasium.wrappers.utils import rescale_box
 
-    path, script = Path(run_dir), None
+    path = Path(run_dir)
     config = read_json(path / "config.json")
     arrays, about = read_tree(path / "checkpoint" / ("best.npz" if best else "state.npz"))
     entries, name = {entry["member"]: entry for entry in config["members"]}, config["algorithm"]
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
-    for module in (name, f"algorithms.{name}", f"benchmarks.{name}"):  # first of all the copy beside the script
-        try:
-            script = script or importlib.import_module(module)
-        except ModuleNotFoundError as error:  # that there is no such file, and not that it lacks what it imports
-            if error.name not in (module, module.partition(".")[0]):
-                raise
+    modules = (name, f"algorithms.{name}", f"benchmarks.{name}")  # first of all the copy beside the script
+    script = next(filter(None, map(find_module, modules)), None)
     if script is None:
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
     row, transform = list(entries).index(member), Transform(*map(np.asarray, config["transform"].values()))
