@@ -144,7 +144,7 @@ def with_diverged(cell: Cell, cells: Sequence[Cell]) -> list[float]:
 def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     """The cells as they were after so many offline updates; without those that were not evaluated there.
 
-    A member that has no evaluation there, beside others that have one, had diverged.
+    A member that has no evaluation there, beside others that have one, had diverged. UsageError if no cell has any.
     """
     found = []
     for cell in cells:
@@ -156,6 +156,8 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
             members.append(member | values | {"diverged": None if row else member["diverged"]})
         if members:
             found.append(replace(cell, members=members, final=cell.final | {"updates": updates, "online_steps": 0}))
+    if not found:
+        raise UsageError(f"--at {updates}: no run was evaluated after so many offline updates")
     return found
 
 

@@ -346,6 +346,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
     """Write README.md, scores.csv and the figures of the suite in `folder`, and the scores into another `page`."""
     cells = read(folder)
     lines = lines_against(cells, against) if against else {}
+    then = after(cells, at) if at else []
     command = f"python benchmarks/report.py results/{folder.resolve().name}"
     command += f" --against {against}" if against else ""
     command += f" --at {at}" if at else ""
@@ -373,12 +374,9 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         scores = table(scored, "score_mean", score, ["data"])
         if page is not None:
             fill(page, "scores", scores.rstrip())
-        title = score_name([cell.config for cell in scored]).capitalize()
-        parts += [f"## {title}\n", f"{meaning(scored)}\n", scores]
-        if at:
-            then = after(scored, at)
-            if not then:
-                raise UsageError(f"--at {at}: no run was evaluated after so many offline updates")
+        heading = score_name([cell.config for cell in scored]).capitalize()
+        parts += [f"## {heading}\n", f"{meaning(scored)}\n", scores]
+        if then := [cell for cell in then if cell.dataset in with_score]:
             episodes = {int(member["episodes"]) for cell in then for member in cell.members if member["episodes"]}
             counts = " to ".join(str(n) for n in sorted({min(episodes), max(episodes)}))
             parts += [

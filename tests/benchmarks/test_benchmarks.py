@@ -376,8 +376,10 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
     assert "4 episodes for each seed" in part
     assert cells_of(part, "dataset") == ["dataset", "data", "bc", "iql"], "the other had ended by then"
     assert cells_of(part, "easy")[2:] == ["1.5 [1.0, 2.0]", "3.0 [3.0, 3.0], 1 diverged"]
+    (tmp_path / "scores.csv").unlink()
     with pytest.raises(SystemExit):
         report.main([str(tmp_path), "--at", "41"])
+    assert not (tmp_path / "scores.csv").exists(), "nothing is half-written"
 
 
 def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
