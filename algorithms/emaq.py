@@ -34,7 +34,7 @@ The settings of the domains are the paper's, for an accelerator. Smaller ones fo
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -586,7 +586,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
         print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)
-        args = args.replace(proposal_pool=0)
+        args = replace(args, proposal_pool=0)
     run = Run(name, args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None

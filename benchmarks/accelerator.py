@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def flops_of(name: str, obs_dim: int, action_dim: int, hidden_dim: int | None) -
         return None
     batch, bins = Transitions(**peer_sides.synthetic(settings.batch_size, obs_dim, action_dim)), ()
     if script is emaq:  # the proposals are drawn ahead, and all are evaluated
-        settings = settings.replace(screening=False)
+        settings = replace(settings, screening=False)
         bins = (np.zeros((settings.batch_size, settings.num_proposals, action_dim), np.uint8),)
     init = partial(script.init, args=settings, obs_dim=obs_dim, action_dim=action_dim)
 

@@ -139,7 +139,7 @@ def same_program(settings: list[RunArgs]) -> None:
     """UsageError unless all of the settings compile to the same program."""
     plain = {name: getattr(settings[0], name) for name in (*TRANSFORMS, "dataset", "run_dir", "shard", "hp", "preset")}
     for one in settings[1:]:
-        theirs, ours = one.replace(**plain), settings[0]
+        theirs, ours = replace(one, **plain), settings[0]
         if odd := [name for name, value in vars(theirs).items() if value != getattr(ours, name)]:
             flag = odd[0].replace("_", "-")
             raise UsageError(f"--variants: --{flag} makes another program; train that in a call of its own")

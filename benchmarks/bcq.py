@@ -21,7 +21,7 @@ online phase.
     python benchmarks/bcq.py --preset cpu --num-updates 100000 --grid "max_perturbation=0.005,0.05,0.5"
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +160,7 @@ def update(
     moved, _ = perturbed(state.target_actor, batch.next_observations, proposals, hp, args)
     state, critic_info = emaq.update_critic(state._replace(key=key), batch, moved, hp, args)
 
-    single = args.replace(num_proposals=1)
+    single = replace(args, num_proposals=1)
     actions = emaq.propose(state.behavior, batch.observations, actor_key, single, action_dim)[0]
     grads, actor_info = jax.grad(actor_loss, has_aux=True)(
         state.actor, state.critic, batch.observations, actions, hp, args

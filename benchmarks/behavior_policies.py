@@ -31,11 +31,10 @@ import numpy as np
 import tyro
 
 from benchmarks import offax_sets
-from benchmarks.families import REFERENCE_RETURNS, normalized_score
+from benchmarks.families import REFERENCE_RETURNS, normalized_score, quiet_mujoco
 from benchmarks.offax_sets import Episode, Layers, process_map, run_episodes
 from benchmarks.tables import Table
 from common.cli import UsageError, exit_status
-from common.environments import quiet_mujoco
 from common.members import usable_cores
 from common.report import write_atomically
 

@@ -10,7 +10,7 @@ to `<output>.md`.
 
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def run(args: Args) -> None:
         raise UsageError("--stages: must rise")
     use_compilation_cache()
     plain = parse(emaq.Args, emaq.PRESETS, ["--preset", "cpu"])
-    script = plain.replace(
+    script = replace(
+        plain,
         num_critics=args.num_critics,
         num_proposals=args.num_proposals,
         hidden_dim=args.hidden_dim,

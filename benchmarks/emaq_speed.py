@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def run(args: Args) -> None:
     use_compilation_cache()
     script = parse(emaq.Args, emaq.PRESETS, ["--preset", args.preset])
     hp = script.hp
-    everywhere = script.replace(screening=False)
+    everywhere = replace(script, screening=False)
     recorded = load(args.dataset).transitions
     rows = np.arange(min(args.rows, len(recorded.rewards)))
     data = jax.tree.map(jnp.asarray, record(recorded.at(rows)))

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,19 @@ def returns_of_data(spec: Any, transitions: Recorded) -> dict[str, Any]:
     return summary
 
 
+def quiet_mujoco() -> None:
+    """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT: nothing a user can mend."""
+    with contextlib.suppress(ImportError):
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+
+
 def options_of(spec: Any) -> dict[str, Any]:
-    """What `gymnasium.make` is to be told besides; registers gymnasium-robotics' environments for an unknown id."""
+    """What `gymnasium.make` is to be told besides; readies MuJoCo, and gymnasium-robotics for an unknown id."""
     import gymnasium as gym
 
+    quiet_mujoco()
     if isinstance(spec, str) and ":" not in spec and spec not in gym.registry:  # module:Name registers its own
         with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             gym.register_envs(importlib.import_module("gymnasium_robotics"))

@@ -35,9 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.families import REFERENCE_RETURNS
+from benchmarks.families import REFERENCE_RETURNS, quiet_mujoco
 from common.cli import UsageError
-from common.environments import quiet_mujoco
 from common.members import usable_cores
 
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}

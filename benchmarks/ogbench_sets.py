@@ -36,10 +36,11 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
+from benchmarks.families import quiet_mujoco
 from benchmarks.offax_sets import NETWORK_SECONDS, datasets_root, is_current, lock, progress_bar
 from common.cli import UsageError, exit_status, one_line
 from common.data import Dataset, check
-from common.environments import action_bounds, make_raw, quiet_mujoco
+from common.environments import action_bounds, make_raw
 from common.report import read_npz, write_atomically
 
 KINDS = "navigate|stitch|explore|play|noisy"

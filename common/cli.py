@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
@@ -30,21 +30,16 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def find_module(module: str) -> ModuleType | None:
-    """A module that a copy may lack, with or without its package; None where it is not there."""
+def optional(module: str, needed_for: str = "") -> ModuleType | None:
+    """A module that a copied algorithm may lack: None then, or UsageError if it is `needed_for` a flag."""
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:  # of another name: it is there, and lacks what it imports
-        if error.name not in (module, module.partition(".")[0]):
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.partition(".")[0]):  # it is there, and lacks what it imports
             raise
-        return None
-
-
-def optional(name: str, needed_for: str = "") -> ModuleType | None:
-    """A module of benchmarks/, which a copied algorithm may lack: None, or UsageError if it is `needed_for` a flag."""
-    if (module := find_module(f"benchmarks.{name}")) is None and needed_for:
-        raise UsageError(f"{needed_for} needs benchmarks/{name}.py; copy it too")
-    return module
+    if needed_for:
+        raise UsageError(f"{needed_for} needs {module.replace('.', '/')}.py; copy it too")
+    return None
 
 
 @contextmanager
@@ -67,17 +62,17 @@ def exit_status() -> Iterator[None]:
 
 
 class Range(NamedTuple):
-    """The values that a flag may take, written into its type; `above`: `low` itself is excluded."""
+    """The values that a flag may take, written into its type, and how to say so; never infinity or NaN."""
 
+    words: str
     low: float
-    high: float = np.inf
-    above: bool = False
+    high: float = sys.float_info.max
 
 
-Count = Annotated[int, Range(1)]
-Share = Annotated[float, Range(0, 1)]
-NonNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
+Count = Annotated[int, Range("at least 1", 1)]
+Share = Annotated[float, Range("from 0 to 1", 0, 1)]
+NonNegative = Annotated[float, Range("finite and at least 0", 0)]
+Positive = Annotated[float, Range("finite and above 0", sys.float_info.min)]
 
 
 @dataclass(frozen=True)
@@ -86,15 +81,12 @@ class RunArgs:
 
     dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, OGBench name, or path of an .npz or .hdf5 file.
     env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` if a module has it. Default: the dataset's.
-    # Settings of a domain, listed below, under the flags given; auto: by the environment's or the dataset's name.
-    preset: str = "auto"
+    preset: str = "auto"  # Settings of a domain, listed below; auto: by the environment's or the dataset's name.
     seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
-    # Hyperparameter values, listed below, to combine with each other and every seed: "discount=0.98,0.99".
-    grid: str = ""
+    grid: str = ""  # Hyperparameter values to combine with each other and every seed: "discount=0.98,0.99 polyak=1".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
-    # Offline gradient updates (the papers' million). With 0 the dataset serves only --env and the transforms.
-    num_updates: int = 1_000_000
+    num_updates: int = 1_000_000  # Offline gradient updates (the papers' million); 0: none, online from scratch.
     online_steps: int = 0  # Environment steps of fine-tuning after the offline phase, with one update each; 0: none.
     random_steps: int = 5_000  # First of them, where --num-updates is 0: uniform actions, no updates (CleanRL's SAC).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
@@ -102,8 +94,7 @@ class RunArgs:
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
     max_episode_steps: int = 0  # Steps after which an episode is cut; 0: the environment's own limit, or 10,000.
-    # Updates (online: environment steps) between checkpoints, beside those before evaluations; 0: none (ours).
-    checkpoint_every: int = 50_000
+    checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints, beside evaluations'; 0: none (ours).
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
     keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.
     resume: bool = False  # Continue from the last checkpoint in --run-dir, or start there if there is none.
@@ -117,24 +108,20 @@ class RunArgs:
     wandb_entity: str | None = None  # Weights & Biases user or team. Default: yours.
     quiet: bool = False  # No progress on stderr.
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
     def validate(self) -> None:
         """UsageError for a number out of range: the type's own, or else at least 0 for whole numbers and any float."""
         swept = [(self.hp, self.hp._asdict() | values) for values in parse_grid(self.grid, self.hp._fields)]
         for owner, values in [(self, vars(self)), *swept]:
             hints = get_type_hints(type(owner), include_extras=True)
             for name, value in values.items():
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    continue
-                ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
-                low, high, above = (ranges or [Range(0 if isinstance(value, int) else -np.inf)])[0]
-                limit = f"at most {high:g}" if value > high else f"{'above' if above else 'at least'} {low:g}"
-                if value - value != 0 or not low <= value <= high or (above and value == low):  # infinity, NaN: not 0
-                    flag, limit = name.replace("_", "-"), limit if value - value == 0 else "finite"
-                    raise UsageError(f"--{flag} {value}: must be {limit}")
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    any_number = (
+                        Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
+                    )
+                    ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
+                    words, low, high = next(iter(ranges), any_number)
+                    if not low <= value <= high:
+                        raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:
@@ -214,12 +201,14 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     preset = preset if preset in presets else "none"
     settings = presets.get(preset, {})
     hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
-    default = plain.replace(hp=plain.hp._replace(**hp), **{k: v for k, v in settings.items() if k not in hp})
+    default = dataclasses.replace(
+        plain, hp=plain.hp._replace(**hp), **{k: v for k, v in settings.items() if k not in hp}
+    )
 
     out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            return tyro.cli(args_type, args=given, default=default, config=flat).replace(preset=preset)
+            return dataclasses.replace(tyro.cli(args_type, args=given, default=default, config=flat), preset=preset)
     except SystemExit as stop:
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]

@@ -8,31 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from common.cli import UsageError, optional
 from common.environments import action_bounds, make_raw
-from common.replay import Recorded, Transitions, record
+from common.replay import Recorded, Transitions, empty_ring, record
 from common.report import read_npz
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Flat transitions, and what they were recorded in.
-
-    `transitions` holds numpy float32 arrays; actions were rescaled to [-1, 1] from `low, high [action_dim]`.
-    `env_spec`, a gymnasium id or EnvSpec, is what to evaluate in.
-    """
+    """Flat transitions, and what they were recorded in."""
 
     id: str
-    transitions: Recorded
-    env_spec: Any
-    low: np.ndarray
+    transitions: Recorded  # of numpy arrays
+    env_spec: Any  # gymnasium id or EnvSpec of what to evaluate in
+    low: np.ndarray  # actions were rescaled to [-1, 1] from low to high, [action_dim] each
     high: np.ndarray
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of it; `dataset_sha256` tells two datasets of one name apart."""
-        t, families = self.transitions, optional("families")
+        t, families = self.transitions, optional("benchmarks.families")
         about = {"environment": getattr(self.env_spec, "id", self.env_spec), "transitions": len(t.rewards)}
         about |= {"action_low": self.low.tolist(), "action_high": self.high.tolist()}
         hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[4:])))
@@ -41,17 +38,17 @@ class Dataset:
 
 
 def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dataset:
-    """Read a dataset; one that is missing is collected or downloaded, if that can be.
+    """Read a dataset, which `benchmarks/sources.py` collects or downloads if it is missing, to evaluate in `env`.
 
-    `env` is what to evaluate in, instead of the dataset's own. With `only_env` and an `env`, as to train online from
-    scratch, nothing is read and there are no rows. UsageError for a dataset that is not there or cannot be used.
+    With `only_env` and an `env`, as to train online from scratch, nothing is read and there are no rows. UsageError
+    for a dataset that is not there or cannot be used.
     """
     if only_env and env is not None:
         obs_dim, *bounds = spaces_of(env)
-        shapes = [(0, obs_dim), (0, len(bounds[0])), (0,), (0, obs_dim), (0,), (0,)]
-        return Dataset("none", record(Transitions(*(np.zeros(x, np.float32) for x in shapes))), env, *bounds)
+        none = jax.tree.map(np.asarray, empty_ring(0, obs_dim, len(bounds[0])).data)
+        return Dataset("none", record(none), env, *bounds)
     path = os.path.expanduser(id_or_path)
-    if (sources := optional("sources")) is not None:
+    if (sources := optional("benchmarks.sources")) is not None:
         found = sources.load(path, env)
     elif path.lower().endswith(".npz"):
         found = load_npz(path, env)

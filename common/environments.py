@@ -1,10 +1,8 @@
 """Environments with flat observations and actions in [-1, 1]: which fit, evaluating, collecting."""
 
-import contextlib
-import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,9 +11,6 @@ from common.cli import UsageError, one_line, optional
 from common.members import Members
 from common.replay import Transform, Transitions
 
-if TYPE_CHECKING:  # imported where it is used: neither --help nor training by itself needs it
-    import gymnasium as gym
-
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
@@ -23,13 +18,13 @@ Policy = Callable[[np.ndarray, int], Any]
 Maker = Callable[[], Any]
 
 
-def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") -> tuple[int, np.ndarray, np.ndarray]:
+def action_bounds(name: str, observations: Any, actions: Any) -> tuple[int, np.ndarray, np.ndarray]:
     """Numbers in the flattened observation, and lowest and highest action `[action_dim]` float32.
 
-    The one place that says which spaces fit: observations are vectors of numbers, or dictionaries and tuples of such;
-    actions a vector of floats, each with a range. UsageError, naming the dimension, for others.
+    UsageError unless observations are vectors of numbers, or dictionaries and tuples of such, and actions a vector of
+    floats, each with a range.
     """
-    from gymnasium.spaces import Box, Dict, Tuple, flatdim
+    from gymnasium.spaces import Box, Dict, Tuple, flatdim  # here: neither --help nor training by itself needs it
 
     stack = [observations]
     while stack:
@@ -48,20 +43,11 @@ def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") ->
     return flatdim(observations), low.astype(np.float32), high.astype(np.float32)
 
 
-def quiet_mujoco() -> None:
-    """Keep MuJoCo from warning of deprecated model files, on stderr and in MUJOCO_LOG.TXT: nothing a user can mend."""
-    with contextlib.suppress(ImportError):
-        import mujoco
-
-        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
-
-
-def make_raw(spec: Any, **options: Any) -> "gym.Env":
+def make_raw(spec: Any, **options: Any) -> Any:
     """`gymnasium.make(spec)`, with what benchmarks/families.py knows of it. UsageError if it cannot be made."""
     import gymnasium as gym
 
-    families = optional("families")
-    quiet_mujoco()
+    families = optional("benchmarks.families")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
@@ -72,11 +58,11 @@ def make_raw(spec: Any, **options: Any) -> "gym.Env":
         raise UsageError(f"cannot make environment {getattr(spec, 'id', spec)}: {reason}") from None
 
 
-def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> "gym.Env":
+def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> Any:
     """The environment of a gymnasium id or EnvSpec, with flat observations and actions in [-1, 1].
 
-    Its episodes are cut after `max_episode_steps`; 0: by its own limit, or after LONGEST_EPISODE. `options` are
-    gymnasium's, e.g. render_mode. UsageError if it is unknown, fails, or has other spaces than `action_bounds` takes.
+    `max_episode_steps` of 0: its own limit, or LONGEST_EPISODE. `options` are gymnasium's, e.g. render_mode. UsageError
+    if it is unknown, fails, or has other spaces than `action_bounds` takes.
     """
     from gymnasium import spaces, wrappers
 
@@ -106,21 +92,16 @@ def width_of(episodes: int, total: int) -> int:
 
 
 class Returns(NamedTuple):
-    """Undiscounted `returns` of the evaluation's episodes, and their `successes`, `[members, episodes]` each.
+    """Of an evaluation's episodes, `[members, episodes]` each."""
 
-    A success is 1 where the environment reported it (`info["success"]`) at some step, 0 where it did at none, and NaN
-    where it reports nothing of the kind.
-    """
-
-    returns: np.ndarray
-    successes: np.ndarray
+    returns: np.ndarray  # undiscounted
+    successes: np.ndarray  # 1 where `info["success"]` was true at some step, NaN where there is no such entry
 
 
 class Evaluator:
-    """Runs the members' episodes side by side: one call of the policy for each time step.
+    """Runs the members' episodes side by side, in waves of at most MAX_ENVIRONMENTS or so.
 
-    Each environment runs one episode and then waits, so long episodes are not under-counted. At most about
-    `MAX_ENVIRONMENTS` are made, once, and reused for waves of episodes.
+    Each environment runs one episode and then waits, so long episodes are not under-counted.
     """
 
     def __init__(self, make: Maker, members: Members, transform: Transform) -> None:
@@ -128,10 +109,10 @@ class Evaluator:
         self.environments: list[Any] = []
 
     def run(self, policy: Policy, episodes: int, stopping: Callable[[], bool] = lambda: False) -> Returns | None:
-        """`episodes` episodes of each member; episode i is seeded by the member's own first seed plus i.
+        """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
 
         `policy(observations [padded, width, obs_dim], count)` gives actions `[padded, width, action_dim]` in [-1, 1];
-        `count` is another one at every time step. None if `stopping()`, asked before each, says so.
+        `count` is another one at every time step.
         """
         width, members = width_of(episodes, self.members.total), self.members.count
         returns, successes = np.zeros((members, episodes)), np.full((members, episodes), np.nan)
@@ -161,10 +142,10 @@ class Evaluator:
 
 
 class Collector:
-    """Steps `per_member` environments of each member; gives transformed transitions with their true next observation.
+    """Steps `per_member` environments of each member, at `observations [padded, per_member, obs_dim]`.
 
-    A time limit sets the truncation flag alone, so it bootstraps. Environments of an earlier process, which had `done`
-    some steps, are not gone on with: these start with other seeds. `observations [padded, per_member, obs_dim]`.
+    A time limit sets the truncation flag alone, so it bootstraps. After a resumption at `done` steps the environments
+    start anew, with other seeds.
     """
 
     def __init__(self, make: Maker, members: Members, transform: Transform, per_member: int = 1, done: int = 0) -> None:
@@ -177,15 +158,13 @@ class Collector:
         self.environments = SyncVectorEnv([make] * len(starts), autoreset_mode=AutoresetMode.SAME_STEP)
         self.observations = self._by_member(transform.observations(self.environments.reset(seed=starts)[0]))
 
-    def _by_member(self, x: np.ndarray) -> np.ndarray:
-        """`[members * per_member, ...]` as `[padded, per_member, ...]`."""
+    def _by_member(self, x: np.ndarray) -> np.ndarray:  # [members * per_member, ...] to [padded, per_member, ...]
         return x.reshape(-1, self.per_member, *x.shape[1:])[self.padded]
 
     def step(self, actions: jax.Array) -> Transitions:
-        """Apply `actions [padded, per_member, action_dim]`; the transitions `[padded, per_member, ...]`.
+        """Transformed transitions `[padded, per_member, ...]`, with the true next observation, of `actions` likewise.
 
-        Actions beyond their bounds act as the nearest within them, and stay as they are in the transitions; those that
-        are not finite are 0.
+        Actions beyond their bounds are clipped for the environment alone; those that are not finite are 0.
         """
         actions = np.asarray(actions)
         actions = np.where(np.isfinite(actions), actions, np.float32(0.0))

@@ -54,23 +54,17 @@ def use_compilation_cache() -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """The members that this process trains.
+    """The members that this process trains; the last is repeated, `[padded]`, until the devices share them equally."""
 
-    `seeds [padded]` and `hp`, a NamedTuple of float32 `[padded]`, repeat the last member until the devices share them
-    equally. `indices` are the members' numbers among the `total` of all processes (see --shard), `swept` what --grid
-    set in each.
-    """
-
-    indices: list[int]
-    total: int
-    seeds: np.ndarray
-    hp: Any
-    swept: list[dict[str, float]]
+    indices: list[int]  # the members' numbers among those of all processes, see --shard
+    total: int  # of all processes
+    seeds: np.ndarray  # [padded]
+    hp: Any  # NamedTuple of float32 [padded]
+    swept: list[dict[str, float]]  # what --grid set in each
     mesh: Mesh
 
     @property
-    def count(self) -> int:
-        """How many there are, without the padding."""
+    def count(self) -> int:  # without the padding
         return len(self.indices)
 
     @property
@@ -78,12 +72,10 @@ class Members:
         """Each member's index on its device, `[padded]`: where it finds its part of a ring."""
         return np.arange(len(self.seeds)) % (len(self.seeds) // self.mesh.size)
 
-    def who(self, i: int) -> dict[str, int]:
-        """The columns by which a table tells the i-th member from others."""
+    def who(self, i: int) -> dict[str, int]:  # the i-th, in tables
         return {"member": self.indices[i], "seed": int(self.seeds[i])}
 
-    def label(self, i: int) -> str:
-        """Name of the i-th member for messages."""
+    def label(self, i: int) -> str:  # in messages
         values = "".join(f", {name}={value:g}" for name, value in self.swept[i].items())
         return f"member {self.indices[i]} (seed {self.seeds[i]}{values})"
 
@@ -93,12 +85,11 @@ class Members:
         tree = jax.tree.map(lambda x: x if len(x) == len(rows) else x[np.minimum(rows, self.count - 1)], tree)
         return jax.device_put(tree, NamedSharding(self.mesh, P("members")))
 
-    def replicate(self, tree: Any) -> Any:
-        """The whole tree on every device."""
+    def replicate(self, tree: Any) -> Any:  # the whole tree on every device
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def memory(self) -> int:
-        """Bytes that all devices together have free; on a CPU those of the machine, or of its container."""
+        """Bytes that all devices together have free; on a CPU, those that the machine or its container has."""
         if stats := self.mesh.devices.flat[0].memory_stats():  # none on a CPU
             return (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -108,34 +99,29 @@ class Members:
         return size
 
     def start(self, init: Callable) -> Any:
-        """`init(key, hp)` of each member as one tree; UsageError, with how many fit, if memory is too small for them.
-
-        One by one, so that a member starts the same to the last bit whatever the population.
-        """
+        """`init(key, hp)` of each member as one tree; UsageError, with how many would fit, if memory is too small."""
         hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
         initialise = jax.jit(init)
         leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))
         each = 3 * sum(x.size * x.dtype.itemsize for x in leaves)  # before and after updates, and gradients
         if each * len(hp) > (room := self.memory()):
-            what = f"{self.count} members do not fit in {room / 2**30:.3g} GiB of memory"
-            raise UsageError(f"{what}, about {room // each} do")
+            raise UsageError(f"{self.count} members do not fit in {room / 2**30:.3g} GiB, about {room // each} do")
+        # One by one, so that a member starts the same to the last bit whatever the population.
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
     def keys(self, number: int) -> jax.Array:
-        """A key for each member, by a fold that no `split` of the member's own key gives."""
+        # A fold that no `split` of the member's own key gives.
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
-    def broadcast(self, tree: Any) -> Any:
-        """One member's tree, such as an empty ring, for each."""
+    def broadcast(self, tree: Any) -> Any:  # one member's, such as an empty ring, for each
         return self.shard(jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self.seeds), *x.shape)), tree))
 
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:
         """`function` of one member as a compiled one of all: its arguments and results have a leading axis of members.
 
-        But for an argument that is a `Replay`: its offline rows are shared, and each member is given the whole ring of
-        its device, uncut and uncopied, with its place in it. The memory of the arguments at `donate` is reused for the
-        results. `batched`: vmapped on a CPU too.
+        But in a `Replay` the offline rows are shared, and each member is given the whole ring of its device, uncopied.
+        The memory of the arguments at `donate` is reused for the results. `batched`: vmapped on a CPU too.
         """
         in_turn = self.mesh.devices.flat[0].platform == "cpu" and not batched
         # On a CPU the devices are the parallelism, one thread each: also where this process has one member of several,
@@ -143,9 +129,7 @@ class Members:
         options = {"xla_cpu_multi_thread_eigen": False} if in_turn and self.total > 1 else {}
 
         def on_device(there: jax.Array, *arguments: Any) -> Any:
-            own = tuple(
-                x._replace(offline=None, ring=None, extra=None) if isinstance(x, Replay) else x for x in arguments
-            )
+            own = tuple(Replay(None, member=x.member) if isinstance(x, Replay) else x for x in arguments)
 
             def one(member: tuple) -> Any:
                 both = zip(member, arguments, strict=True)
@@ -207,10 +191,10 @@ def make_members(args: RunArgs) -> Members:
 
 
 class Metrics(NamedTuple):
-    """Metrics over some updates: their sums, and how many updates had each."""
+    """Metrics over some updates."""
 
     sums: dict[str, Any]
-    counts: dict[str, Any]
+    counts: dict[str, Any]  # how many updates had each
 
 
 def join(parts: Sequence[Metrics]) -> Metrics:
@@ -221,8 +205,8 @@ def join(parts: Sequence[Metrics]) -> Metrics:
 def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
     """Apply `step`, which gives the next state and metrics, `num_steps` times on the device; add the metrics up.
 
-    A metric that exists at some updates only, as where the policy is updated at every second one, is a pair: its value,
-    and whether it is there. The count is traced: chunks of different lengths share one compilation.
+    A metric that exists at some updates only, as the policy's where it is delayed, is a pair: its value, and whether it
+    is there. The count is traced: chunks of different lengths share one compilation.
     """
     step = jax.jit(step, inline=True)  # traced once
     names = list(step.eval_shape(state)[1])
@@ -242,8 +226,7 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
 
 
 def keep_finite(new: Any, old: Any, metrics: Metrics) -> tuple[Any, jax.Array]:
-    """The state of one member after some updates, or, if a number in it or in their metrics is not finite, the one
-    before them; and whether it is finite."""
+    """`new`, or `old` if a number in it or in the metrics since then is not finite; and whether it is."""
     floats = [x for x in jax.tree.leaves((new, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jnp.array([jnp.isfinite(x).all() for x in floats]).all()
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), finite

@@ -20,9 +20,8 @@ Initializer = Callable[..., jax.Array]
 def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, gain: float = 2**0.5) -> jax.Array:
     """Orthonormal columns (rows, where they are fewer) times `gain`, as the official IQL and jaxrl start every layer.
 
-    The matrices are those of flax's `orthogonal`, up to rounding: Gram-Schmidt, done twice for accuracy, gives the
-    factor Q of the QR decomposition with a positive diagonal of R. JAX's own decomposition is avoided because on a CPU
-    its LAPACK calls wait inside the thread pool they need: as many at once as there are cores hang the process.
+    Those of flax's `orthogonal` up to rounding, by Gram-Schmidt, twice for accuracy. JAX's QR is avoided because on a
+    CPU its LAPACK calls wait inside the thread pool they need: as many at once as there are cores hang the process.
     """
     rows, columns = max(shape), min(shape)
     random = jax.random.normal(key, (rows, columns), dtype)
@@ -48,7 +47,6 @@ class MLP(nn.Module):
     """`num_layers` hidden ReLU layers of width `hidden_dim`, then a linear layer to `output_dim`.
 
     Dropout follows each hidden activation and needs a "dropout" rng when `training` and `dropout_rate > 0`.
-    `last_init`: of the linear layer, where it is not `kernel_init`.
     """
 
     hidden_dim: int
@@ -56,7 +54,7 @@ class MLP(nn.Module):
     output_dim: int
     kernel_init: Initializer = orthogonal
     layer_norm: bool = False
-    last_init: Initializer | None = None
+    last_init: Initializer | None = None  # of the linear layer, where it is not kernel_init
     dropout_rate: float = 0.0
 
     @nn.compact

@@ -44,12 +44,10 @@ class Recorded(NamedTuple):
 
     @property
     def observations(self) -> jax.Array:
-        """State of each row, `[N, obs_dim]`."""
         return self.states[: len(self.rewards)]
 
     @property
-    def next_observations(self) -> jax.Array:
-        """Next state of each row, `[N, obs_dim]`, as a copy."""
+    def next_observations(self) -> jax.Array:  # a copy
         return self.states[self.successors]
 
     def at(self, rows: jax.Array) -> Transitions:
@@ -75,25 +73,22 @@ def episode_returns(transitions: Transitions | Recorded) -> np.ndarray:
 
 
 class Transform(NamedTuple):
-    """observations -> (observations - mean) / std, `[obs_dim]` each; rewards -> scale * rewards + shift."""
+    """observations -> (observations - mean) / std, `[obs_dim]` each; rewards -> scale * rewards + shift; in float32."""
 
     observation_mean: np.ndarray
     observation_std: np.ndarray
     reward_scale: float
     reward_shift: float
 
-    def observations(self, observations: np.ndarray) -> np.ndarray:
-        """Transformed observations `[..., obs_dim]`, float32; no copy where there is nothing to do."""
+    def observations(self, observations: np.ndarray) -> np.ndarray:  # not copied where there is nothing to do
         if not self.observation_mean.any() and (self.observation_std == 1.0).all():
             return np.asarray(observations, np.float32)
         return ((observations - self.observation_mean) / self.observation_std).astype(np.float32)
 
     def rewards(self, rewards: np.ndarray) -> np.ndarray:
-        """Transformed rewards `[...]`, float32."""
         return (self.reward_scale * np.asarray(rewards) + self.reward_shift).astype(np.float32)
 
     def transitions(self, transitions: Recorded) -> Recorded:
-        """Transitions with states and rewards transformed; actions and flags as they are."""
         states, rewards = self.observations(transitions.states), self.rewards(transitions.rewards)
         return transitions._replace(states=states, rewards=rewards)
 
@@ -101,9 +96,8 @@ class Transform(NamedTuple):
 def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
     """Constants from the dataset, for evaluation and the online phase too; without rows, nothing is normalised.
 
-    `normalize_observations`: mean and standard deviation of the dataset's observations, 1e-3 added to the latter
-    (TD3+BC, section 5). `normalize_returns`: the reward's scale is further multiplied by 1000 / (largest - smallest
-    episode return) (IQL, section 5.2). UsageError where all episodes have the same return.
+    Observations by their mean and their standard deviation + 1e-3 (TD3+BC, section 5); rewards are multiplied by
+    1000 / (largest - smallest episode return) (IQL, section 5.2). UsageError where all returns are the same.
     """
     obs_dim, scale = transitions.observations.shape[-1], args.reward_scale
     mean, std = np.zeros(obs_dim, np.float32), np.ones(obs_dim, np.float32)
@@ -129,12 +123,10 @@ class Ring(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """How many rows there is room for."""
         return self.data.rewards.shape[-1]
 
     @property
-    def size(self) -> jax.Array:
-        """How many rows there are; the rows from there on are not yet written."""
+    def size(self) -> jax.Array:  # rows from there on are not yet written
         return jnp.minimum(self.written, self.capacity)
 
 
@@ -145,10 +137,9 @@ def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
 
 
 def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None = None) -> Ring:
-    """Write rows after the newest ones, over the oldest ones when the ring is full: all, or the first `count`.
+    """Write rows, no more than the ring has, after the newest and over the oldest: all, or the first `count`.
 
-    `transitions` must not have more rows than the ring; `count` may be traced, so that members of a population can
-    write different numbers of rows.
+    `count` may be traced, so that members of a population can write different numbers of rows.
     """
     rows = len(transitions.rewards)
     assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
@@ -162,15 +153,14 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
 class Replay(NamedTuple):
     """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union.
 
-    With a `member` the ring is that of a population, `[members, capacity, ...]`, and that member's part is meant:
-    rows are then picked from the whole, because slicing the part out would copy it. `extra` is likewise what an
-    algorithm keeps beside the offline rows, `[members, rows, ...]`.
+    With a `member` the ring is a population's, `[members, capacity, ...]`: that member's rows are picked from the
+    whole, because slicing its part out would copy it.
     """
 
     offline: Recorded | None
     ring: Ring | None = None
     member: jax.Array | None = None
-    extra: Any = None
+    extra: Any = None  # likewise, what an algorithm keeps beside the offline rows, [members, rows, ...]
 
 
 def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:

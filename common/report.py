@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from common.cli import UsageError, find_module, one_line
+from common.cli import UsageError, one_line, optional
 from common.environments import width_of
 from common.members import evaluation_keys, is_key
 from common.replay import Transform
@@ -34,9 +34,6 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,10 +45,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(path: Path, resume: bool) -> Any:
-    """Make the run directory, and hold it until the returned lock is closed or the process ends.
-
-    UsageError if another process holds it, or if it has another run that is not to be resumed.
-    """
+    """Make the run directory and lock it; UsageError if another process has, or it has a run and is not to `resume`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115
@@ -132,8 +126,8 @@ def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str 
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
     """The trained policy: raw observations `[obs_dim]` or `[batch, obs_dim]` to actions in the environment's own range.
 
-    It acts as in the final evaluation, whose returns it repeats to the last digit, or with `sample` as to collect data;
-    `best` is what --keep-best kept. It imports the algorithm's file. UsageError without a checkpoint or such a member.
+    It acts as in the final evaluation, to the last digit, or with `sample` as to collect data; `best` is what
+    --keep-best kept. It imports the algorithm's file. UsageError without a checkpoint or such a member.
     """
     from gymnasium.spaces import Box
     from gymnasium.wrappers.utils import rescale_box
@@ -144,9 +138,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     entries, name = {entry["member"]: entry for entry in config["members"]}, config["algorithm"]
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
-    modules = (name, f"algorithms.{name}", f"benchmarks.{name}")  # first of all the copy beside the script
-    script = next(filter(None, map(find_module, modules)), None)
-    if script is None:
+    if not (script := optional(name) or optional(f"algorithms.{name}") or optional(f"benchmarks.{name}")):
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
     row, transform = list(entries).index(member), Transform(*map(np.asarray, config["transform"].values()))
     low, high = (np.array(config[f"action_{end}"], np.float32) for end in ("low", "high"))

@@ -78,11 +78,10 @@ class Run:
             sys.exit(128 + number)
         self.signal = number
 
-    def stopping(self) -> bool:  # a signal came: the run ends as soon as its state is saved
+    def stopping(self) -> bool:  # a signal came: the run ends once its state is saved
         return bool(self.signal)
 
-    def steps(self) -> int:
-        """The step of the phase's table: the offline phase's updates and the online one's are counted on."""
+    def steps(self) -> int:  # as in the phase's table: online steps count on from the offline updates
         return self.done["pretraining"] if self.phase == "pretraining" else self.done["offline"] + self.done["online"]
 
     def restore(self, trees: dict[str, Any], dataset: Dataset, transform: Transform) -> dict[str, Any]:
@@ -116,13 +115,13 @@ class Run:
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
-        config |= provenance.provenance() if (provenance := optional("provenance")) else {}
+        config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
         config |= {"population": self.members.total, "members": members}
         write_json(self.path / "config.json", config)
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
-            self.tracker = optional("tracking", "--track True").Tracker(self.args, config, names, self.label)
-        self.keep_best = optional("keep_best", "--keep-best True") if self.args.keep_best else None
+            self.tracker = optional("benchmarks.tracking", "--track True").Tracker(self.args, config, names, self.label)
+        self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         end = f", resumed at {self.done}" if found else ""
@@ -135,13 +134,11 @@ class Run:
         fixed = {name: value for name, value in self.flags.items() if name not in free}
         return json.loads(json.dumps({"algorithm": self.name, "dataset_sha256": self.about["dataset_sha256"]} | fixed))
 
-    def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint has of the trees: no padding, and a ring only once it is used."""
+    def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:  # without padding; a ring only once it is used
         trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
         return jax.tree.map(lambda x: x[: self.members.count], trees)
 
-    def save(self, trees: dict[str, Any]) -> None:
-        """Write the checkpoint, unless it has this state already."""
+    def save(self, trees: dict[str, Any]) -> None:  # unless it has been
         if self.saved != self.done:
             about = {"identity": self._identity(), "flags": self.flags, "done": self.done, "diverged": self.diverged}
             about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
@@ -186,14 +183,12 @@ class Run:
         end = "" if terminal and done < total else "\n"
         print(f"\r{text:<100}" if terminal else text, end=end, file=sys.stderr, flush=True)
 
-    def evaluation_due(self) -> bool:
-        """Whether the phase has come to, or past, a step to be evaluated at that has not been."""
+    def evaluation_due(self) -> bool:  # the phase has come to, or past, a step that has not been evaluated
         every, done = self.args.eval_every, self.done[self.phase]
         last = max((row["step"] for row in self.evaluations if row["phase"] == self.phase), default=-1)
         return every > 0 and last < done - done % every
 
-    def checkpoint_due(self) -> bool:
-        """Whether the last stretch ended the phase, reached a checkpoint, or met a signal."""
+    def checkpoint_due(self) -> bool:  # the last stretch ended the phase, reached a checkpoint, or met a signal
         every, done = self.args.checkpoint_every, self.done[self.phase]
         return done >= self.total or self.stopping() or (every > 0 and done // every > self.start // every)
 
@@ -208,8 +203,8 @@ class Run:
         for i in living[~np.asarray(finite)[living]]:
             metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
             self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0
-            where = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
-            print(f"{self.members.label(i)} diverged: {where}", file=sys.stderr)
+            what = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
+            print(f"{self.members.label(i)} diverged: {what}", file=sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
         if stop >= self.total or self.signal or not self.alive.any() or any(stop % n == 0 for n in self.dues):
             (sums, counts), self.row, rows = self.row, None, []
@@ -226,7 +221,7 @@ class Run:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
             next(self.chunks(self.phase, self.total))
-        families, rows = optional("families"), []
+        families, rows = optional("benchmarks.families"), []
         domain = families.domain_of(self.env_spec) if families else None
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
@@ -264,7 +259,7 @@ class Run:
         for i, index in enumerate(self.members.indices):
             entry = self.members.who(i) | {"swept": self.members.swept[i], "diverged": self.diverged.get(i)}
             members.append(entry | {name: last.get(index, {}).get(name) for name in names})
-        final = {"members": members} | (found.summarise(members) if (found := optional("intervals")) else {})
+        final = {"members": members} | (found.summarise(members) if (found := optional("benchmarks.intervals")) else {})
         final |= {"pretraining_updates": self.done["pretraining"]}
         final |= {"updates": self.done["offline"], "updates_per_second": self.rate("offline")}
         final |= {"online_steps": self.done["online"], "online_steps_per_second": self.rate("online")}
@@ -272,7 +267,7 @@ class Run:
         if self.tracker:
             self.tracker.finish(final, 0 if last else 3)
         try:  # everything is written: neither a picture nor a terminal can fail the run
-            reports = optional("report")
+            reports = optional("benchmarks.report")
             reports.of_run(self.path) if reports else print(f"results in {self.path}", flush=True)
         except Exception as error:
             print(f"no curves.png or table: {one_line(error)}", file=sys.stderr)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def load(name: str) -> Any:
 
 def small_args(script: Any, **changes: Any) -> Any:
     own = SMALLER.get(script.__name__.removeprefix("algorithms."), {})
-    return script.Args(hidden_dim=8, num_layers=1, batch_size=16, **own).replace(**changes)
+    return replace(script.Args(hidden_dim=8, num_layers=1, batch_size=16, **own), **changes)
 
 
 @cache

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def transitions(observations: Any, actions: Any, rewards: Any = 0.0, **others: A
 
 def fresh(args: awac.Args = ARGS, seed: int = 0, obs_dim: int = OBS, action_dim: int = ACT) -> awac.State:
     sizes = {name: getattr(args, name) for name in ("hidden_dim", "num_layers", "num_critics", "initial_log_std")}
-    return initialise(jax.random.key(seed), HP, ARGS.replace(**sizes), obs_dim, action_dim)
+    return initialise(jax.random.key(seed), HP, replace(ARGS, **sizes), obs_dim, action_dim)
 
 
 def state_of(actor: Any, critic: Any) -> awac.State:
@@ -144,8 +145,8 @@ def cloning_gradient(state: awac.State, batch: Transitions) -> Any:
 
 
 # Networks made by hand: observations of two numbers, one action, two Q-functions.
-SAMPLES = ARGS.replace(num_layers=1, max_log_std=WIDE, value_samples=16)
-MODE = ARGS.replace(num_layers=1, max_log_std=WIDE, value="mode")
+SAMPLES = replace(ARGS, num_layers=1, max_log_std=WIDE, value_samples=16)
+MODE = replace(ARGS, num_layers=1, max_log_std=WIDE, value="mode")
 ROWS = 10
 NOTHING = np.zeros((ROWS, 2))
 Q_IS_A, Q_IS_MINUS_A = (one_layer([[0], [0], [1]], [1], [sign], -sign) for sign in (1, -1))  # for a in [-1, 1]
@@ -155,7 +156,7 @@ MEAN_IS_HALF_OF_S = one_layer([[1, -1], [0, 0]], [0, 0], [0.5, -0.5])  # of the 
 
 # ---- weights ----
 
-SOFTMAX, EXP = ARGS.replace(weights="softmax"), ARGS.replace(weights="exp")
+SOFTMAX, EXP = replace(ARGS, weights="softmax"), replace(ARGS, weights="exp")
 ADVANTAGES = np.random.default_rng(7).normal(scale=3.0, size=BATCH).astype(np.float32)
 
 
@@ -218,7 +219,7 @@ def test_constant_advantages_are_behaviour_cloning(weights: str) -> None:
     factor = 1.0 if weights == "softmax" else np.exp(1 / 0.8)
     expected = jax.tree.map(lambda g: factor * g, cloning_gradient(state, batch))
     assert np.abs(expected["log_std"]) > 0.1 and np.abs(expected["MLP_0"]["Dense_1"]["kernel"]).max() > 0.1
-    gradient = policy_gradient(state, batch, MODE.replace(weights=weights), hp)
+    gradient = policy_gradient(state, batch, replace(MODE, weights=weights), hp)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -303,7 +304,7 @@ def test_value_by_samples_is_their_mean() -> None:
 
 
 def test_advantages_are_of_the_new_critic_and_not_of_a_target() -> None:
-    args, batch = ARGS.replace(value="mode"), random_batch()
+    args, batch = replace(ARGS, value="mode"), random_batch()
     state, other = fresh(args), fresh(args, seed=5)
     still, moved = (HP._replace(critic_learning_rate=rate) for rate in (0.0, 0.05))
     one, two = (
@@ -343,7 +344,7 @@ def test_advantage_is_that_of_the_policy_and_not_the_residual_of_the_critic() ->
     np.testing.assert_allclose(metrics["critic/loss"], 0.0, atol=1e-10)
     np.testing.assert_allclose(metrics["actor/advantage_mean"], exact, atol=1e-6)
     np.testing.assert_allclose(metrics["actor/weight_mean"], np.exp(exact / 0.5), rtol=1e-5)
-    largest = update(state, batch, hp, MODE.replace(weights="softmax"))[1]["actor/weight_max"]
+    largest = update(state, batch, hp, replace(MODE, weights="softmax"))[1]["actor/weight_max"]
     assert largest == pytest.approx(ROWS * np.exp(exact / 0.5).max() / np.exp(exact / 0.5).sum(), rel=1e-5)
     assert largest > 3.0
 
@@ -354,7 +355,7 @@ def test_advantage_is_that_of_the_policy_and_not_the_residual_of_the_critic() ->
 @pytest.mark.parametrize("num_critics", [1, 2, 5])
 def test_targets_are_the_least_of_all_target_critics_at_the_next_state(num_critics: int) -> None:
     """For a policy that is its mean, so that numpy knows the next actions."""
-    args, batch = ARGS.replace(num_critics=num_critics), random_batch()
+    args, batch = replace(ARGS, num_critics=num_critics), random_batch()
     state = with_log_std(fresh(args), NARROW, NARROW)._replace(target_critic=fresh(args, seed=7).critic)
     nexts = double(batch.next_observations)
     mode = np.clip(numpy_mlp(double(state.actor["params"]["MLP_0"]), nexts)[0], -1, 1)
@@ -398,7 +399,7 @@ def test_the_policys_own_actions_are_clipped_for_targets_and_values() -> None:
 
 def test_nonpositive_targets() -> None:
     state, batch = fresh(), random_batch()
-    free, kept = (targets_of(state, batch, ARGS.replace(nonpositive_targets=flag)) for flag in (False, True))
+    free, kept = (targets_of(state, batch, replace(ARGS, nonpositive_targets=flag)) for flag in (False, True))
     assert 3 < (free > 0.01).sum() < BATCH - 3
     np.testing.assert_array_equal(kept[free > 0], 0.0)
     np.testing.assert_allclose(kept[free <= 0], free[free <= 0], atol=1e-6)
@@ -416,12 +417,12 @@ def test_targets_are_never_below_what_the_least_reward_is_worth_for_ever() -> No
         level = one_layer(np.zeros((3, 1)), [0], [0], q)
         state, hp = state_of(actor, ensemble_of(level, level)), HP._replace(discount=0.9)
         np.testing.assert_allclose(targets_of(state, batch, MODE, hp), free, atol=1e-3)
-        np.testing.assert_allclose(targets_of(state, batch, MODE.replace(least_reward=-2.0), hp), kept, atol=1e-3)
+        np.testing.assert_allclose(targets_of(state, batch, replace(MODE, least_reward=-2.0), hp), kept, atol=1e-3)
 
 
 def test_a_critic_above_nonpositive_targets_still_learns() -> None:
     """A Q-function that is itself cut at 0 has no gradient there."""
-    args = ARGS.replace(nonpositive_targets=True)
+    args = replace(ARGS, nonpositive_targets=True)
     state = fresh(args)
     _, one = constant_critics(state)
     after = update(state._replace(critic=one, target_critic=one), random_batch(), HP, args)[0]
@@ -460,7 +461,7 @@ def test_losses_do_not_broadcast() -> None:
 
 
 def test_start_of_the_networks() -> None:
-    args = ARGS.replace(num_layers=3, num_critics=3, initial_log_std=-1.5)
+    args = replace(ARGS, num_layers=3, num_critics=3, initial_log_std=-1.5)
     state = fresh(args)
     actor, critics = state.actor["params"], members(state.critic)
     np.testing.assert_array_equal(actor["log_std"], np.float32([-1.5] * ACT))
@@ -475,7 +476,7 @@ def test_start_of_the_networks() -> None:
 
 @pytest.mark.parametrize("squash_mean", [False, True])
 def test_policy_is_a_gaussian_whose_mean_alone_may_be_squashed(squash_mean: bool) -> None:
-    args = ARGS.replace(squash_mean=squash_mean, min_log_std=-1.0, max_log_std=0.5)
+    args = replace(ARGS, squash_mean=squash_mean, min_log_std=-1.0, max_log_std=0.5)
     batch = random_batch()
     mlp = jax.tree.map(lambda x: 6 * np.asarray(x), fresh().actor["params"]["MLP_0"])
     u = numpy_mlp(double(mlp), double(batch.observations))[0]
@@ -612,7 +613,7 @@ def numpy_awac(
 def test_update_equals_an_independent_numpy_version(changes: dict[str, Any], hp: awac.Hyperparameters) -> None:
     # Rates near Adam's scale make 5 updates move every weight visibly. Some of the data's actions lie beyond the
     # bounds: they are neither clipped for the critic nor for the likelihood.
-    args = ARGS.replace(**changes)
+    args = replace(ARGS, **changes)
     hp = hp._replace(actor_learning_rate=1e-2, critic_learning_rate=2e-2, polyak=0.3)
     batches = [random_batch(seed) for seed in range(5)]
     batches = [batch._replace(actions=1.4 * batch.actions) for batch in batches]
@@ -656,10 +657,10 @@ def test_other_flags_in_the_same_process_are_another_program() -> None:
         traced.append(args)
         return awac.update(state, batch, HP, args)[1]
 
-    for args in (ARGS, SOFTMAX, ARGS.replace(), SOFTMAX.replace()):
+    for args in (ARGS, SOFTMAX, replace(ARGS), replace(SOFTMAX)):
         assert_close(once_more(state, batch, args), update(state, batch, HP, args)[1])
     assert traced == [ARGS, SOFTMAX]
-    every = (ARGS, SOFTMAX, ARGS.replace(value="mode"), ARGS.replace(nonpositive_targets=True))
+    every = (ARGS, SOFTMAX, replace(ARGS, value="mode"), replace(ARGS, nonpositive_targets=True))
     assert len({tuple(map(float, update(state, batch, HP, args)[1].values())) for args in every}) == len(every)
 
 
@@ -708,7 +709,7 @@ def tilted(where: np.ndarray, actions: np.ndarray, q: np.ndarray, temperature: f
 def test_policy_improvement_in_closed_form(weights: str, temperature: float) -> None:
     """pi is proportional to data(a|s) exp(A / temperature): a Gaussian takes over its means, state by state."""
     args, state, batch, where, actions = bandit()
-    args = args.replace(weights=weights)
+    args = replace(args, weights=weights)
     name = "temperature" if weights == "exp" else "softmax_temperature"
     hp = HP._replace(critic_learning_rate=0.0, **{name: temperature})
     means, deviation = tilted(where, actions, np.asarray(batch.rewards, np.float64), temperature)
@@ -722,7 +723,7 @@ def test_policy_improvement_in_closed_form(weights: str, temperature: float) -> 
 def test_critic_and_policy_together_solve_the_bandit() -> None:
     """From random networks: Q becomes the reward of the data's actions, and the policy the closed form of it."""
     args, _, batch, where, actions = bandit()
-    args = args.replace(weights="softmax", hidden_dim=32, num_layers=2)
+    args = replace(args, weights="softmax", hidden_dim=32, num_layers=2)
     hp = HP._replace(critic_learning_rate=2e-3, softmax_temperature=0.5)
     state, learned, _ = fitted(fresh(args, obs_dim=2, action_dim=1), batch, hp, args)
     q = numpy_min_q(members(state.critic), double(batch.observations), double(batch.actions))

@@ -7,6 +7,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from common.replay import Replay, Transitions, record
 from common.runs import Run
 
 ARGS = awr.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, value_updates=3, policy_updates=4)
-PLAIN = ARGS.replace(normalizer_samples=0, scale_values=False, normalize_advantages=False, clip_weights=False)
+PLAIN = replace(ARGS, normalizer_samples=0, scale_values=False, normalize_advantages=False, clip_weights=False)
 HP = awr.Hyperparameters()
 train = jax.jit(awr.train, static_argnames="args")
 evaluate = jax.jit(awr.values_and_returns, static_argnames="args")
@@ -273,7 +274,7 @@ def test_a_member_of_a_population_has_its_own_ring() -> None:
 
 def test_what_unwritten_rows_hold_does_not_matter() -> None:
     changes, lengths, online, _ = ITERATIONS["both"]
-    args, log, offline = ARGS.replace(**changes), filled(30, online), joined(trajectories(lengths))
+    args, log, offline = replace(ARGS, **changes), filled(30, online), joined(trajectories(lengths))
     count = sum(online)
 
     def after(filling: float) -> tuple[Any, np.ndarray]:
@@ -298,7 +299,7 @@ def weights_of(advantages: Any, written: Any = None, args: awr.Args = ARGS, **hp
 
 ADVANTAGES = np.random.default_rng(0).normal(0.3, 2.0, 40)
 STANDARDISED = (ADVANTAGES - ADVANTAGES.mean()) / ADVANTAGES.std()
-RAW, UNCLIPPED = ARGS.replace(normalize_advantages=False), ARGS.replace(clip_weights=False)
+RAW, UNCLIPPED = replace(ARGS, normalize_advantages=False), replace(ARGS, clip_weights=False)
 
 
 def test_weights_are_exponentials_of_normalised_advantages() -> None:
@@ -460,7 +461,7 @@ def numpy_optimizer(args: awr.Args, learning_rate: float, momentum: float) -> An
 
 
 STEP = HP._replace(actor_learning_rate=3e-2, value_learning_rate=1e-2, momentum=0.7, discount=0.5)
-LEARNED = ARGS.replace(optimizer="adam", learn_std=True, num_layers=1, scale_values=False)
+LEARNED = replace(ARGS, optimizer="adam", learn_std=True, num_layers=1, scale_values=False)
 
 
 def test_value_loss_is_half_the_squared_error() -> None:
@@ -625,7 +626,7 @@ ITERATIONS = {
 @pytest.mark.parametrize("case", ["offline", pytest.param("adam", marks=pytest.mark.slow), "both", "online"])
 def test_an_iteration_equals_an_independent_numpy_version(case: str) -> None:
     changes, offline, online, num_updates = ITERATIONS[case]
-    args = ARGS.replace(**changes)
+    args = replace(ARGS, **changes)
     hp = STEP._replace(temperature=0.6, weight_clip=3.0, value_learning_rate=0.1, td_lambda=0.8)
     hp = hp._replace(temperature=3.0) if not args.normalize_advantages else hp
     episodes = trajectories(offline, seed=3)
@@ -662,7 +663,7 @@ def test_value_updates_are_in_proportion_rounded_up() -> None:
 def test_without_updates_nothing_changes() -> None:
     """So it is with a member that has diverged, whose data may go on growing."""
     changes, lengths, online, _ = ITERATIONS["both"]
-    args, data = ARGS.replace(**changes), Replay(joined(trajectories(lengths)), filled(30, online).ring)
+    args, data = replace(ARGS, **changes), Replay(joined(trajectories(lengths)), filled(30, online).ring)
     state, _ = train(fresh(args), HP, data, 0, args)
     assert trees_equal(state._replace(key=0), fresh(args)._replace(key=0))
     assert trees_equal(*(jax.random.key_data(x.key) for x in (state, fresh(args))))
@@ -819,8 +820,8 @@ def learned_gaussian(
 
 
 FIT = {
-    "sgd": (PLAIN.replace(learn_std=True), HP._replace(actor_learning_rate=5e-3)),
-    "adam": (PLAIN.replace(learn_std=True, optimizer="adam"), HP._replace(actor_learning_rate=1e-2)),
+    "sgd": (replace(PLAIN, learn_std=True), HP._replace(actor_learning_rate=5e-3)),
+    "adam": (replace(PLAIN, learn_std=True, optimizer="adam"), HP._replace(actor_learning_rate=1e-2)),
 }
 
 
@@ -853,7 +854,7 @@ def test_the_bound_holds_means_back() -> None:
     """Every action is 1.5: the minimum of (1.5 - m)^2 / 2 std^2 + bound_weight (m - 1)^2 / 2."""
     args, hp = FIT["adam"]
     for bound_weight in (0.0, 10.0):
-        one, fixed = hp._replace(bound_weight=bound_weight), args.replace(learn_std=False)
+        one, fixed = hp._replace(bound_weight=bound_weight), replace(args, learn_std=False)
         mean, std = learned_gaussian(np.full(8, 1.5), np.zeros(8), one, fixed)
         precision = 1 / HP.std**2
         assert mean == pytest.approx((1.5 * precision + bound_weight) / (precision + bound_weight), abs=1e-3)
@@ -892,7 +893,7 @@ def test_values_are_those_of_the_policies_weighted_by_their_visits(scale_values:
         parts += times[policy] * [Transitions(states, nothing[:, None], r, after, done, nothing)]
     expected = (visits * exact).sum(axis=0) / visits.sum(axis=0)
     assert np.abs(expected - exact)[visits > 0].max() > 0.2 * unit
-    args = ARGS.replace(optimizer="adam", hidden_dim=32, normalizer_samples=0, scale_values=scale_values)
+    args = replace(ARGS, optimizer="adam", hidden_dim=32, normalizer_samples=0, scale_values=scale_values)
     hp, batch = HP._replace(discount=0.9, td_lambda=1.0), joined(parts)
     state = fresh(args, obs_dim=5, action_dim=1)
     targets = evaluate(state, Replay(batch), hp, args)[1]
@@ -911,8 +912,8 @@ def test_values_are_those_of_the_policies_weighted_by_their_visits(scale_values:
         (["--grid", "momentum=0.5,0.9", "--optimizer", "adam"], "momentum has no effect with --optimizer adam"),
         (["--discount", "1"], "--scale-values False"),
         (["--grid", "discount=0.9,1"], "--scale-values False"),
-        (["--td-lambda", "1.1"], "--td-lambda 1.1: must be at most 1"),
-        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+        (["--td-lambda", "1.1"], "--td-lambda 1.1: must be from 0 to 1"),
+        (["--temperature", "0"], "--temperature 0.0: must be finite and above 0"),
         (["--num-environments", "0"], "--num-environments 0"),
         (["--buffer-size", "0"], "--buffer-size 0"),
         (["--normalizer-samples", "-1"], "--normalizer-samples -1"),

@@ -1,6 +1,7 @@
 """CQL's mathematics against closed forms, exact integrals and a straightforward version written from the equations."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -17,8 +18,8 @@ from common.replay import Transitions
 OBS, ACT, BATCH, NUM = 4, 2, 12, 3
 ARGS = cql.Args(hidden_dim=8, num_layers=1, critic_layers=2, batch_size=BATCH, num_actions=NUM)
 HP = cql.Hyperparameters()
-OPTIONS = ARGS.replace(num_critics=3, lagrange=True, max_backup=True, entropy_backup=True, gap_floor=3.5)
-WARM_START = ARGS.replace(num_critics=1, bc_updates=1)
+OPTIONS = replace(ARGS, num_critics=3, lagrange=True, max_backup=True, entropy_backup=True, gap_floor=3.5)
+WARM_START = replace(ARGS, num_critics=1, bc_updates=1)
 update = jax.jit(cql.update, static_argnames="args")
 init = jax.jit(cql.init, static_argnums=(2, 3, 4))
 penalised_actions = jax.jit(cql.penalised_actions, static_argnums=3)
@@ -490,7 +491,7 @@ def test_factor_rises_while_the_gap_is_above_its_target() -> None:
 
 @pytest.mark.parametrize("num_critics", [1, 2, 5])
 def test_every_critic_has_all_layers(num_critics: int) -> None:
-    args = ARGS.replace(num_critics=num_critics, num_layers=2, critic_layers=5)
+    args = replace(ARGS, num_critics=num_critics, num_layers=2, critic_layers=5)
     state = jax.eval_shape(lambda key: cql.init(key, HP, args, OBS, ACT), jax.random.key(0))
     layers = state.critic["params"]["VmapMLP_0"]
     assert len(layers) == 6 and len(state.actor["params"]["MLP_0"]) == 3
@@ -506,7 +507,7 @@ def test_critics_start_apart_and_the_target_as_a_copy() -> None:
 
 def test_last_layers_start_near_zero_and_the_policy_with_a_standard_deviation_near_exp_minus_1() -> None:
     """As in CORL: orthogonal of gain 1e-2, and U(-b, b) with b = 1e-2 sqrt(6 / (inputs + outputs))."""
-    args = ARGS.replace(hidden_dim=64, num_layers=2, critic_layers=3, num_critics=3)
+    args = replace(ARGS, hidden_dim=64, num_layers=2, critic_layers=3, num_critics=3)
     state = init(jax.random.key(0), HP, args, OBS, ACT)
     critics, policy = state.critic["params"]["VmapMLP_0"], state.actor["params"]
     assert policy["log_std_scale"] == 1.0 and policy["log_std_offset"] == -1.0
@@ -585,7 +586,7 @@ def test_presets_and_sweeps() -> None:
     args = cli.parse(cql.Args, cql.PRESETS, ["--dataset", "D4RL/antmaze/umaze-v1", "--target-gap", "7"])
     assert (args.lagrange, args.max_backup, args.gap_floor, args.reward_shift) == (True, True, -200.0, -5.0)
     assert args.hp.target_gap == 7.0 and args.hp.conservative_weight == 5.0
-    args.replace(grid="target_gap=1,2").validate()
+    replace(args, grid="target_gap=1,2").validate()
     args = cli.parse(cql.Args, cql.PRESETS, ["--preset", "cpu", "--num-actions", "2"])
     assert (args.preset, args.num_actions, args.num_layers, args.critic_layers) == ("cpu", 2, 2, 2)
     args = cli.parse(cql.Args, cql.PRESETS, ["--preset", "cpu", "--dataset", "D4RL/antmaze/umaze-v1"])
@@ -593,4 +594,4 @@ def test_presets_and_sweeps() -> None:
     args = cli.parse(cql.Args, cql.PRESETS, ["--dataset", "offax/hopper/medium-v1"])
     assert (args.hp.actor_learning_rate, args.lagrange, args.normalize_observations) == (3e-5, False, True)
     with pytest.raises(UsageError, match="target_gap"):
-        args.replace(grid="target_gap=1,2").validate()
+        replace(args, grid="target_gap=1,2").validate()

@@ -1,5 +1,6 @@
 """EMaQ against a textbook version, the exact operator on one-hot states and bins, and its own limits."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from common.replay import Replay, Transitions, empty_ring
 OBS, ACT, BATCH, NUM, BINS = 4, 2, 16, 6, 5
 SIZES = {"embedding_dim": 8, "embedding_layers": 1, "head_dim": 6, "head_layers": 2, "num_bins": BINS}
 ARGS = emaq.Args(num_proposals=NUM, num_critics=3, hidden_dim=8, num_layers=2, batch_size=BATCH, **SIZES)
-PLAIN, SOFT = ARGS.replace(screening=False), ARGS.replace(backup="soft")
-VAE = PLAIN.replace(behavior="vae")
+PLAIN, SOFT = replace(ARGS, screening=False), replace(ARGS, backup="soft")
+VAE = replace(PLAIN, behavior="vae")
 HP = emaq.Hyperparameters()
 update = jax.jit(emaq.update, static_argnames="args")
 update_behavior = jax.jit(emaq.update_behavior, static_argnames="args")
@@ -31,7 +32,7 @@ initialise = jax.jit(emaq.init, static_argnums=(2, 3, 4))
 
 def fresh(args: emaq.Args = PLAIN, seed: int = 0) -> emaq.State:
     """A state whose target critic is not its critic, with a behaviour model far from uniform."""
-    sizes = ARGS.replace(behavior=args.behavior)
+    sizes = replace(ARGS, behavior=args.behavior)
     state, other = (initialise(jax.random.key(s), HP, sizes, OBS, ACT) for s in (seed, seed + 100))
     scale = 1.5 if args.behavior == "autoregressive" else 1.0
     return state._replace(target_critic=other.critic, behavior=jax.tree.map(lambda x: scale * x, state.behavior))
@@ -238,7 +239,7 @@ def test_members_are_screened_by_their_own_lambda(monkeypatch: pytest.MonkeyPatc
         return "while" in str(jax.make_jaxpr(partial(emaq.backup, args=args))(shapes.critic, batch, actions, HP))
 
     assert screens(ARGS)
-    assert not any(map(screens, (PLAIN, SOFT, ARGS.replace(num_critics=1), ARGS.replace(num_proposals=1))))
+    assert not any(map(screens, (PLAIN, SOFT, replace(ARGS, num_critics=1), replace(ARGS, num_proposals=1))))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not screens(ARGS)
 
@@ -246,7 +247,7 @@ def test_members_are_screened_by_their_own_lambda(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kind", ["autoregressive", "vae"])
 def test_numbers_stay_float32_where_jax_has_64_bits(kind: str) -> None:
     """With JAX_ENABLE_X64=1: parameters, actions and the pool have the types that they have without."""
-    args, batch = ARGS.replace(behavior=kind), random_batch()
+    args, batch = replace(ARGS, behavior=kind), random_batch()
 
     def kinds(tree: Any) -> list[tuple]:
         return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
@@ -312,7 +313,7 @@ def test_terminations_mask_and_truncations_bootstrap_by_hand() -> None:
 
 @pytest.mark.parametrize("width", [8, 10])
 def test_units_added_for_a_gpu_change_no_value(width: int) -> None:
-    args = PLAIN.replace(hidden_dim=width)
+    args = replace(PLAIN, hidden_dim=width)
     state, batch = initialise(jax.random.key(0), HP, args, OBS, ACT), random_batch()
     critic = emaq.modules(args, ACT)[1]
     actions = propose(state.behavior, batch.observations, jax.random.key(1), args, ACT)
@@ -422,7 +423,7 @@ def tabular_batch(next_states: np.ndarray, actions: np.ndarray, **others: Any) -
 def test_targets_have_the_mean_of_the_exact_operator(num: int, weight: float) -> None:
     """Over 4,000 draws for each of six rows, within five standard errors of the sum over order statistics."""
     tables = np.random.default_rng(5).normal(size=(2, STATES, 3))
-    args = TABULAR.replace(num_proposals=num, hp=HP._replace(ensemble_weight=weight, discount=0.9))
+    args = replace(TABULAR, num_proposals=num, hp=HP._replace(ensemble_weight=weight, discount=0.9))
     behavior, critic = behavior_by_hand(over_bins(MU)), critics_by_hand(tables)
     rewards, ends = np.arange(6.0), np.float32([0, 0, 0, 0, 1, 0])
     next_states = np.array([0, 1, 2, 0, 1, 2])
@@ -477,7 +478,7 @@ def test_training_converges_to_the_exact_fixed_point() -> None:
     exact = {num: fixed_point(rewards, following, ends, discount, num) for num in (1, 2, 4)}
     assert np.ptp(exact[1]) > 1
     for num in (1, 4):
-        args = TABULAR.replace(num_proposals=num, num_critics=1, hidden_dim=32, num_layers=2, batch_size=64)
+        args = replace(TABULAR, num_proposals=num, num_critics=1, hidden_dim=32, num_layers=2, batch_size=64)
         state = initialise(jax.random.key(1), HP, args, STATES, 1)
         state = state._replace(behavior=behavior_by_hand(over_bins(MU)))
         for rate, updates in ((3e-3, 1200), (3e-4, 1000)):
@@ -506,7 +507,7 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
     """1,300 rows are no multiple of a block. Pairs of bins in each of three states, within five standard errors of as
     many fresh proposals; and of the exact probabilities, with a behaviour model set by hand."""
     rows, sets, num = 1300, 3, 4
-    args = PLAIN.replace(num_proposals=num, proposal_pool=sets)
+    args = replace(PLAIN, num_proposals=num, proposal_pool=sets)
     next_states = np.random.default_rng(2).integers(0, STATES, rows)
     data = tabular_batch(next_states, np.zeros((rows, ACT)))
     observations = np.pad(ONE_HOT, ((0, 0), (0, OBS - STATES)))
@@ -530,7 +531,7 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
             (expected**2).sum(), abs=0.05
         )
 
-    tabular = TABULAR.replace(num_proposals=num, proposal_pool=sets)
+    tabular = replace(TABULAR, num_proposals=num, proposal_pool=sets)
     by_hand = state_of(behavior_by_hand(over_bins(MU)), critics_by_hand(np.zeros((2, STATES, 3))))
     rows_by_hand = Replay(tabular_batch(next_states, np.zeros(rows)))
     pool = np.asarray(draw_pool(by_hand, HP, rows_by_hand, jax.random.key(1), tabular))
@@ -543,7 +544,7 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
 
 def test_bins_of_fresh_proposals_give_the_same_update() -> None:
     """Where the Q-functions are level within each bin of the support, the place in it plays no part."""
-    args = TABULAR.replace(num_proposals=4, batch_size=9)
+    args = replace(TABULAR, num_proposals=4, batch_size=9)
     tables = np.random.default_rng(6).normal(size=(2, 2, STATES, 3))
     state = state_of(behavior_by_hand(over_bins(MU)), critics_by_hand(tables[0]), critics_by_hand(tables[1]))
     batch = tabular_batch(np.arange(9) % STATES, edges(SUPPORT[np.arange(9) // 3] + 0.5))
@@ -561,7 +562,7 @@ def test_bins_of_fresh_proposals_give_the_same_update() -> None:
 def test_every_set_of_a_members_own_pool_is_used() -> None:
     """Q' is 0, 1 and 10 in the bins of the three sets: the mean of Q'^2 is 101 / 3, if all are used alike. With the
     other member's pool it would be 100."""
-    args = TABULAR.replace(num_proposals=2, proposal_pool=3, batch_size=4000)
+    args = replace(TABULAR, num_proposals=2, proposal_pool=3, batch_size=4000)
     tables = np.float32([[[0, 1, 10]] * STATES] * 2)
     nothing = np.zeros_like(tables)
     state = state_of(behavior_by_hand(over_bins(MU)), critics_by_hand(nothing), critics_by_hand(tables))
@@ -577,7 +578,7 @@ def test_every_set_of_a_members_own_pool_is_used() -> None:
 
 # ---- acting ----
 
-CHOOSE = PLAIN.replace(num_critics=3, num_proposals=20)
+CHOOSE = replace(PLAIN, num_critics=3, num_proposals=20)
 
 
 def q_of(critics: Any, states: np.ndarray, proposals: np.ndarray) -> np.ndarray:

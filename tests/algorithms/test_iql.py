@@ -1,6 +1,7 @@
 """IQL's mathematics against closed forms, an independent numpy version, and tabular ground truth."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -233,7 +234,7 @@ def test_target_starts_as_a_copy_and_moves_by_the_polyak_amount_at_every_update(
 
 
 def test_dropout_only_while_training() -> None:
-    args = ARGS.replace(dropout=0.5)
+    args = replace(ARGS, dropout=0.5)
     state, batch = fresh(args), jax.tree.map(jnp.asarray, random_batch())
     one, two = (iql.act(state, HP, batch.observations, jax.random.key(i), args, ACT, sample=False) for i in (0, 1))
     np.testing.assert_array_equal(one, two)
@@ -262,7 +263,7 @@ def test_train_equals_a_loop_of_updates() -> None:
 
 def test_actor_rate_follows_the_cosine_offline_and_is_whole_online() -> None:
     batch = jax.tree.map(jnp.asarray, random_batch())
-    for args in (ARGS.replace(actor_decay_updates=10), ARGS.replace(actor_decay_updates=None, num_updates=10)):
+    for args in (replace(ARGS, actor_decay_updates=10), replace(ARGS, actor_decay_updates=None, num_updates=10)):
         state = fresh(args)._replace(step=jnp.asarray(10))
         after, _ = update(state, batch, HP, args)
         assert trees_equal(state.actor, after.actor) and not trees_equal(state.value, after.value)
@@ -336,7 +337,7 @@ def test_values_on_a_tabular_mdp(expectile: float) -> None:
         terminations=terminal[states, actions].astype(np.float32),
         truncations=np.zeros(len(states), np.float32),
     )
-    args = ARGS.replace(hidden_dim=32)
+    args = replace(ARGS, hidden_dim=32)
     hp = HP._replace(expectile=expectile, discount=discount, critic_learning_rate=1e-3, value_learning_rate=1e-3)
     state = fresh(args, obs_dim=5, action_dim=4)
     batch = jax.tree.map(jnp.asarray, batch)

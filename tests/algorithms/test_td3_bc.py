@@ -1,6 +1,7 @@
 """TD3+BC's mathematics against closed forms, an independent numpy version, a bandit and tabular ground truth."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,9 @@ from common.replay import Replay, Transitions
 
 ARGS = td3_bc.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, online_steps=10)
 SIZES = {  # by the number of critics; every delay and depth once
-    1: ARGS.replace(num_critics=1, policy_delay=1, num_layers=1),
+    1: replace(ARGS, num_critics=1, policy_delay=1, num_layers=1),
     2: ARGS,
-    5: ARGS.replace(num_critics=5, policy_delay=3, num_layers=1),
+    5: replace(ARGS, num_critics=5, policy_delay=3, num_layers=1),
 }
 HP = td3_bc.Hyperparameters()
 OTHER = td3_bc.Hyperparameters(
@@ -520,7 +521,7 @@ def test_every_hyperparameter_of_the_updates_matters() -> None:
 
 @pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.0])
 def test_the_imitation_weighs_linearly_less_online(least: float) -> None:
-    args, hp = ARGS.replace(online_steps=100), HP._replace(online_bc_weight=least)
+    args, hp = replace(ARGS, online_steps=100), HP._replace(online_bc_weight=least)
     weights = [float(td3_bc.imitation_weight(jnp.asarray(step), args, hp)) for step in range(0, 131, 10)]
     np.testing.assert_allclose(weights[:11], [max(1 - tenth / 10, least) for tenth in range(11)], atol=1e-6)
     assert weights[0] == 1.0 and weights[11:] == pytest.approx([least] * 3)
@@ -530,7 +531,7 @@ def test_the_imitation_weighs_1_offline_at_any_step() -> None:
     hp = HP._replace(online_bc_weight=0.0)
     state, info = update(fresh()._replace(step=jnp.int32(999_999)), ROWS[0], hp, ARGS)
     assert values_of(info)["actor/bc_weight"] == 1.0 and int(state.online_step) == 0
-    assert td3_bc.imitation_weight(state.online_step, ARGS.replace(online_steps=0), hp) == 1.0
+    assert td3_bc.imitation_weight(state.online_step, replace(ARGS, online_steps=0), hp) == 1.0
 
 
 def test_the_imitation_falls_with_the_online_updates_alone() -> None:
@@ -575,7 +576,7 @@ def test_exploration_noise_is_gaussian_and_the_actions_stay_in_bounds() -> None:
 
 # ---- learning, where the answer is known ----
 
-LEARNER = ARGS.replace(hidden_dim=16)
+LEARNER = replace(ARGS, hidden_dim=16)
 
 
 @jax.jit

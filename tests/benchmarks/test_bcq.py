@@ -1,6 +1,7 @@
 """BCQ against EMaQ where they agree, and its perturbation against numpy and finite differences."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def numpy_perturbed(params: dict, observations: np.ndarray, actions: np.ndarray,
 
 def test_without_perturbation_an_update_is_emaqs() -> None:
     """With the vae; the run below has the autoregressive model, and proposals drawn ahead."""
-    args, hp = ARGS.replace(behavior="vae"), HP._replace(max_perturbation=0.0)
+    args, hp = replace(ARGS, behavior="vae"), HP._replace(max_perturbation=0.0)
     emaq_args, emaq_hp = emaq.Args(**SMALL, behavior="vae"), emaq.Hyperparameters()
     state = fresh(args)
     plain = emaq.State(**{name: getattr(state, name) for name in emaq.State._fields})
@@ -178,7 +179,7 @@ def test_perturbation_climbs_the_first_of_the_updated_q_functions_and_its_target
     state, batch, hp = fresh(), random_batch(), HP._replace(actor_learning_rate=1e-2, polyak=0.2)
     after, _ = update(state, batch, hp, ARGS)
     key = jax.random.fold_in(state.key, bcq.FOLD)
-    actions = propose(state.behavior, batch.observations, key, ARGS.replace(num_proposals=1), ACT)[0]
+    actions = propose(state.behavior, batch.observations, key, replace(ARGS, num_proposals=1), ACT)[0]
     actor, target, new_actor, new_target, new_critic = jax.tree.map(
         np.asarray, (state.actor, state.target_actor, after.actor, after.target_actor, after.critic)
     )

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -145,7 +146,7 @@ def test_command_measures_each_member(run: Path, command: Callable[..., Outcome]
     rows = np.sort(np.random.default_rng(3).choice(400, 7, replace=False))
     states = np.concatenate([data["observations"][rows], data["next_observations"][rows]])
     flags = json.loads((run / "config.json").read_text())["flags"]
-    args = complexity.read(run, None).args.replace(num_proposals=5)
+    args = replace(complexity.read(run, None).args, num_proposals=5)
     assert args.num_bins == flags["num_bins"] and args.head_dim == flags["head_dim"] == 8
     propose = jax.jit(lambda mu, state, key: emaq.propose(mu, state[None], key, args, 1)[:, 0])
     for i, member in enumerate(content["members"]):

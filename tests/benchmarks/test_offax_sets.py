@@ -22,10 +22,9 @@ import pytest
 from conftest import ROOT, hopper_like
 
 from benchmarks import behavior_policies, datasets, offax_sets
-from benchmarks.families import domain_of
+from benchmarks.families import domain_of, quiet_mujoco
 from common.cli import UsageError
 from common.data import load
-from common.environments import quiet_mujoco
 from common.replay import Transitions, episode_returns
 
 TRANSITIONS = 2000

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,13 +48,13 @@ def test_a_shard_is_every_nth_member() -> None:
     args = iql.Args(grid="beta=1,2", seed=7, num_seeds=3, run_dir="x")
     found = {}
     for i in range(4):
-        part = members.make_members(args.replace(shard=f"{i}/4"))
+        part = members.make_members(replace(args, shard=f"{i}/4"))
         assert part.total == 6
         found |= {number: (int(part.seeds[j]), float(part.hp.beta[j])) for j, number in enumerate(part.indices)}
     assert found == {0: (7, 1), 1: (8, 1), 2: (9, 1), 3: (7, 2), 4: (8, 2), 5: (9, 2)}
     for shard in ("4/4", "1/7", "-1/2", "1", "a/b", "1/0"):
         with pytest.raises(UsageError, match="--shard") as caught:
-            members.make_members(args.replace(shard=shard))
+            members.make_members(replace(args, shard=shard))
         assert "\n" not in str(caught.value)
 
 
@@ -280,11 +281,11 @@ def test_a_member_is_the_same_seed_and_hyperparameters_alone(four: Given) -> Non
 
 def test_what_else_is_in_the_population_does_not_matter(four: Given) -> None:
     """Nor how the members are shared out over processes; nor that one breaks."""
-    others = trained(ARGS.replace(grid="beta=0.5 critic_learning_rate=1e30,3e-4"))
+    others = trained(replace(ARGS, grid="beta=0.5 critic_learning_rate=1e30,3e-4"))
     assert any(not np.isfinite(x).all() for x in leaves(others[0]) if x.dtype == np.float32)
     assert_equal(others[2], four[2])
     assert_equal(others[3], four[3])
-    part = trained(ARGS.replace(shard="1/4"))
+    part = trained(replace(ARGS, shard="1/4"))
     assert_equal(part[0], four[1])
 
 
