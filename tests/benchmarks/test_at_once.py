@@ -91,6 +91,7 @@ def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, s
         np.testing.assert_allclose(*actions, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_parts_are_evaluated_by_themselves_and_merged_to_the_same_run(tmp_path, sets):
     whole, split = (
         arguments(tmp_path / name, sets[:1], "iql", variants=("",), parts=n) for name, n in (("whole", 1), ("split", 3))
