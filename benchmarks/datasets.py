@@ -1,7 +1,7 @@
 """List, collect, describe and export datasets.
 
 python -m benchmarks.datasets                                  # the sets that need no network, and all on this disk
-python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; without ids, all but -1m
+python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; without ids, all -v1 but -1m
 python -m benchmarks.datasets stats offax/hopper/medium-v1     # returns, endings, spread; without ids, of all on disk
 python -m benchmarks.datasets export offax/hopper/medium-v1 medium.npz    # for an algorithm's file without the rest
 """
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="the datasets that need no network, and all of Minari's on this disk (default)")
     build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
-    build.add_argument("ids", nargs="*", help="which (default: all but those of a million transitions)")
+    build.add_argument("ids", nargs="*", help="which (default: all of version 1 but those of a million transitions)")
     stats = commands.add_parser("stats", help="table of returns and endings")
     stats.add_argument("ids", nargs="*", help="dataset ids, .npz or D4RL .hdf5 paths (default: all on this disk)")
     stats.add_argument("--env", help="the environment, for files that do not name it")
@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_status():
         if args.command == "build":
-            for dataset_id in args.ids or [name for name in offax_sets.ids() if not offax_sets.parse(name).size]:
+            default = [name for name in offax_sets.ids() if name.endswith("-v1") and not offax_sets.parse(name).size]
+            for dataset_id in args.ids or default:
                 print(offax_sets.ensure(dataset_id))
         elif args.command == "export":
             print(write_npz(load(args.id, args.env), args.path or Path(args.id.replace("/", "-")).with_suffix(".npz")))
