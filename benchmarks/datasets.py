@@ -1,7 +1,7 @@
 """List, collect, describe and export datasets.
 
 python -m benchmarks.datasets                                  # the sets that need no network, and all on this disk
-python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; without ids, all -v1 but -1m
+python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; default: all -v1, no -1m
 python -m benchmarks.datasets stats offax/hopper/medium-v1     # returns, endings, spread; without ids, of all on disk
 python -m benchmarks.datasets export offax/hopper/medium-v1 medium.npz    # for an algorithm's file without the rest
 """

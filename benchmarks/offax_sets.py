@@ -39,7 +39,7 @@ from benchmarks.families import REFERENCE_RETURNS, quiet_mujoco
 from common.cli import UsageError
 from common.members import usable_cores
 
-ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
+ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "ant": "Ant-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
 SIZES = {"": 200_000, "-1m": 1_000_000}
 SEEDS = {0: 20_250, 1: 20_251}  # by version

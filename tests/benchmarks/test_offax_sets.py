@@ -322,7 +322,7 @@ def test_what_is_not_ours_is_left_alone(root: Path) -> None:
     "name",
     [
         "offax/hopper/great-v1",
-        "offax/ant/medium-v1",
+        "offax/humanoid/medium-v1",
         "offax/hopper/medium-v2",
         "offax/hopper/medium-1m-v0",
         "offax/x-v0",
