@@ -55,7 +55,7 @@ def merge(run_dir: Path) -> list[str]:
     with lock(run_dir / ".merge.lock", f"another process is merging {run_dir}"):
         for name in ORDER:
             _merge_table(run_dir / name, [path / name for path in parts.values()])
-        config = configs[first] | {"members": _members(configs.values())}
+        config = configs[first] | {"run_dir": str(run_dir), "members": _members(configs.values())}
         config["flags"] = config["flags"] | {"shard": ""}
         config["git_commit"] = "; ".join(dict.fromkeys(str(one["git_commit"]) for one in configs.values()))
         config["git_dirty"] = any(one["git_dirty"] for one in configs.values())

@@ -133,6 +133,9 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     from gymnasium.wrappers.utils import rescale_box
 
     path = Path(run_dir)
+    for file in path.glob("part-*/config.json"):  # of a run with --shard: the part that trained the member
+        if member in [entry["member"] for entry in read_json(file)["members"]]:
+            path = file.parent
     config = read_json(path / "config.json")
     arrays, about = read_tree(path / "checkpoint" / ("best.npz" if best else "state.npz"))
     entries, name = {entry["member"]: entry for entry in config["members"]}, config["algorithm"]

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import rows_of
 
 from benchmarks import merge, report
 from common.cli import UsageError
+from common.report import load_policy
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,9 @@ def test_parts_of_a_run_are_the_files_of_one(
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in ours if name not in measured)
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (shared, tmp_path / "one"))
-    assert ours["members"] == theirs["members"] and ours["flags"]["shard"] == ""
+    assert ours["members"] == theirs["members"] and ours["flags"]["shard"] == "" and ours["run_dir"] == str(shared)
+    policies = [load_policy(folder, member=1)(np.ones(11)) for folder in (shared, tmp_path / "one")]
+    np.testing.assert_array_equal(*policies)
     for name in ("curves.png", "grid.png"):
         assert (shared / name).read_bytes()[:4] == b"\x89PNG"
 
