@@ -42,7 +42,7 @@ STATISTICS = {
     "terminated": "share of the episodes",
     "action_std": "standard deviation of the actions, in [-1, 1], mean of the dimensions",
     "coverage": "standard deviation of the observations along their principal axes, geometric mean: the side of the "
-    "box that they fill, whatever the number of rows",
+    "box that they fill, whatever the number of rows; without numbers that never change, such as 24 of Ant's forces",
     "MB": "on disk",
 }
 
@@ -72,8 +72,12 @@ def statistics(dataset: Dataset) -> list[str]:
 
 
 def coverage(observations: np.ndarray) -> float:
-    """Geometric mean of the standard deviations of `observations [rows, obs_dim]` along their principal axes."""
-    variances = np.linalg.eigvalsh(np.atleast_2d(np.cov(observations.T.astype(float), bias=True)))
+    """Geometric mean of the standard deviations of `observations [rows, obs_dim]` along their principal axes.
+
+    Without the columns that are constant.
+    """
+    varying = observations[:, np.ptp(observations, axis=0) > 0]
+    variances = np.linalg.eigvalsh(np.atleast_2d(np.cov(varying.T.astype(float), bias=True)))
     return float(np.prod(np.maximum(variances, 0.0) ** (0.5 / len(variances))))
 
 

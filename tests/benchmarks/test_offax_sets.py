@@ -508,7 +508,8 @@ def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:
     assert datasets.coverage(box) == pytest.approx(2.0)
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     assert datasets.coverage(np.repeat(box @ turn, 3, axis=0) + 5.0) == pytest.approx(2.0)
-    assert datasets.coverage(box * [1.0, 0.0, 1.0]) == 0.0
+    assert datasets.coverage(np.insert(box, 1, 3.0, axis=1)) == pytest.approx(2.0), "a constant is no axis"
+    assert datasets.coverage(box[:, [0, 1, 1]]) == pytest.approx(0.0, abs=1e-4)
     assert datasets.coverage(box[:, :1]) == pytest.approx(1.0)
 
 
