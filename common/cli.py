@@ -115,11 +115,9 @@ class RunArgs:
             hints = get_type_hints(type(owner), include_extras=True)
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
-                    any_number = (
-                        Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
-                    )
+                    free = Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
                     ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
-                    words, low, high = next(iter(ranges), any_number)
+                    words, low, high = next(iter(ranges), free)
                     if not low <= value <= high:
                         raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
         if self.seed + self.num_seeds > 2**31:
@@ -201,9 +199,8 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     preset = preset if preset in presets else "none"
     settings = presets.get(preset, {})
     hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
-    default = dataclasses.replace(
-        plain, hp=plain.hp._replace(**hp), **{k: v for k, v in settings.items() if k not in hp}
-    )
+    others = {name: value for name, value in settings.items() if name not in hp}
+    default = dataclasses.replace(plain, hp=plain.hp._replace(**hp), **others)
 
     out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,9 @@ from common.cli import UsageError, one_line, optional
 from common.members import Members
 from common.replay import Transform, Transitions
 
+if TYPE_CHECKING:  # imported where it is used: neither --help nor training by itself needs it
+    import gymnasium as gym
+
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
@@ -18,13 +21,13 @@ Policy = Callable[[np.ndarray, int], Any]
 Maker = Callable[[], Any]
 
 
-def action_bounds(name: str, observations: Any, actions: Any) -> tuple[int, np.ndarray, np.ndarray]:
+def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") -> tuple[int, np.ndarray, np.ndarray]:
     """Numbers in the flattened observation, and lowest and highest action `[action_dim]` float32.
 
     UsageError unless observations are vectors of numbers, or dictionaries and tuples of such, and actions a vector of
     floats, each with a range.
     """
-    from gymnasium.spaces import Box, Dict, Tuple, flatdim  # here: neither --help nor training by itself needs it
+    from gymnasium.spaces import Box, Dict, Tuple, flatdim
 
     stack = [observations]
     while stack:
@@ -43,7 +46,7 @@ def action_bounds(name: str, observations: Any, actions: Any) -> tuple[int, np.n
     return flatdim(observations), low.astype(np.float32), high.astype(np.float32)
 
 
-def make_raw(spec: Any, **options: Any) -> Any:
+def make_raw(spec: Any, **options: Any) -> "gym.Env":
     """`gymnasium.make(spec)`, with what benchmarks/families.py knows of it. UsageError if it cannot be made."""
     import gymnasium as gym
 
@@ -58,7 +61,7 @@ def make_raw(spec: Any, **options: Any) -> Any:
         raise UsageError(f"cannot make environment {getattr(spec, 'id', spec)}: {reason}") from None
 
 
-def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> Any:
+def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> "gym.Env":
     """The environment of a gymnasium id or EnvSpec, with flat observations and actions in [-1, 1].
 
     `max_episode_steps` of 0: its own limit, or LONGEST_EPISODE. `options` are gymnasium's, e.g. render_mode. UsageError

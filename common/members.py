@@ -85,7 +85,8 @@ class Members:
         tree = jax.tree.map(lambda x: x if len(x) == len(rows) else x[np.minimum(rows, self.count - 1)], tree)
         return jax.device_put(tree, NamedSharding(self.mesh, P("members")))
 
-    def replicate(self, tree: Any) -> Any:  # the whole tree on every device
+    def replicate(self, tree: Any) -> Any:
+        """The whole tree on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def memory(self) -> int:
@@ -114,7 +115,8 @@ class Members:
         # A fold that no `split` of the member's own key gives.
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
-    def broadcast(self, tree: Any) -> Any:  # one member's, such as an empty ring, for each
+    def broadcast(self, tree: Any) -> Any:
+        """One member's tree, such as an empty ring, for each."""
         return self.shard(jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self.seeds), *x.shape)), tree))
 
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:

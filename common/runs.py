@@ -81,7 +81,8 @@ class Run:
     def stopping(self) -> bool:  # a signal came: the run ends once its state is saved
         return bool(self.signal)
 
-    def steps(self) -> int:  # as in the phase's table: online steps count on from the offline updates
+    def steps(self) -> int:
+        """The step of the phase's table: online steps count on from the offline updates."""
         return self.done["pretraining"] if self.phase == "pretraining" else self.done["offline"] + self.done["online"]
 
     def restore(self, trees: dict[str, Any], dataset: Dataset, transform: Transform) -> dict[str, Any]:
@@ -138,7 +139,8 @@ class Run:
         trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
         return jax.tree.map(lambda x: x[: self.members.count], trees)
 
-    def save(self, trees: dict[str, Any]) -> None:  # unless it has been
+    def save(self, trees: dict[str, Any]) -> None:
+        """Write the checkpoint, unless it has this state already."""
         if self.saved != self.done:
             about = {"identity": self._identity(), "flags": self.flags, "done": self.done, "diverged": self.diverged}
             about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
@@ -183,12 +185,14 @@ class Run:
         end = "" if terminal and done < total else "\n"
         print(f"\r{text:<100}" if terminal else text, end=end, file=sys.stderr, flush=True)
 
-    def evaluation_due(self) -> bool:  # the phase has come to, or past, a step that has not been evaluated
+    def evaluation_due(self) -> bool:
+        """Whether the phase has come to, or past, a step to be evaluated at that has not been."""
         every, done = self.args.eval_every, self.done[self.phase]
         last = max((row["step"] for row in self.evaluations if row["phase"] == self.phase), default=-1)
         return every > 0 and last < done - done % every
 
-    def checkpoint_due(self) -> bool:  # the last stretch ended the phase, reached a checkpoint, or met a signal
+    def checkpoint_due(self) -> bool:
+        """Whether the last stretch ended the phase, reached a checkpoint, or met a signal."""
         every, done = self.args.checkpoint_every, self.done[self.phase]
         return done >= self.total or self.stopping() or (every > 0 and done // every > self.start // every)
 
