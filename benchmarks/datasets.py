@@ -74,9 +74,11 @@ def statistics(dataset: Dataset) -> list[str]:
 def coverage(observations: np.ndarray) -> float:
     """Geometric mean of the standard deviations of `observations [rows, obs_dim]` along their principal axes.
 
-    Without the columns that are constant.
+    Without the columns that are constant; 0 where all are.
     """
     varying = observations[:, np.ptp(observations, axis=0) > 0]
+    if not varying.size:
+        return 0.0
     variances = np.linalg.eigvalsh(np.atleast_2d(np.cov(varying.T.astype(float), bias=True)))
     return float(np.prod(np.maximum(variances, 0.0) ** (0.5 / len(variances))))
 
@@ -165,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_status():
         if args.command == "build":
-            default = [name for name in offax_sets.ids() if name.endswith("-v1") and not offax_sets.parse(name).size]
-            for dataset_id in args.ids or default:
+            known = {name: offax_sets.parse(name) for name in offax_sets.ids()}
+            for dataset_id in args.ids or [name for name, of in known.items() if of.version == 1 and not of.size]:
                 print(offax_sets.ensure(dataset_id))
         elif args.command == "export":
             print(write_npz(load(args.id, args.env), args.path or Path(args.id.replace("/", "-")).with_suffix(".npz")))

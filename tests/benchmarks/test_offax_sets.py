@@ -511,6 +511,7 @@ def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:
     assert datasets.coverage(np.insert(box, 1, 3.0, axis=1)) == pytest.approx(2.0), "a constant is no axis"
     assert datasets.coverage(box[:, [0, 1, 1]]) == pytest.approx(0.0, abs=1e-4)
     assert datasets.coverage(box[:, :1]) == pytest.approx(1.0)
+    assert datasets.coverage(np.ones((5, 2))) == 0.0
 
 
 def test_a_page_has_the_table_and_the_returns_of_the_mean_action(
