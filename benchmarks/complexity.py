@@ -31,7 +31,7 @@ pool of M proposals; V_N is what these say of N fresh draws, exactly and without
 
 import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -259,7 +259,7 @@ def main(args: Args) -> None:
     drawn = run.transitions.at(rows)
     states = np.concatenate([drawn.observations, drawn.next_observations])
     numbers = counts(args.pool, run.args.num_proposals)
-    key, drawing = jax.random.key(args.seed), replace(run.args, num_proposals=args.pool)
+    key, drawing = jax.random.key(args.seed), dataclasses.replace(run.args, num_proposals=args.pool)
 
     results = []
     for entry, behavior, critic in zip(run.members, run.behavior, run.critic, strict=True):

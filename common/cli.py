@@ -86,7 +86,7 @@ class RunArgs:
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
     grid: str = ""  # Hyperparameter values to combine with each other and every seed: "discount=0.98,0.99 polyak=1".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
-    num_updates: int = 1_000_000  # Offline gradient updates (the papers' million); 0: none, online from scratch.
+    num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, the data give --env and transforms.
     online_steps: int = 0  # Environment steps of fine-tuning after the offline phase, with one update each; 0: none.
     random_steps: int = 5_000  # First of them, where --num-updates is 0: uniform actions, no updates (CleanRL's SAC).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
@@ -116,8 +116,8 @@ class RunArgs:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     free = Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
-                    ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
-                    words, low, high = next(iter(ranges), free)
+                    marks = getattr(hints[name], "__metadata__", ())
+                    words, low, high = next((mark for mark in marks if isinstance(mark, Range)), free)
                     if not low <= value <= high:
                         raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
         if self.seed + self.num_seeds > 2**31:

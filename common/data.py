@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from common.cli import UsageError, optional
@@ -44,9 +43,9 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
     for a dataset that is not there or cannot be used.
     """
     if only_env and env is not None:
-        obs_dim, *bounds = spaces_of(env)
-        none = jax.tree.map(np.asarray, empty_ring(0, obs_dim, len(bounds[0])).data)
-        return Dataset("none", record(none), env, *bounds)
+        obs_dim, low, high = spaces_of(env)
+        no_rows = map(np.asarray, empty_ring(0, obs_dim, len(low)).data)
+        return Dataset("none", record(Transitions(*no_rows)), env, low, high)
     path = os.path.expanduser(id_or_path)
     if (sources := optional("benchmarks.sources")) is not None:
         found = sources.load(path, env)

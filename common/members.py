@@ -81,8 +81,8 @@ class Members:
 
     def shard(self, tree: Any) -> Any:
         """A tree of `[count, ...]` or `[padded, ...]` arrays as `[padded, ...]`, split over the devices."""
-        rows = np.arange(len(self.seeds))
-        tree = jax.tree.map(lambda x: x if len(x) == len(rows) else x[np.minimum(rows, self.count - 1)], tree)
+        own = np.minimum(np.arange(len(self.seeds)), self.count - 1)
+        tree = jax.tree.map(lambda x: x if len(x) == len(own) else x[own], tree)
         return jax.device_put(tree, NamedSharding(self.mesh, P("members")))
 
     def replicate(self, tree: Any) -> Any:
@@ -111,8 +111,7 @@ class Members:
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
-    def keys(self, number: int) -> jax.Array:
-        # A fold that no `split` of the member's own key gives.
+    def keys(self, number: int) -> jax.Array:  # for each, by a fold that no `split` of the member's own key gives
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
