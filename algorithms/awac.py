@@ -53,7 +53,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     # For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 locomotion,
     # 0.3 manipulation).

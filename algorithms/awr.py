@@ -59,7 +59,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     # The paper's beta, in standard deviations of the advantage; large is behaviour cloning (authors' code).
     temperature: Positive = 1.0

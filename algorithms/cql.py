@@ -13,7 +13,7 @@ actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density e
 integral 3n times, so the gap is log(3n) too large; that has no gradient, but `--target-gap` counts it in. With
 `--lagrange` the weight has a learned factor, which rises while the gap is above `--target-gap` (Eq. 30).
 
-As in the authors' code and in CORL, whose results are the ones reproduced: the squared error lacks the paper's 1/2; the
+As in the authors' code and in CORL, whose settings are the defaults: the squared error lacks the paper's 1/2; the
 target has no entropy term; every loss is that of the parameters before the update; the temperature learns at the
 policy's rate. With `--max-backup` the target takes n actions at s' and, of their smallest values over the ensemble, the
 largest (CORL, JaxCQL; the authors' code maximises each Q-function on its own first). In the first `--bc-updates`, the
@@ -53,7 +53,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     # Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit; authors' code: 5
     # or 10).

@@ -57,7 +57,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     # The paper's lambda: weight of the minimum over the Q-functions, against the maximum (paper, tables 2 and 3).
     ensemble_weight: Share = 1.0

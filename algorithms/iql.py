@@ -39,7 +39,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     # Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data (paper, section
     # 5: 0.7 locomotion, 0.9 AntMaze).

@@ -40,7 +40,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     # Weight of the Q-values, once their mean size is 1, against imitation; 0 is behaviour cloning (paper: 2.5).
     alpha: NonNegative = 2.5

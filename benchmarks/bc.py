@@ -31,7 +31,7 @@ from common.runs import Run
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (CORL).
 

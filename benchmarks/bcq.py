@@ -39,7 +39,7 @@ from common.replay import Transitions
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static.
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it.
 
     The names that EMaQ's functions read are EMaQ's.
     """

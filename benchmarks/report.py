@@ -107,7 +107,7 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
         if datasets:
             name = f"all {len(datasets)}" if len(datasets) == len(rows) else f"the {len(datasets)} with every algorithm"
             lengths = unique([cell.length for cell in cells])
-            name += f" of {length_in_words(max(lengths, key=sum))}" if len(lengths) > 1 else ""
+            name += f", after {length_in_words(max(lengths, key=sum))}" if len(lengths) > 1 else ""
             rows.append([name, *[""] * len(heads), *(show(totals.get(one)) for one in algorithms)])
     return markdown(["dataset", *heads, *algorithms], rows)
 

@@ -42,7 +42,7 @@ from common.report import fill_tree, read_tree, save_tree
 
 
 class Hyperparameters(NamedTuple):
-    """Scalars that may differ between members of a population: traced, never static."""
+    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
     actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (paper, table 1).
     critic_learning_rate: NonNegative = 1e-3  # Adam's rate for the Q-functions (CleanRL; paper: 3e-4).

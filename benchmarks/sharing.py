@@ -3,8 +3,8 @@
     python benchmarks/sharing.py
     python benchmarks/sharing.py --cgroup /sys/fs/cgroup/half
 
-Runs of one member each, on random data of HalfCheetah's sizes (benchmarks/accelerator.py), start together, with as many
-of XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates. The second command
+Runs of one member each, on random data of Hopper's sizes (benchmarks/accelerator.py), start together, with as many of
+XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates. The second command
 puts every run into a cgroup with a quota, and names the row by it. The cgroup must exist; in version 2
 `mkdir /sys/fs/cgroup/half; echo "100000 100000" > /sys/fs/cgroup/half/cpu.max` makes one of a single core.
 
@@ -66,6 +66,8 @@ def report(out: Path) -> str:
     for row in rows:
         found.setdefault((row["quota"], row["processes"], row["threads"]), []).append(float(row["updates_per_second"]))
     lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`.\n"]
+    lines += ["One member in each run, on random data. `quota`: none, or the container whose cores are limited;"]
+    lines += ["`threads each` is NPROC.\n"]
     lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
     for key, rates in sorted(found.items()):
         numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]

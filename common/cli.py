@@ -87,8 +87,8 @@ class RunArgs:
     grid: str = ""  # Hyperparameter values to combine with each other and every seed: "discount=0.98,0.99 polyak=1".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
     num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, the data give --env and transforms.
-    online_steps: int = 0  # Environment steps of fine-tuning after the offline phase, with one update each; 0: none.
-    random_steps: int = 5_000  # First of them, where --num-updates is 0: uniform actions, no updates (CleanRL's SAC).
+    online_steps: int = 0  # Environment steps of fine-tuning after that, an update each (AWR: in iterations); 0: none.
+    random_steps: int = 5_000  # With --num-updates 0, the first steps: uniform actions, no updates (CleanRL; not AWR).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
@@ -210,7 +210,7 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
             print(out.getvalue().rstrip(), f"\npresets; the defaults above are those of: {preset}", *listed, sep="\n")
-            print(f"\n--grid sweeps any of: {', '.join(plain.hp._fields)}")
+            print(f"\n--grid sweeps any of the \"hp options\": {', '.join(plain.hp._fields)}")
             raise
         # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
         parts = re.split(r"[╭╮╰╯─]{2,}|-{5,}", (err.getvalue() + out.getvalue()).replace("│", " "))

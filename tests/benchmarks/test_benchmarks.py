@@ -344,7 +344,7 @@ def test_runs_of_other_lengths_are_left_out_of_averages_and_comparisons(tmp_path
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: drawn.append((path.stem, self)))
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
-    total = cells_of(page, "the 1 with every algorithm of 100 updates")
+    total = cells_of(page, "the 1 with every algorithm, after 100 updates")
     assert total[2:] == ["10.0 [10.0, 10.0]", "-", "30.0 [30.0, 30.0]"]
     assert cells_of(page, "hard")[4] == "90.0 [90.0, 90.0], after 7"
     assert cells_of(page, "P(row > column)") == ["P(row > column)", "bc", "iql"]
