@@ -95,6 +95,7 @@ class Args(RunArgs):
     normalize_advantages: bool = True  # Centre and scale advantages over all rows (paper, Eq. 57).
     clip_weights: bool = True  # Limit the weights by weight_clip (paper, appendix C).
     learn_std: bool = False  # Learn the standard deviation, one for each action dimension (authors' code: fixed).
+    random_steps: Literal[0] = 0  # None: the policy acts from the start (ours).
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""

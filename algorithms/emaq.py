@@ -17,8 +17,8 @@ logits divided by tau, takes the action of largest mean_k Q_k + beta std_k Q_k (
 
 Two things are done faster than in the paper:
 * mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and anew after `--pool-uses`
-  uses of a state. The places within the bins are drawn at each use; so the bins of a proposal's later dimensions belong
-  to other places in the earlier ones' bins, and until then a state keeps its bins.
+  uses of a state. The places within the bins are drawn at each use, so later dimensions' bins were drawn given other
+  places in the earlier ones' bins than those used: an error of the width of a bin.
 * with lambda = 1 the target is max_n min_k. A minimum over some of the Q-functions bounds that over all: a proposal
   whose bound is not above the best minimum found so far cannot win, and skips the others. Targets are the same.
 

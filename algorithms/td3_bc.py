@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from common import networks, replay
-from common.cli import Count, NonNegative, RunArgs, Share, launch
+from common.cli import Count, NonNegative, RunArgs, Share, launch, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, evaluation_keys, join, keep_finite, make_members, repeat
@@ -70,6 +70,12 @@ class Args(RunArgs):
     num_layers: Count = 2  # Hidden layers of every network (authors' code).
     layer_norm: bool = False  # Layer normalisation in the Q-functions (ReBRAC in FQL's code).
     policy_delay: Count = 2  # Critic updates for each update of the policy and the targets (authors' code).
+
+    def validate(self) -> None:
+        """UsageError for a number out of range, or a sweep of what only an online phase uses."""
+        super().validate()
+        if not self.online_steps:
+            refuse_sweep(self, {"online_bc_weight", "exploration_noise"}, "with --online-steps 0")
 
 
 # CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the

@@ -44,7 +44,7 @@ from common.data import load
 from common.environments import Evaluator, Returns, make_environment
 from common.members import evaluation_keys, is_key, keep_finite, make_members, usable_cores
 from common.replay import Recorded, Replay, fit_transform
-from common.report import fill_tree, read_json, read_tree, save_tree, write_json
+from common.report import claim, fill_tree, read_json, read_tree, save_tree, write_json
 from common.runs import Run
 
 TRANSFORMS = ("normalize_observations", "normalize_returns", "reward_scale", "reward_shift")
@@ -108,6 +108,8 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
         for step in steps:
             file = snapshot(args, step)
             while not file.exists():
+                if multiprocessing.parent_process() and not multiprocessing.parent_process().is_alive():
+                    sys.exit(1)  # killed, with what it had to hand over
                 time.sleep(0.1)
             with turns:
                 arrays, about = read_tree(file)
@@ -247,9 +249,14 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
         shards = [f"{i}/{args.parts}" for i in range(args.parts)]
         jobs = [replace(job, flags=(*job.flags, "--shard", shard)) for job in jobs for shard in shards]
     script = script_of(algorithm)
+    if not hasattr(script, "train"):
+        raise UsageError(f"--algorithms {algorithm}: it has no `train` to call, run its own script")
     settings = [parse(script.Args, script.PRESETS, list(job.flags)) for job in jobs]
     for one in settings:
         one.validate()
+        for flag in ("online_steps", "keep_best", "behavior_checkpoint"):
+            if getattr(one, flag, None):
+                raise UsageError(f"--{flag.replace('_', '-')} is for the algorithm's own script alone")
     same_program(settings)
     unit = settings[0].policy_updates if script is awr else 1
     steps = sorted({max(1, round(share * args.num_updates / unit)) * unit for share in (*args.evaluate_at, 1.0)})
@@ -261,6 +268,8 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
 def train(algorithm: str, args: Args) -> list[str]:
     """Train all jobs of one algorithm, and wait for their evaluations; the names of those that failed."""
     jobs, settings, steps = plan(algorithm, args)
+    for path in {snapshot(one, 0).parents[1] for one in settings}:
+        claim(path, resume=True).close()  # UsageError if a process is at it
     for job in jobs:
         shutil.rmtree(job.run_dir, ignore_errors=True)
     command = shlex.join(["python", "benchmarks/at_once.py", *sys.argv[1:]])

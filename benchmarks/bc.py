@@ -139,7 +139,7 @@ def train(
 
 
 def main(args: Args) -> None:
-    """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
+    """The run: load, initialise, train offline; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     run = Run("bc", args, members)

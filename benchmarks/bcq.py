@@ -9,12 +9,12 @@ at most Phi in each dimension, towards larger Q. With b(s, a) = clip(a + xi(s, a
     L_xi = -mean Q_1(s, b(s, u)),   u ~ mu(s), one for each state                                   (BCQ, algorithm 1)
 
 with target networks Q' and b'; xi climbs the first of the Q-functions alone, as in BCQ. The agent draws N actions of
-mu, moves them by xi, and takes the best by the minimum of the Q-functions (EMaQ's Eq. 2). Phi = 0 is EMaQ, with the
+mu, moves them by xi, and takes the best by Ens (EMaQ's Eq. 2). Phi = 0 is EMaQ, with the
 same random numbers.
 
 As in EMaQ's comparison (section 5.2, appendix G) and other than BCQ as published: mu is autoregressive or a variational
 autoencoder, trained before and frozen, where BCQ trains an autoencoder along with the rest; lambda is 1 in place of
-0.75; K, sizes and rates are those of EMaQ's tables 2 and 3; and the agent chooses by the minimum, where BCQ has N = 10
+0.75; K, sizes and rates are those of EMaQ's tables 2 and 3; and the agent chooses by Ens too, where BCQ has N = 10
 (its code: 100 to act) and chooses by Q_1. Open in EMaQ's paper: N for BCQ, here the same as for EMaQ. There is no
 online phase.
 
@@ -183,7 +183,7 @@ def act(
     action_dim: int,
     sample: bool,
 ) -> jax.Array:
-    """Actions `[batch, action_dim]` in [-1, 1]: the best moved proposal by the minimum of the Q-functions."""
+    """Actions `[batch, action_dim]` in [-1, 1]: the best moved proposal by Ens of the Q-functions."""
     critic, _ = modules(args, action_dim)
     proposals = emaq.propose(state.behavior, observations, key, args, action_dim)
     actions, _ = perturbed(state.actor, observations, proposals, hp, args)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.figures import data_line, draw_expected_best, panels
-from benchmarks.intervals import aggregate, expected_best, interquartile_mean
+from benchmarks.intervals import aggregate, expected_best, interquartile_mean, summarise
 from benchmarks.tables import aligned
 
 
@@ -21,7 +21,7 @@ def figure_of(members: Sequence[dict[str, Any]]) -> str:
 
 def level_of(config: dict[str, Any], members: Sequence[dict[str, Any]]) -> float | None:
     """The average of the dataset's own episodes in the unit of `figure_of`; None where there is none."""
-    return config["dataset_returns"].get("score_mean" if figure_of(members) == "score" else "mean")
+    return config.get("dataset_returns", {}).get("score_mean" if figure_of(members) == "score" else "mean")
 
 
 def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:
@@ -67,7 +67,7 @@ def tuning(members: Sequence[dict[str, Any]]) -> str:
 def table(final: dict[str, Any], level: float | None) -> str:
     """The last evaluation in text: members, or a grid's settings from best to worst, and the data's own `level`."""
     members, figure = final["members"], figure_of(final["members"])
-    whole = final["aggregate"][figure]
+    whole = (final if "aggregate" in final else summarise(members))["aggregate"][figure]
     rows = [[f"seed {m['seed']}", m[f"{figure}_mean"], None, None] for m in members]
     rows += [["interquartile mean", whole["iqm"], whole["ci_low"], whole["ci_high"]]] if len(members) > 1 else []
     heads = ["", f"final {figure}", "from", "to"]

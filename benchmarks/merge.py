@@ -37,6 +37,11 @@ def merge(run_dir: Path) -> list[str]:
 
     UsageError for parts that are not of one run.
     """
+    with lock(run_dir / ".merge.lock", f"another process is merging {run_dir}"):  # then this one takes what it left out
+        return _merge(run_dir)
+
+
+def _merge(run_dir: Path) -> list[str]:
     parts = dict(sorted(parts_of(run_dir).items()))
     configs = {part: read_json(path / "config.json") for part, path in parts.items()}
     first = next(iter(configs))
@@ -52,18 +57,17 @@ def merge(run_dir: Path) -> list[str]:
                 f"{parts[part]} has {name} {ours[name]} and {parts[first]} {theirs.get(name)}: not one run"
             )
     finished = {part: read_json(path / "final.json") for part, path in parts.items() if (path / "final.json").exists()}
-    with lock(run_dir / ".merge.lock", f"another process is merging {run_dir}"):
-        for name in ORDER:
-            _merge_table(run_dir / name, [path / name for path in parts.values()])
-        config = configs[first] | {"run_dir": str(run_dir), "members": _members(configs.values())}
-        config["flags"] = config["flags"] | {"shard": ""}
-        config["git_commit"] = "; ".join(dict.fromkeys(str(one["git_commit"]) for one in configs.values()))
-        config["git_dirty"] = any(one["git_dirty"] for one in configs.values())
-        write_json(run_dir / "config.json", config)
-        if finished:
-            write_json(run_dir / "final.json", _final(list(finished.values())))
-        else:
-            (run_dir / "final.json").unlink(missing_ok=True)
+    for name in ORDER:
+        _merge_table(run_dir / name, [path / name for path in parts.values()])
+    config = configs[first] | {"run_dir": str(run_dir), "members": _members(configs.values())}
+    config["flags"] = config["flags"] | {"shard": ""}
+    config["git_commit"] = "; ".join(dict.fromkeys(str(one.get("git_commit")) for one in configs.values()))
+    config["git_dirty"] = any(one.get("git_dirty") for one in configs.values())
+    write_json(run_dir / "config.json", config)
+    if finished:
+        write_json(run_dir / "final.json", _final(list(finished.values())))
+    else:
+        (run_dir / "final.json").unlink(missing_ok=True)
     missing = {part: "has not begun" if part not in parts else "has not finished" for part in range(total)}
     return [f"part {part} of {total} {what}" for part, what in missing.items() if part not in finished]
 

@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.cli import RunArgs, one_line
+from common.report import read_json, write_json
 
 OWN = ("phase", "step", "member", "seed")  # columns of the tables that say whose a row is
 
@@ -15,6 +17,7 @@ OWN = ("phase", "step", "member", "seed")  # columns of the tables that say whos
 class Tracker:
     """Opens the runs of the members of `config`, the record of the run, by their `names` in a group `label`.
 
+    A run that is resumed goes on with those that wandb.json in its directory names; the parts of --shard share a group.
     Whatever goes wrong in wandb is reported once and tracking is switched off: it never stops training.
     """
 
@@ -26,6 +29,11 @@ class Tracker:
         configs = [config | member["hyperparameters"] | member for member in members]
         if self.swept:
             configs, names = configs[:1], [label]
+        kept, ids = Path(config["run_dir"]) / "wandb.json", {}
+        if args.resume and kept.exists() and not self.swept:
+            ids, label = (record := read_json(kept))["ids"], record["group"]
+        elif args.shard:
+            label = str(Path(config["run_dir"]).parent)
 
         def open_run(i: int, config: dict[str, Any]) -> None:
             import wandb
@@ -34,10 +42,14 @@ class Tracker:
             settings = wandb.Settings(silent=True, init_timeout=30)
             about = {"name": names[i], "job_type": algorithm, "tags": [algorithm, args.preset]}
             how = {"dir": config["run_dir"], "reinit": "create_new", "settings": settings}
-            run = wandb.init(**place, **about, config=config, **how)
-            self.runs.append(run)
+            again = {"id": ids[str(i)], "resume": "allow"} if str(i) in ids else {}
+            self.runs.append(wandb.init(**place, **about, config=config, **how, **again))
+
+        def remember(_: int, runs: list[Any]) -> None:
+            write_json(kept, {"group": label, "ids": {str(i): run.id for i, run in enumerate(runs)}})
 
         self._each(open_run, configs)
+        self._each(remember, [] if self.swept else [self.runs])
 
     def _each(self, action: Callable[[int, Any], None], items: Sequence[Any]) -> None:
         try:

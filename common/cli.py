@@ -86,7 +86,7 @@ class RunArgs:
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
     grid: str = ""  # Hyperparameter values to combine with each other and every seed: "discount=0.98,0.99 polyak=1".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
-    num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, the data give --env and transforms.
+    num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, and with --env no data are read.
     online_steps: int = 0  # Environment steps of fine-tuning after that, an update each (AWR: in iterations); 0: none.
     random_steps: int = 5_000  # With --num-updates 0, the first steps: uniform actions, no updates (CleanRL; not AWR).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
@@ -124,6 +124,8 @@ class RunArgs:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:
             raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
+        if not self.num_updates and 0 < self.online_steps <= self.random_steps:
+            raise UsageError(f"--online-steps {self.online_steps}: not above --random-steps, nothing would be trained")
         if (self.resume or self.shard) and not self.run_dir:
             raise UsageError(f"{'--resume True' if self.resume else '--shard'} needs --run-dir, the run's directory")
 
@@ -170,8 +172,11 @@ def env_name(env_id: str) -> str:
 
 
 def preset_name(dataset: str, env: str | None) -> str:
-    """The family that the environment's or the dataset's name (of a file, its own) stands for, or `none`."""
+    """The family that the environment's, or else the dataset's name (of a file, its own) stands for, or `none`."""
     is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
+    if is_file and not env:
+        with suppress(Exception), np.load(Path(dataset).expanduser(), allow_pickle=False) as file:  # `load` says what
+            env = str(file["env"])
     names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
     found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
     return next(found, "none")
@@ -210,7 +215,7 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
             print(out.getvalue().rstrip(), f"\npresets; the defaults above are those of: {preset}", *listed, sep="\n")
-            print(f"\n--grid sweeps any of the \"hp options\": {', '.join(plain.hp._fields)}")
+            print(f'\n--grid sweeps any of the "hp options": {", ".join(plain.hp._fields)}')
             raise
         # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
         parts = re.split(r"[╭╮╰╯─]{2,}|-{5,}", (err.getvalue() + out.getvalue()).replace("│", " "))

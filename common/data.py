@@ -113,14 +113,18 @@ def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndar
 def load_npz(path: str, env: str | None) -> Dataset:
     """Read an .npz: the arrays of `Transitions` by their names, and perhaps a text `env`.
 
-    Without `truncations`, an episode that ended by a time limit is joined to the next one.
+    Without `truncations`, an episode was cut where the next observation is not that of the following row.
     """
     if not Path(path).is_file():
         raise UsageError(f"there is no file {path}")
     arrays = read_npz(path)
-    arrays.setdefault("truncations", np.zeros(np.shape(arrays.get("rewards")), np.float32))
-    if missing := [name for name in Transitions._fields if name not in arrays]:
+    if missing := [name for name in Transitions._fields[:-1] if name not in arrays]:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}")
     env = env or (str(arrays["env"]) if "env" in arrays else None)
     bounds = bounds_of(env, arrays["actions"])
-    return Dataset(path, check(path, arrays, *bounds), env, *bounds)
+    found = check(path, {"truncations": np.zeros(arrays["rewards"].shape)} | arrays, *bounds)
+    if "truncations" not in arrays:
+        cut = (found.successors != np.arange(1, len(found.rewards) + 1)) & (found.terminations == 0)
+        found = found._replace(truncations=cut.astype(np.float32))
+        print(f"{path} has no truncations: {cut.sum()} found, where rows do not follow each other", file=sys.stderr)
+    return Dataset(path, found, env, *bounds)

@@ -100,6 +100,8 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
     1000 / (largest - smallest episode return) (IQL, section 5.2). UsageError where all returns are the same.
     """
     obs_dim, scale = transitions.observations.shape[-1], args.reward_scale
+    if not len(transitions.rewards) and (args.normalize_observations or args.normalize_returns):
+        print("no data are read: neither observations nor rewards are normalised by them", file=sys.stderr)
     mean, std = np.zeros(obs_dim, np.float32), np.ones(obs_dim, np.float32)
     if args.normalize_observations and len(transitions.rewards):
         mean = transitions.observations.mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -30,9 +30,10 @@ LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.
 STRETCH = 100  # and between looks at signals and divergence
 # Flags that may differ between the run that wrote a checkpoint and the one that resumes it: whatever does not touch the
 # training's course, and the lengths of the phases until the online phase has begun.
-FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "max_episode_steps", "checkpoint_every", "run_dir"}
-FREE |= {"keep_best", "resume", "quiet", "preset", "track", "wandb_project", "wandb_group", "wandb_entity"}
-LENGTHS = {"num_updates", "online_steps"}
+FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "run_dir", "resume", "quiet"}
+FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity"}
+LENGTHS = {"num_updates", "online_steps", "max_episode_steps"}
+TABLES = ("metrics.csv", "pretraining.csv", "evaluations.csv", "returns.csv")
 
 
 class Run:
@@ -50,6 +51,8 @@ class Run:
         self.label = f"{name} {slug} {now}"
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
         self.path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
+        if (path / "checkpoint").exists() if args.shard else any(path.glob("part-*")):
+            raise UsageError(f"{path} holds a run {'without' if args.shard else 'with'} --shard; use another --run-dir")
         self.lock = claim(self.path, args.resume)
         self.checkpoint = self.path / "checkpoint" / "state.npz"
         self.alive = (np.arange(len(members.seeds)) < members.count).astype(np.int32)
@@ -109,8 +112,9 @@ class Run:
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
             trees = self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
-        for file in self.path.glob("*.csv"):  # rows written after the checkpoint are written again
-            os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
+        for name in TABLES:  # rows written after the checkpoint are written again
+            if (file := self.path / name).exists():
+                os.truncate(file, min(file.stat().st_size, theirs["tables"].get(name, 0)))
         hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)
         members = [self.members.who(i) | {"swept": x, "hyperparameters": hp | x} for i, x in swept]
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
@@ -144,7 +148,7 @@ class Run:
         if self.saved != self.done:
             about = {"identity": self._identity(), "flags": self.flags, "done": self.done, "diverged": self.diverged}
             about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
-            about |= {"tables": {file.name: file.stat().st_size for file in self.path.glob("*.csv")}}
+            about |= {"tables": {x: (self.path / x).stat().st_size for x in TABLES if (self.path / x).exists()}}
             save_tree(self.checkpoint, self._kept(trees), about | {"seconds": time.time() - self.started})
             self.saved = dict(self.done)
 

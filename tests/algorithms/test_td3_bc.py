@@ -15,6 +15,7 @@ from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, ran
 
 from algorithms import td3_bc
 from common import replay
+from common.cli import UsageError
 from common.replay import Replay, Transitions
 
 ARGS = td3_bc.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, online_steps=10)
@@ -664,3 +665,11 @@ def test_critics_on_a_tabular_mdp_evaluate_the_target_policy() -> None:
         critic = double(state.critic["params"]["VmapMLP_0"], k)
         q = numpy_mlp(critic, np.hstack([batch.observations, batch.actions])[:20])[0]
         np.testing.assert_allclose(q[:, 0], exact, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["online_bc_weight", "exploration_noise"])
+def test_what_only_the_online_phase_uses_is_swept_with_one_alone(name: str) -> None:
+    swept = replace(ARGS, grid=f"{name}=0,0.5")
+    swept.validate()
+    with pytest.raises(UsageError, match=f"{name} has no effect with --online-steps 0"):
+        replace(swept, online_steps=0).validate()

@@ -137,11 +137,18 @@ def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path,
     [
         ({"variants": ("", "wide:--hidden-dim 16")}, "--hidden-dim makes another program"),
         ({"variants": ("", "")}, "more than one run would be called"),
+        ({"extra": "--keep-best True"}, "--keep-best is for the algorithm's own script"),
+        ({"extra": "--online-steps 5"}, "--online-steps is for the algorithm's own script"),
     ],
 )
 def test_what_is_no_single_population_is_refused(tmp_path, sets, changes, words):
     with pytest.raises(UsageError, match=words):
         at_once.plan("iql", arguments(tmp_path, sets, "iql", **changes))
+
+
+def test_what_cannot_be_trained_from_outside_is_refused(tmp_path, sets):
+    with pytest.raises(UsageError, match="no `train`"):
+        at_once.plan("bcq", arguments(tmp_path, sets, "iql", algorithms=("bcq",)))
 
 
 def test_datasets_of_other_sizes_are_refused(tmp_path, sets):

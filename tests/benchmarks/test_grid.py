@@ -134,6 +134,13 @@ def test_returns_are_drawn_where_there_is_no_score(tmp_path: Path, monkeypatch: 
     assert line.get_xydata().tolist() == [[0.5, 75.0], [1.0, 600.0]]
 
 
+def test_the_run_of_a_copy_without_benchmarks_has_its_table_too() -> None:
+    """Its final.json has no means over the members, its config.json nothing of the dataset's returns."""
+    members = [entry({}, seed, 10.0 * seed) for seed in (1, 2)]
+    whole = {"members": members} | summarise(members)
+    assert grid.table({"members": members}, grid.level_of({}, members)) == grid.table(whole, None)
+
+
 def test_settings_are_ranked_by_the_seeds_that_are_left() -> None:
     header, *rows = [line.split() for line in grid.ranking(MEMBERS).splitlines()]
     assert header == ["setting", "score", "from", "to", "seeds", "diverged"]

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def test_what_is_missing_is_said_and_the_rest_is_merged(tmp_path: Path, capsys: 
     assert err.endswith("part 1 of 2 has not finished\n") and err.count("\n") == 1
     assert "seed 0" in out and "seed 1" not in out
     assert {row["member"] for row in rows_of(tmp_path / "a" / "evaluations.csv")} == {"0", "1"}
+
+
+def test_a_merge_that_waited_takes_what_ended_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def lock(path: Path, held: str) -> Iterator[None]:
+        write_part(tmp_path, 1, {1: 2.0})  # while this one waits for the lock
+        yield
+
+    monkeypatch.setattr(merge, "lock", lock)
+    write_part(tmp_path, 0, {0: 1.0})
+    assert merge.merge(tmp_path) == []
+    assert len(json.loads((tmp_path / "final.json").read_text())["members"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from common.cli import RunArgs
 
 class FakeRun:
     def __init__(self, options: dict[str, Any], broken: str) -> None:
-        self.options, self.broken = options, broken
+        self.options, self.broken, self.id = options, broken, options.get("id", f"id-{options['name']}")
         self.logged: list[tuple[int, dict]] = []
         self.exit_code: int | None = None
         self.summary = self
@@ -159,6 +159,22 @@ def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves
     (logged,) = [(step, row) for step, row in run.logged if "final_score_iqm" in row]
     assert logged == (20, run.final)
     assert run.exit_code == 0
+
+
+def test_a_resumed_run_goes_on_in_wandb_and_parts_share_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb, names = fake(monkeypatch), ["first", "second"]
+    Tracker(RunArgs(), config_of(tmp_path / "run"), names, "label 1")
+    Tracker(RunArgs(resume=True), config_of(tmp_path / "run"), names, "label 2")
+    begun, resumed = wandb.runs[:2], wandb.runs[2:]
+    assert [run.id for run in resumed] == [run.id for run in begun] == ["id-first", "id-second"]
+    assert all("id" not in run.options for run in begun)
+    assert {run.options["resume"] for run in resumed} == {"allow"}
+    assert {run.options["group"] for run in wandb.runs} == {"label 1"}
+    for part in (0, 1):
+        Tracker(RunArgs(shard=f"{part}/2"), config_of(tmp_path / "parts" / f"part-{part}"), names, f"label {part}")
+    assert {run.options["group"] for run in wandb.runs[4:]} == {str(tmp_path / "parts")}
 
 
 @pytest.fixture

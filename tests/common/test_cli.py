@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -121,6 +123,14 @@ def test_presets_match_whole_names(dataset: str, env: str | None, expected: str)
     assert preset_name(dataset, env) == expected
 
 
+def test_the_preset_of_a_file_is_that_of_the_environment_named_in_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", env=np.array("Walker2d-v5"), rewards=np.zeros(3))
+    np.savez(tmp_path / "hopper.npz", env=np.array({}, object))  # pickled: not looked into
+    assert preset_name(str(tmp_path / "mine.npz"), None) == "locomotion"
+    assert preset_name(str(tmp_path / "mine.npz"), "AdroitHandPen-v1") == "adroit"
+    assert preset_name(str(tmp_path / "hopper.npz"), None) == "locomotion"
+
+
 def test_unknown_presets_are_refused() -> None:
     with pytest.raises(UsageError, match="choose from auto, none"):
         chosen("--preset", "nonsense")
@@ -134,6 +144,7 @@ def test_unknown_presets_are_refused() -> None:
         (["--num-updates", "-5"], "--num-updates -5"),
         (["--num-updates", "0"], "nothing to do"),
         (["--online-steps", "-1"], "--online-steps -1"),
+        (["--num-updates", "0", "--online-steps", "5000"], "--random-steps"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--eval-every", "-1"], "--eval-every -1"),
         (["--eval-episodes", "0"], "--eval-episodes 0"),

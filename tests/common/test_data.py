@@ -279,11 +279,19 @@ def test_without_the_dataset_an_environment_is_enough() -> None:
     assert dataset.describe()["transitions"] == 0
 
 
-def test_npz_without_truncations(tmp_path: Path) -> None:
-    arrays = good_npz()
-    del arrays["truncations"]
+def test_npz_without_truncations_is_cut_where_rows_do_not_follow_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that returns are those of episodes; the last row, without an end, is cut as well."""
+    x = np.arange(18.0).reshape(6, 3)
+    arrays = {name: array[:1].repeat(5, axis=0) for name, array in good_npz().items() if name != "truncations"}
+    arrays |= {"observations": x[:5].copy(), "next_observations": x[1:].copy(), "terminations": np.zeros(5)}
+    arrays["terminations"][1] = 1
+    arrays["next_observations"][[1, 3]] = -1  # a terminal state, and the last of a cut episode
     np.savez(tmp_path / "mine.npz", **arrays)
-    assert load(str(tmp_path / "mine.npz"), "Any32-v0").transitions.truncations.tolist() == [0] * 5
+    transitions = load(str(tmp_path / "mine.npz"), "Any32-v0").transitions
+    assert transitions.truncations.tolist() == [0, 0, 0, 1, 1] and transitions.truncations.dtype == np.float32
+    assert "no truncations: 2 found" in capsys.readouterr().err
 
 
 def test_npz_actions_are_rescaled_from_the_environment(tmp_path: Path) -> None:

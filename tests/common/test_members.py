@@ -129,6 +129,16 @@ def test_members_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\n" not in str(caught.value) and "about 1 " in str(caught.value)
 
 
+def test_the_cores_of_a_cpu_share_one_copy_of_the_data() -> None:
+    population = members.make_members(iql.Args(num_seeds=2))
+    data = np.arange(3000, dtype=np.float32).reshape(1000, 3)[1:]  # wherever it begins
+    placed = population.replicate({"x": data, "flag": np.ones(7, bool)})
+    for x in placed.values():
+        assert len({shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}) == 1
+        assert len(x.addressable_shards) == 2
+    np.testing.assert_array_equal(placed["x"], data)
+
+
 # repeat
 
 

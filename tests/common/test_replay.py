@@ -182,6 +182,16 @@ def two_episodes() -> Transitions:
     )
 
 
+def test_without_rows_what_they_would_normalise_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """As online from scratch, with a preset that normalises."""
+    none = jax.tree.map(lambda x: x[:0], two_episodes())
+    assert fit(none, True, True, 2.0, 1.0).reward_scale == 2.0
+    assert capsys.readouterr().err.count("no data are read") == 1
+    fit(none, False, False, 1.0, 0.0)
+    fit(two_episodes(), True, False, 1.0, 0.0)
+    assert capsys.readouterr().err == ""
+
+
 def test_recorded_rows_are_those_that_were_given_with_states_stored_once() -> None:
     rng = np.random.default_rng(0)
     states = rng.normal(size=(21, 2)).astype(np.float32)

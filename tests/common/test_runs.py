@@ -444,6 +444,25 @@ def test_the_best_policy_of_each_member_is_kept_beside_the_last(
     assert not any("ring" in name for name in best)
 
 
+def test_what_is_no_table_of_the_run_is_left_alone(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    flags = [*small_run, "--num-updates", "10", "--eval-every", "0", "--run-dir", tmp_path]
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert iql(*flags).status == 0
+    assert iql(*flags, "--resume", "True").status == 0
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize(("first", "then", "word"), [("", "0/2", "without"), ("0/2", "", "with")])
+def test_a_whole_run_and_parts_do_not_share_a_directory(tmp_path: Path, first: str, then: str, word: str) -> None:
+    args = Args(run_dir=str(tmp_path / "run"), num_seeds=2, shard=first)
+    begun = Run("iql", args, members.make_members(args))
+    report.save_tree(begun.checkpoint, {}, {})
+    begun.lock.close()
+    args = Args(run_dir=str(tmp_path / "run"), num_seeds=2, shard=then, resume=True)
+    with pytest.raises(UsageError, match=f"holds a run {word} --shard"):
+        Run("iql", args, members.make_members(args))
+
+
 def test_a_policy_that_is_not_there_is_one_line(finished: Path, tmp_path: Path) -> None:
     for call, words in (
         (lambda: report.load_policy(tmp_path), "config.json"),
@@ -468,6 +487,19 @@ def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         report.load_policy(run)
+
+
+def test_a_policy_transforms_in_float32_as_its_run_did_and_takes_new_flags_at_their_defaults(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    mean, std = np.float32(np.linspace(-1, 1, 11) / 3), np.float32(np.linspace(0.1, 2, 11) / 7)
+    config["transform"] |= {"observation_mean": mean.tolist(), "observation_std": std.tolist()}
+    del config["flags"]["dropout"]
+    (run / "config.json").write_text(json.dumps(config))
+    raw = np.random.default_rng(0).normal(size=(50, 11)).astype(np.float32)
+    np.testing.assert_array_equal(report.load_policy(run)(raw), report.load_policy(finished)((raw - mean) / std))
 
 
 # Divergence
@@ -531,6 +563,8 @@ def test_once_the_online_phase_has_begun_lengths_are_fixed(tmp_path: Path, small
     flags = [*small_run, "--num-updates", "10", "--eval-every", "0", "--run-dir", tmp_path / "run"]
     assert iql(*flags, "--online-steps", "5").status == 0
     assert_refused(iql(*flags, "--online-steps", "9", "--resume", "True"), "--online-steps", "5")
+    shorter = ["--online-steps", "5", "--max-episode-steps", "3"]
+    assert_refused(iql(*flags, *shorter, "--resume", "True"), "--max-episode-steps 0", "3")
 
 
 # Bad input
@@ -622,6 +656,7 @@ def test_a_run_directory_is_not_overwritten(small_run: list[str], iql: Any, take
     ("flags", "word"),
     [
         (["--seed", "3"], "--seed"),
+        (["--keep-best", "True"], "--keep-best"),
         pytest.param(["--beta", "5"], "--beta", marks=pytest.mark.slow),
         (["--batch-size", "32"], "--batch-size"),
         pytest.param(["--hidden-dim", "16"], "--hidden-dim", marks=pytest.mark.slow),
