@@ -60,9 +60,8 @@ def arguments(tmp_path, sets, algorithm, **changes):
     return at_once.Args(name="both", **fields | folders | changes)
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["iql", *(pytest.param(name, marks=pytest.mark.slow) for name in ("awr", "emaq"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["iql", "awr", "emaq"])
 def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, script, algorithm):
     jobs, settings, steps = at_once.plan(algorithm, arguments(tmp_path, sets, algorithm))
     assert len(jobs) == 2 * len(VARIANTS[algorithm]) and steps == [10, 20]

@@ -36,6 +36,7 @@ def twin(monkeypatch):
     monkeypatch.setitem(parity.CASES, ("CORL", "td3_bc"), parity.Case({}, (), ("epsilon",)))
 
 
+@pytest.mark.slow
 def test_a_change_that_is_the_difference_leaves_none(twin):
     left, none = parity.trial(SIDE, 8, "float32")
     assert (left["differing"], none["differing"]) == ("epsilon", "nothing")

@@ -156,6 +156,7 @@ def counter(monkeypatch):
 # Figures
 
 
+@pytest.mark.slow
 def test_with_one_value_iql_differs_by_what_the_step_of_v_changes():
     """The same values for the policy and the critics where V stands still; else V alone has the same step."""
     module = peer_sides.changed("iql", peer_sides.ONE_VALUE)

@@ -374,9 +374,11 @@ def test_without_a_checkpoint_the_tables_start_anew(tmp_path: Path, small_run: l
     before = snapshot(run)
     assert_refused(iql(*short, "--run-dir", run), "--resume True", str(run))
     assert snapshot(run) == before, "results without a checkpoint are not overwritten unasked"
+    (run / "mine.csv").write_text("a,b\n1,2\n")
     for directory in (run, fresh):
         assert iql(*short, "--run-dir", directory, "--resume", "True").status == 0
     assert_same_tables(run, fresh)
+    assert (run / "mine.csv").read_text() == "a,b\n1,2\n", "no table of the run's"
 
 
 def test_a_full_disk_and_a_failing_evaluation_leave_a_checkpoint(
@@ -442,14 +444,6 @@ def test_the_best_policy_of_each_member_is_kept_beside_the_last(
     assert not np.array_equal(states[0], states[1]) and not np.array_equal(states[1], states[2])
     np.testing.assert_array_equal(kept, [states[1][0], states[0][1]])
     assert not any("ring" in name for name in best)
-
-
-def test_what_is_no_table_of_the_run_is_left_alone(tmp_path: Path, small_run: list[str], iql: Any) -> None:
-    flags = [*small_run, "--num-updates", "10", "--eval-every", "0", "--run-dir", tmp_path]
-    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
-    assert iql(*flags).status == 0
-    assert iql(*flags, "--resume", "True").status == 0
-    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
 
 
 @pytest.mark.parametrize(("first", "then", "word"), [("", "0/2", "without"), ("0/2", "", "with")])
@@ -656,7 +650,7 @@ def test_a_run_directory_is_not_overwritten(small_run: list[str], iql: Any, take
     ("flags", "word"),
     [
         (["--seed", "3"], "--seed"),
-        (["--keep-best", "True"], "--keep-best"),
+        pytest.param(["--keep-best", "True"], "--keep-best", marks=pytest.mark.slow),
         pytest.param(["--beta", "5"], "--beta", marks=pytest.mark.slow),
         (["--batch-size", "32"], "--batch-size"),
         pytest.param(["--hidden-dim", "16"], "--hidden-dim", marks=pytest.mark.slow),
