@@ -81,7 +81,8 @@ def snapshot(args: RunArgs, step: int) -> Path:
 
 def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any) -> None:
     """Fill the run directory of one dataset, or a part: evaluate the states after each of `steps` as they come."""
-    if multiprocessing.parent_process():  # training comes first
+    trainer = multiprocessing.parent_process()
+    if trainer:  # training comes first
         os.nice(10)
     started = time.time()
     script = script_of(algorithm)
@@ -108,7 +109,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
         for step in steps:
             file = snapshot(args, step)
             while not file.exists():
-                if multiprocessing.parent_process() and not multiprocessing.parent_process().is_alive():
+                if trainer and not trainer.is_alive():
                     sys.exit(1)  # killed, with what it had to hand over
                 time.sleep(0.1)
             with turns:

@@ -31,7 +31,8 @@ class Tracker:
             configs, names = configs[:1], [label]
         kept, ids = Path(config["run_dir"]) / "wandb.json", {}
         if args.resume and kept.exists() and not self.swept:
-            ids, label = (record := read_json(kept))["ids"], record["group"]
+            record = read_json(kept)
+            ids, label = record["ids"], record["group"]
         elif args.shard:
             label = str(Path(config["run_dir"]).parent)
 

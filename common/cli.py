@@ -88,7 +88,7 @@ class RunArgs:
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
     num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, and with --env no data are read.
     online_steps: int = 0  # Environment steps of fine-tuning after that, an update each (AWR: in iterations); 0: none.
-    random_steps: int = 5_000  # With --num-updates 0, the first steps: uniform actions, no updates (CleanRL; not AWR).
+    random_steps: int = 5_000  # With --num-updates 0, the first steps: uniform actions, no updates (CleanRL's SAC).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
@@ -174,7 +174,7 @@ def env_name(env_id: str) -> str:
 def preset_name(dataset: str, env: str | None) -> str:
     """The family that the environment's, or else the dataset's name (of a file, its own) stands for, or `none`."""
     is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
-    if is_file and not env:
+    if Path(dataset).suffix.lower() == ".npz" and not env:
         with suppress(Exception), np.load(Path(dataset).expanduser(), allow_pickle=False) as file:  # `load` says what
             env = str(file["env"])
     names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))

@@ -94,7 +94,8 @@ class Members:
             copy[...] = x
             return copy
 
-        return jax.device_put(jax.tree.map(aligned, tree), NamedSharding(self.mesh, P()))
+        tree = jax.tree.map(aligned, tree) if self.mesh.devices.flat[0].platform == "cpu" else tree
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def memory(self) -> int:
         """Bytes that all devices together have free; on a CPU, those that the machine or its container has."""

@@ -112,9 +112,8 @@ class Run:
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
             trees = self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
-        for name in TABLES:  # rows written after the checkpoint are written again
-            if (file := self.path / name).exists():
-                os.truncate(file, min(file.stat().st_size, theirs["tables"].get(name, 0)))
+        for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
+            os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
         hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)
         members = [self.members.who(i) | {"swept": x, "hyperparameters": hp | x} for i, x in swept]
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
