@@ -168,15 +168,16 @@ class Population:
 
     def __init__(self, algorithm: str, settings: list[RunArgs]) -> None:
         self.script, self.args, self.settings = script_of(algorithm), settings[0], settings
-        transitions, states, self.members = [], [], [make_members(one) for one in settings]
+        self.members, transitions = [make_members(one) for one in settings], []
         read = cache(load)  # variants share it
-        for members, args in zip(self.members, settings, strict=True):
+        for args in settings:
             dataset = read(args.dataset, args.env)
             transitions.append(fit_transform(dataset.transitions, args).transitions(dataset.transitions))
-            sizes = {"obs_dim": transitions[-1].states.shape[1], "action_dim": len(dataset.low)}
-            states.append(members.start(partial(self.script.init, args=self.args, **sizes)))
+        data = stack(transitions)
+        init = partial(self.script.init, obs_dim=data.states.shape[2], action_dim=data.actions.shape[2], args=self.args)
+        states = [members.start(init) for members in self.members]
         self.device = jax.local_devices()[0]
-        self.data = jax.device_put(stack(transitions), self.device)
+        self.data = jax.device_put(data, self.device)
         hp = jax.tree.map(lambda *x: np.stack(x), *(members.hp for members in self.members))
         self.hp, self.state = jax.device_put((hp, jax.tree.map(lambda *x: jnp.stack(x), *states)), self.device)
         self.rows, self.pool, self.drawn = self.data.rewards.shape[1], None, -1

@@ -1066,6 +1066,7 @@ def test_a_member_online_is_that_member_alone(tmp_path: Path, small_run: list[st
     assert_close(rows.rewards, theirs[1].rewards, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_there_is_an_episode_before_the_first_update(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:

@@ -123,11 +123,10 @@ def same_episodes(a: list[offax_sets.Episode], b: list[offax_sets.Episode]) -> b
 
 def test_episodes_do_not_depend_on_the_number_of_processes() -> None:
     layers = [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
-    collect = partial(offax_sets.collect, "Hopper-v5", layers, 700, [5, 6], num_envs=3)
+    collect = partial(offax_sets.collect, "Hopper-v5", layers, 300, [5, 6], num_envs=3)
     alone = collect()
-    for processes in (2, 3):
-        with offax_sets.process_map(processes) as run:
-            assert run is not map and same_episodes(collect(run=run), alone)
+    with offax_sets.process_map(2) as run:
+        assert run is not map and same_episodes(collect(run=run), alone)
     assert not same_episodes(alone, offax_sets.collect("Hopper-v5", layers, 700, [5, 7]))
 
 
