@@ -21,8 +21,10 @@ batches have 128 transitions before the online phase, and it collects and update
 clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
 such rewards never exceed; with positive rewards it would erase them. `--least-reward r` (ours) keeps them at or above
 r / (1 - discount), what a reward of r for ever is worth, below which the minimum of Q-functions drags Q; r is of the
-rewards after `--reward-scale` and `--reward-shift`. `--actor-average` (ours) is for tasks where a policy succeeds or
-fails by little, so that successive ones differ much.
+rewards after `--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations of a task where a policy
+succeeds or fails by little: `--actor-average` acts by a mean of successive policies, which there differ much, and
+`--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
+arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
@@ -70,6 +72,8 @@ class Hyperparameters(NamedTuple):
     actor_weight_decay: NonNegative = 0.0
     # Share of the policy that moves at every update into the average that acts; 1: the policy itself acts (ours).
     actor_average: Share = 1.0
+    # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
+    observation_noise: NonNegative = 0.0
 
 
 @dataclass(frozen=True)
@@ -258,8 +262,11 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     q = critic.apply(critic_params, batch.observations, jnp.concatenate([own_actions, batch.actions[None]])).min(axis=0)
     advantages = q[-1] - q[:-1].mean(axis=0)
 
+    spread = hp.observation_noise * batch.observations.std(axis=0)
+    noise = spread * jax.random.normal(jax.random.fold_in(value_key, 1), batch.observations.shape)
+
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        mean, log_std = actor.apply(params, batch.observations)
+        mean, log_std = actor.apply(params, batch.observations + noise)
         return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), advantages, hp, args)
 
     grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)

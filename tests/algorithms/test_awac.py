@@ -450,6 +450,18 @@ def test_the_average_that_acts_moves_by_its_share_and_is_the_policy_with_all() -
         assert trees_equal(new.average_actor, new.actor) == (share == 1.0)
 
 
+def test_noise_on_the_states_reaches_the_policys_likelihood_alone() -> None:
+    """In standard deviations of the minibatch: a dimension that never changes stays as it is."""
+    state, batch = fresh(), random_batch()
+    plain, info = update(state, batch, HP, ARGS)
+    noisy, blurred = update(state, batch, HP._replace(observation_noise=0.5), ARGS)
+    assert trees_equal(noisy.critic, plain.critic) and not trees_equal(noisy.actor, plain.actor)
+    assert info["actor/advantage_mean"] == blurred["actor/advantage_mean"]
+    still = batch._replace(observations=np.full_like(batch.observations, 0.5))
+    pair = [update(state, still, HP._replace(observation_noise=noise), ARGS)[0] for noise in (0.0, 0.5)]
+    assert trees_equal(*pair)
+
+
 def test_losses_do_not_broadcast() -> None:
     with pytest.raises(AssertionError):
         awac.critic_loss(jnp.zeros((2, 4)), jnp.zeros((4, 1)))
