@@ -173,8 +173,8 @@ def env_name(env_id: str) -> str:
 
 def preset_name(dataset: str, env: str | None) -> str:
     """The family that the environment's, or else the dataset's name (of a file, its own) stands for, or `none`."""
-    is_file = Path(dataset).suffix.lower() in (".npz", ".hdf5", ".h5")
-    if Path(dataset).suffix.lower() == ".npz" and not env:
+    is_file = (suffix := Path(dataset).suffix.lower()) in (".npz", ".hdf5", ".h5")
+    if suffix == ".npz" and not env:
         with suppress(Exception), np.load(Path(dataset).expanduser(), allow_pickle=False) as file:  # `load` says what
             env = str(file["env"])
     names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
