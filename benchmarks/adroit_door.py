@@ -70,7 +70,7 @@ from common.cli import UsageError, exit_status, one_line
 from common.data import Dataset
 from common.environments import make_environment
 from common.replay import Replay, Transform, Transitions, fit_transform, record
-from common.report import read_json, write_atomically, write_json
+from common.report import read_json, read_npz, write_atomically, write_json
 
 OBS_DIM, ACTION_DIM = 39, 28
 DOOR_ANGLE = 28
@@ -150,27 +150,16 @@ for name, options in {
 # The demonstrations
 
 
-def read_npz(path: str, names: Sequence[str]) -> list[np.ndarray]:
-    """Arrays of a file, none of them a scalar; UsageError, in one line, for a file that has not all of them."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: np.atleast_1d(file[name]) for name in file.files if name in names}
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except Exception as error:  # a flipped byte may surface as nearly anything, down in zipfile or numpy
-        raise UsageError(f"{path} is damaged or is no .npz ({one_line(error)})") from None
-    if missing := [name for name in names if name not in found]:
-        raise UsageError(f"{path} has no array {missing[0]}")
-    return [found[name] for name in names]
-
-
 def read_demonstrations(source: str) -> list[Episode]:
     """Each demonstration, its actions as recorded.
 
     UsageError, in one line, for a `source` (see `Prepare.demonstrations`) that is neither a Minari id nor such a file.
     """
     if source.endswith(".npz"):
-        lengths, observations, actions = read_npz(source, ("lengths", "replay_observations", "actions"))
+        arrays, names = read_npz(source), ("lengths", "replay_observations", "actions")
+        if missing := [name for name in names if name not in arrays]:
+            raise UsageError(f"{source} has no array {missing[0]}")
+        lengths, observations, actions = (np.atleast_1d(arrays[name]) for name in names)
         if (len(observations), len(actions)) != (lengths.sum() + len(lengths), lengths.sum()):
             raise UsageError(f"{source}: its lengths are not those of its actions and observations")
         ends = np.cumsum(lengths.astype(int))

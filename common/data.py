@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,8 +114,6 @@ def load_npz(path: str, env: str | None) -> Dataset:
 
     Without `truncations`, an episode was cut where the next observation is not that of the following row.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"there is no file {path}")
     arrays = read_npz(path)
     if missing := [name for name in Transitions._fields[:-1] if name not in arrays]:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}")

@@ -89,6 +89,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}  # reading a member verifies its CRC
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
     except Exception as error:  # a flipped byte may surface as nearly anything, down in zipfile or numpy
         what = "holds pickled objects, which are never loaded," if "pickle" in str(error).lower() else "is damaged"
         raise UsageError(f"{path} {what} or is no .npz ({one_line(error)}); numpy.savez of arrays makes one") from None

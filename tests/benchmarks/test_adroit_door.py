@@ -192,7 +192,7 @@ def test_bad_demonstrations_are_one_line(tmp_path: Path) -> None:
         "absent.npz": "no file",
         "lengths.npz": "its lengths",
         "scalar.npz": "its lengths",
-        "text.npz": "damaged",
+        "text.npz": "is no .npz",
         "nan.npz": "demonstration 0 has NaN",
     }.items():
         with pytest.raises(UsageError, match=message):
