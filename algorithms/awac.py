@@ -72,8 +72,6 @@ class Hyperparameters(NamedTuple):
     actor_weight_decay: NonNegative = 0.0
     # Share of the policy that moves at every update into the average that acts; 1: the policy itself acts (ours).
     actor_average: Share = 1.0
-    # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
-    observation_noise: NonNegative = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,8 @@ class Args(RunArgs):
     nonpositive_targets: bool = False
     # Keep them at or above this / (1 - discount), where no reward is less; default: no bound (ours).
     least_reward: float | None = None
+    # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
+    observation_noise: NonNegative = 0.0
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (CORL, authors' code: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
     # Hidden layers of every network (CORL; paper, table 1: 4; authors' code: 2 for the Q-functions).
@@ -262,11 +262,13 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     q = critic.apply(critic_params, batch.observations, jnp.concatenate([own_actions, batch.actions[None]])).min(axis=0)
     advantages = q[-1] - q[:-1].mean(axis=0)
 
-    spread = hp.observation_noise * batch.observations.std(axis=0)
-    noise = spread * jax.random.normal(jax.random.fold_in(value_key, 1), batch.observations.shape)
+    observations = batch.observations
+    if args.observation_noise > 0.0:  # else XLA shares this pass through the policy with the one above
+        noise = jax.random.normal(jax.random.fold_in(value_key, 1), observations.shape)
+        observations = observations + args.observation_noise * observations.std(axis=0) * noise
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        mean, log_std = actor.apply(params, batch.observations + noise)
+        mean, log_std = actor.apply(params, observations)
         return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), advantages, hp, args)
 
     grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)

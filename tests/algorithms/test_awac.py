@@ -454,11 +454,11 @@ def test_noise_on_the_states_reaches_the_policys_likelihood_alone() -> None:
     """In standard deviations of the minibatch: a dimension that never changes stays as it is."""
     state, batch = fresh(), random_batch()
     plain, info = update(state, batch, HP, ARGS)
-    noisy, blurred = update(state, batch, HP._replace(observation_noise=0.5), ARGS)
+    noisy, blurred = update(state, batch, HP, replace(ARGS, observation_noise=0.5))
     assert trees_equal(noisy.critic, plain.critic) and not trees_equal(noisy.actor, plain.actor)
     assert info["actor/advantage_mean"] == blurred["actor/advantage_mean"]
     still = batch._replace(observations=np.full_like(batch.observations, 0.5))
-    pair = [update(state, still, HP._replace(observation_noise=noise), ARGS)[0].actor for noise in (0.0, 0.5)]
+    pair = [update(state, still, HP, replace(ARGS, observation_noise=x))[0].actor for x in (0.0, 0.5)]
     assert trees_equal(*pair)
 
 
