@@ -156,10 +156,9 @@ def read_demonstrations(source: str) -> list[Episode]:
     UsageError, in one line, for a `source` (see `Prepare.demonstrations`) that is neither a Minari id nor such a file.
     """
     if source.endswith(".npz"):
-        arrays, names = read_npz(source), ("lengths", "replay_observations", "actions")
-        if missing := [name for name in names if name not in arrays]:
-            raise UsageError(f"{source} has no array {missing[0]}")
-        lengths, observations, actions = (np.atleast_1d(arrays[name]) for name in names)
+        needed = ("lengths", "replay_observations", "actions")
+        arrays = read_npz(source, needed)
+        lengths, observations, actions = (np.atleast_1d(arrays[name]) for name in needed)
         if (len(observations), len(actions)) != (lengths.sum() + len(lengths), lengths.sum()):
             raise UsageError(f"{source}: its lengths are not those of its actions and observations")
         ends = np.cumsum(lengths.astype(int))

@@ -114,9 +114,7 @@ def load_npz(path: str, env: str | None) -> Dataset:
 
     Without `truncations`, an episode was cut where the next observation is not that of the following row.
     """
-    arrays = read_npz(path)
-    if missing := [name for name in Transitions._fields[:-1] if name not in arrays]:
-        raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}")
+    arrays = read_npz(path, needed=Transitions._fields[:-1])
     env = env or (str(arrays["env"]) if "env" in arrays else None)
     bounds = bounds_of(env, arrays["actions"])
     found = check(path, {"truncations": np.zeros(arrays["rewards"].shape)} | arrays, *bounds)

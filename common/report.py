@@ -84,16 +84,19 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write(text.getvalue())
 
 
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name; UsageError in one line where that fails."""
+def read_npz(path: str | Path, needed: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an .npz by name; UsageError in one line where that fails or one that is `needed` is not there."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}  # reading a member verifies its CRC
-    except FileNotFoundError:
+            found = {name: file[name] for name in file.files}  # reading a member verifies its CRC
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:  # a flipped byte may surface as nearly anything, down in zipfile or numpy
         what = "holds pickled objects, which are never loaded," if "pickle" in str(error).lower() else "is damaged"
         raise UsageError(f"{path} {what} or is no .npz ({one_line(error)}); numpy.savez of arrays makes one") from None
+    if missing := [name for name in needed if name not in found]:
+        raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(found)}")
+    return found
 
 
 def save_tree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:

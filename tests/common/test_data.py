@@ -342,6 +342,11 @@ def test_npz_that_names_its_environment(tmp_path: Path) -> None:
     assert "1.5 is not in [-1, 1]" in other, "--env comes first"
 
 
+def test_a_folder_is_no_npz(tmp_path: Path) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    assert "there is no file" in usage_error(str(tmp_path / "folder.npz"))
+
+
 def test_npz_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bad.npz"
     assert "there is no file" in usage_error(str(path))
