@@ -444,14 +444,16 @@ def plot(path: Path, protocol: str, cells: Sequence[report.Cell]) -> None:
 
     What has no online phase is a dashed line at its last policy's rate. Where a seed diverges the line ends in a cross.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    colors = colormaps["tab20" if len(cells) > 10 else "tab10"].colors
     labels = [textwrap.fill(cell.algorithm, 90) for cell in cells]
     lines = sum(label.count("\n") + 1 for label in labels)
     figure = Figure(figsize=(7.0, 4.0 + 0.2 * lines), layout="constrained")
     axes = figure.add_subplot()
     for number, cell in enumerate(cells):
-        color = f"C{number}"
+        color = colors[number % len(colors)]
         rates = success_rates(cell, "online")
         if not rates:
             last = np.mean(list(success_rates(cell, "offline").values())[-1])
