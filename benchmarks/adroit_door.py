@@ -62,6 +62,7 @@ import numpy as np
 import tyro
 
 from benchmarks import bc, offax_sets, report, suite
+from benchmarks.curves import line_style
 from benchmarks.offax_sets import Layers
 from benchmarks.provenance import provenance
 from benchmarks.sources import ensure
@@ -442,26 +443,25 @@ def show(rates: Sequence[float]) -> str:
 def plot(path: Path, protocol: str, cells: Sequence[report.Cell]) -> None:
     """Success rate against environment steps: mean over the seeds, and the lowest and highest as a band.
 
-    What has no online phase is a dashed line at its last policy's rate. Where a seed diverges the line ends in a cross.
+    What has no online phase is a dotted line at its last policy's rate. Where a seed diverges the line ends in a cross.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colors = colormaps["tab20" if len(cells) > 10 else "tab10"].colors
     labels = [textwrap.fill(cell.algorithm, 90) for cell in cells]
     lines = sum(label.count("\n") + 1 for label in labels)
     figure = Figure(figsize=(7.0, 4.0 + 0.2 * lines), layout="constrained")
     axes = figure.add_subplot()
     for number, cell in enumerate(cells):
-        color = colors[number % len(colors)]
+        style = line_style(number)
+        color = style["color"]
         rates = success_rates(cell, "online")
         if not rates:
             last = np.mean(list(success_rates(cell, "offline").values())[-1])
-            axes.axhline(last, color=color, linestyle="--", linewidth=1.0, label=labels[number])
+            axes.axhline(last, color=color, linestyle=":", linewidth=1.5, label=labels[number])
             continue
         found = {step: values for step, values in rates.items() if len(values) == len(cell.members)}
         means = [float(np.mean(values)) for values in found.values()]
-        axes.plot(list(found), means, color=color, label=labels[number])
+        axes.plot(list(found), means, label=labels[number], **style)
         low, high = ([pick(values) for values in found.values()] for pick in (min, max))
         axes.fill_between(list(found), low, high, color=color, alpha=0.12, linewidth=0)
         if found and len(found) < len(rates):

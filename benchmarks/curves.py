@@ -33,6 +33,11 @@ Curves = dict[str, dict[int, float]]
 """By member, the value at each step."""
 
 
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes by which the line of this number differs from the nineteen before it."""
+    return {"color": f"C{number % 10}", "linestyle": "-" if number % 20 < 10 else "--"}
+
+
 @dataclass(frozen=True)
 class Args:
     """The learning curves of runs, into curves.png of each."""
@@ -183,7 +188,7 @@ def figure_of(run_dir: Path) -> Any:
         for place, setting in reversed(list(enumerate(groups))):  # the best one on top
             if not (mine := within(curves, setting)):
                 continue
-            style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--"}
+            style = line_style(place)
             style |= {"linewidth": 1.5, "markersize": 3.5} if grid else {}
             style |= {} if row == name else {"linewidth": 0.8 if grid else 1.5, "markersize": 0.0}
             if place >= SHOWN:
