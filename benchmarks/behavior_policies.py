@@ -54,7 +54,7 @@ class Args:
     # Directory of the SAC run; its name is the environment's id unless --env says otherwise.
     run_dir: Annotated[Path, tyro.conf.Positional]
     env: str | None = None  # Gymnasium id, e.g. Hopper-v5.
-    out_dir: Path = offax_sets.policy_file("", 1).parent  # Where the files go (default: into the package).
+    out_dir: Path = offax_sets.policy_file("").parent  # Where the files go (default: into the package).
     episodes: int = 50  # Episodes of each kind for the snapshots of which one is chosen.
     screening: int = 5  # Episodes of each kind for every snapshot.
     finalists: int = 6  # Snapshots measured again, for expert and for medium.

@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="the datasets that need no network, and all of Minari's on this disk (default)")
     build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
-    build.add_argument("ids", nargs="*", help="which (default: all of version 1 but those of a million transitions)")
+    build.add_argument("ids", nargs="*", help="which (default: all but those of a million transitions)")
     stats = commands.add_parser("stats", help="table of returns and endings")
     stats.add_argument("ids", nargs="*", help="dataset ids, .npz or D4RL .hdf5 paths (default: all on this disk)")
     stats.add_argument("--env", help="the environment, for files that do not name it")
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_status():
         if args.command == "build":
             known = {name: offax_sets.parse(name) for name in offax_sets.ids()}
-            for dataset_id in args.ids or [name for name, of in known.items() if of.version == 1 and not of.size]:
+            for dataset_id in args.ids or [name for name, of in known.items() if not of.size]:
                 print(offax_sets.ensure(dataset_id))
         elif args.command == "export":
             print(write_npz(load(args.id, args.env), args.path or Path(args.id.replace("/", "-")).with_suffix(".npz")))

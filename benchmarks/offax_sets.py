@@ -1,6 +1,6 @@
 """The `offax/<env>/<quality>-v1` datasets: collected from MuJoCo on first use, by the policies beside this file.
 
-The version says which policies: `behavior_policies_v1/` or, for the sets of earlier results, `behavior_policies_v0/`.
+The policies are those of `behavior_policies_v1/`: other ones will be another version.
 `offax/<env>/<quality>-1m-v1` has a million transitions; of each policy's, the set without `-1m` has the first fifth.
 
 A set is the same arrays every time on one machine: every episode has its own seed, and actions are computed in double
@@ -42,8 +42,8 @@ from common.members import usable_cores
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "ant": "Ant-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
 SIZES = {"": 200_000, "-1m": 1_000_000}
-SEEDS = {0: 20_250, 1: 20_251}  # by version
-ID = re.compile(r"offax/(?P<env>\w+)/(?P<quality>[a-z-]+?)(?P<size>-1m)?-v(?P<version>\d)")
+SEED = 20_251
+ID = re.compile(r"offax/(?P<env>\w+)/(?P<quality>[a-z-]+?)(?P<size>-1m)?-v1")
 FOLDER = Path(__file__).parent
 NETWORK_SECONDS = 3.0
 FORMAT = 1  # raise it when collection changes: sets made by an older one are then rebuilt
@@ -63,7 +63,6 @@ class Name(NamedTuple):
     env: str
     quality: str
     size: str
-    version: int
 
 
 class Part(NamedTuple):
@@ -92,50 +91,41 @@ def datasets_root() -> Path:
     return Path(root)
 
 
-def policy_file(env: str, version: int) -> Path:
-    """Where the policies behind the sets of this version are."""
-    return FOLDER / f"behavior_policies_v{version}" / f"{env}.npz"
+def policy_file(env: str) -> Path:
+    """Where the policies behind the sets of this environment are."""
+    return FOLDER / "behavior_policies_v1" / f"{env}.npz"
 
 
 def ids() -> list[str]:
-    """The ids of all sets whose policies are here, the newest first; only the first version has no larger ones."""
-    return [
-        f"offax/{env}/{quality}{size}-v{version}"
-        for version, sizes in ((1, SIZES), (0, [""]))
-        for size in sizes
-        for env in ENVS
-        if policy_file(env, version).exists()
-        for quality in QUALITIES
-    ]
+    """The ids of all sets, those of the default size first."""
+    return [f"offax/{env}/{quality}{size}-v1" for size in SIZES for env in ENVS for quality in QUALITIES]
 
 
 def parse(dataset_id: str) -> Name:
     """What the id says; UsageError that names the sets if there is no such set."""
     if dataset_id not in ids():
-        shown = {version: [env for env in ENVS if policy_file(env, version).exists()] for version in (1, 0)}
-        there = " and ".join(f"-v{version} of {', '.join(envs)}" for version, envs in shown.items() if envs)
         raise UsageError(
-            f"there is no dataset {dataset_id}: offax sets are offax/<env>/<quality>, {there}, with <quality> one of "
-            f"{', '.join(QUALITIES)}; of -v1 also <quality>-1m, a million transitions"
+            f"there is no dataset {dataset_id}: offax sets are offax/<env>/<quality>-v1 with <env> one of "
+            f"{', '.join(ENVS)} and <quality> one of {', '.join(QUALITIES)}, or <quality>-1m, a million transitions"
         )
     match = ID.fullmatch(dataset_id)
     assert match is not None
-    return Name(match["env"], match["quality"], match["size"] or "", int(match["version"]))
+    return Name(match["env"], match["quality"], match["size"] or "")
 
 
 # Policies
 
 
-def policy_names(env: str, version: int) -> list[str]:
+def policy_names(env: str) -> list[str]:
     """The names of the shipped policies of `env`."""
-    with np.load(policy_file(env, version), allow_pickle=False) as file:
+    with np.load(policy_file(env), allow_pickle=False) as file:
         return sorted({key.split("/")[0] for key in file.files})
 
 
-def read_policies(env: str, version: int, names: Iterable[str] | None = None) -> dict[str, Layers]:
+def read_policies(env: str, names: Iterable[str] | None = None) -> dict[str, Layers]:
     """The shipped policies of `env`, all or some, name -> `[(weights, biases), ...]` as stored (float16)."""
-    wanted = policy_names(env, version) if names is None else names
-    with np.load(policy_file(env, version), allow_pickle=False) as file:  # reads what is taken from it
+    wanted = policy_names(env) if names is None else names
+    with np.load(policy_file(env), allow_pickle=False) as file:  # reads what is taken from it
         depth = {name: sum(key.startswith(f"{name}/w") for key in file.files) for name in wanted}
         return {name: [(file[f"{name}/w{i}"], file[f"{name}/b{i}"]) for i in range(depth[name])] for name in wanted}
 
@@ -145,7 +135,7 @@ def mean_action_return(dataset_id: str) -> float | None:
     if dataset_id not in ids():
         return None
     name = parse(dataset_id)
-    with np.load(policy_file(name.env, name.version), allow_pickle=False) as file:
+    with np.load(policy_file(name.env), allow_pickle=False) as file:
         keys = [f"{part.policy}/mean_action" for part in parts_of(name, SIZES[name.size])]
         return float(np.mean([file[key] for key in keys])) if set(keys) <= set(file.files) else None
 
@@ -353,7 +343,7 @@ def parts_of(name: Name, transitions: int) -> list[Part]:
     """Which policy makes how many of the transitions, in order."""
     if name.quality == "random":
         return [Part(None, transitions)]
-    policies = policy_names(name.env, name.version)
+    policies = policy_names(name.env)
     mixed = sorted((policy for policy in policies if policy.startswith("mixed_")), key=lambda policy: int(policy[6:]))
     makers = {
         "medium": mixed[-1:],  # the last of the mixed snapshots
@@ -369,13 +359,13 @@ def _recipe(name: Name, transitions: int) -> dict[str, Any]:
     """Everything that decides the arrays, for the manifest; a set with another recipe is stale."""
     parts = parts_of(name, transitions)
     weights = hashlib.sha256()
-    policies = read_policies(name.env, name.version, {part.policy for part in parts if part.policy})
+    policies = read_policies(name.env, {part.policy for part in parts if part.policy})
     for part in parts:
         for array in (array for layer in policies.get(part.policy or "", []) for array in layer):
             weights.update(f"{part.policy} {array.dtype} {array.shape}".encode() + array.tobytes())
     return {
         "format": FORMAT,
-        "seed": SEEDS[name.version],
+        "seed": SEED,
         "environment": ENVS[name.env],
         "parts": [list(part) for part in parts],
         "policies_sha256": weights.hexdigest(),
@@ -474,7 +464,7 @@ def _require_space(recipe: dict[str, Any], building: Path) -> None:
 
 def _collect_parts(dataset_id: str, recipe: dict[str, Any]) -> list[Episode]:
     name, total = parse(dataset_id), sum(transitions for _, transitions in recipe["parts"])
-    policies = read_policies(name.env, name.version)
+    policies = read_policies(name.env)
     episodes: list[Episode] = []
     progress = progress_bar(f"collecting {dataset_id}", total)
     progress(0)

@@ -47,21 +47,20 @@ def random_layers(seed: int, obs_dim: int = 11, action_dim: int = 3) -> offax_se
     ]
 
 
-def write_policies(folder: Path, seed: int, version: int = 0) -> None:
+def write_policies(folder: Path, seed: int) -> None:
     arrays = {}
-    for number, name in enumerate([*(f"mixed_{i}" for i in range(16 if version else 8)), "expert"]):
+    for number, name in enumerate([*(f"mixed_{i}" for i in range(16)), "expert"]):
         for i, (w, b) in enumerate(random_layers(100 * seed + number)):
             arrays |= {f"{name}/w{i}": w, f"{name}/b{i}": b}
         arrays[f"{name}/steps"] = np.array(number)
-    directory = folder / f"behavior_policies_v{version}"
+    directory = folder / "behavior_policies_v1"
     directory.mkdir(exist_ok=True)
     np.savez_compressed(directory / "hopper.npz", **arrays)
 
 
 @pytest.fixture
 def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for version in (0, 1):
-        write_policies(tmp_path, seed=1 + version, version=version)
+    write_policies(tmp_path, seed=2)
     monkeypatch.setattr(offax_sets, "FOLDER", tmp_path)
     return tmp_path
 
@@ -203,29 +202,13 @@ def test_qualities_are_made_by_their_policies(root: Path, policies: Path) -> Non
     def parts(dataset_id: str, transitions: int) -> list[offax_sets.Part]:
         return offax_sets.parts_of(offax_sets.parse(dataset_id), transitions)
 
-    assert parts("offax/hopper/medium-expert-v0", 100) == [("mixed_7", 50), ("expert", 50)]
     assert parts("offax/hopper/medium-expert-v1", 100) == [("mixed_15", 50), ("expert", 50)]
-    assert parts("offax/hopper/mixed-v0", 800) == [(f"mixed_{i}", 100) for i in range(8)]
     assert parts("offax/hopper/mixed-1m-v1", 1600) == [(f"mixed_{i}", 100) for i in range(16)]
-    assert parts("offax/hopper/medium-v0", 9) == [("mixed_7", 9)]
-    for version, stop in ((0, 250), (1, 125)):
-        data = load(f"offax/hopper/mixed-v{version}").transitions
-        assert len(data.rewards) == TRANSITIONS
-        ends = data.terminations + data.truncations
-        assert ends[stop - 1 :: stop].all()  # each part ends with the end of an episode
-
-
-def test_versions_have_their_own_policies_and_seeds(root: Path, policies: Path) -> None:
-    sets = {version: load(f"offax/hopper/expert-v{version}").transitions for version in (0, 1)}
-    assert not np.array_equal(sets[0].actions, sets[1].actions)
-    random = [load(f"offax/hopper/random-v{version}").transitions for version in (0, 1)]
-    assert not np.array_equal(random[0].observations[0], random[1].observations[0])
-    recipes = [json.loads((root / f"offax/hopper/expert-v{i}/manifest.json").read_text())["recipe"] for i in (0, 1)]
-    assert [recipe["seed"] for recipe in recipes] == [20_250, 20_251]
-    (policies / "behavior_policies_v1" / "hopper.npz").unlink()
-    assert offax_sets.ids() == [f"offax/hopper/{quality}-v0" for quality in offax_sets.QUALITIES]
-    with pytest.raises(UsageError, match=r"there is no dataset offax/hopper/random-v1: .*-v0 of hopper"):
-        offax_sets.parse("offax/hopper/random-v1")
+    assert parts("offax/hopper/medium-v1", 9) == [("mixed_15", 9)]
+    data = load("offax/hopper/mixed-v1").transitions
+    assert len(data.rewards) == TRANSITIONS
+    ends = data.terminations + data.truncations
+    assert ends[124::125].all()  # each part ends with the end of an episode
 
 
 def test_a_larger_set_goes_on_where_the_smaller_one_ends(root: Path, policies: Path) -> None:
@@ -243,11 +226,11 @@ def test_set_of_older_policies_is_made_again(root: Path, policies: Path, monkeyp
     offax_sets.ensure(dataset_id)
     assert (root / dataset_id / "manifest.json").stat().st_mtime_ns == stamp
     before = load(dataset_id).transitions.actions
-    write_policies(policies, seed=3, version=1)
+    write_policies(policies, seed=3)
     after = load(dataset_id).transitions.actions
     assert not np.array_equal(before, after)
     assert not same(old, arrays_of(root / dataset_id))
-    write_policies(policies, seed=2, version=1)
+    write_policies(policies, seed=2)
     assert same(old, arrays_of(offax_sets.ensure(dataset_id)))
     assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert-v1.lock"]
 
@@ -324,8 +307,8 @@ def test_what_is_not_ours_is_left_alone(root: Path) -> None:
         "offax/hopper/great-v1",
         "offax/humanoid/medium-v1",
         "offax/hopper/medium-v2",
-        "offax/hopper/medium-1m-v0",
-        "offax/x-v0",
+        "offax/hopper/medium-v0",
+        "offax/x-v1",
     ],
 )
 def test_unknown_set_names_the_sets_there_are(name: str) -> None:
@@ -335,20 +318,17 @@ def test_unknown_set_names_the_sets_there_are(name: str) -> None:
 
 
 def test_shipped_policies_are_complete_and_small() -> None:
-    for version, mixed in ((0, 8), (1, 16)):
-        for env, env_id in offax_sets.ENVS.items():
-            path = offax_sets.policy_file(env, version)
-            if (env, version) == ("ant", 0):
-                continue
-            assert path.stat().st_size < behavior_policies.MAX_BYTES
-            policies = offax_sets.read_policies(env, version)
-            assert set(policies) == {"expert", *(f"mixed_{i}" for i in range(mixed))}
-            spaces = gym.make(env_id)
-            for layers in policies.values():
-                assert layers[0][0].shape[0] == spaces.observation_space.shape[0]
-                assert layers[-1][1].shape[0] == 2 * spaces.action_space.shape[0]
-                assert all(w.dtype == np.float16 and np.isfinite(w).all() and np.isfinite(b).all() for w, b in layers)
-            assert path.with_name(f"{env}_training.csv").exists()
+    for env, env_id in offax_sets.ENVS.items():
+        path = offax_sets.policy_file(env)
+        assert path.stat().st_size < behavior_policies.MAX_BYTES
+        policies = offax_sets.read_policies(env)
+        assert set(policies) == {"expert", *(f"mixed_{i}" for i in range(16))}
+        spaces = gym.make(env_id)
+        for layers in policies.values():
+            assert layers[0][0].shape[0] == spaces.observation_space.shape[0]
+            assert layers[-1][1].shape[0] == 2 * spaces.action_space.shape[0]
+            assert all(w.dtype == np.float16 and np.isfinite(w).all() and np.isfinite(b).all() for w, b in layers)
+        assert path.with_name(f"{env}_training.csv").exists()
 
 
 @pytest.mark.slow
@@ -450,7 +430,7 @@ def test_the_choice_trusts_the_longer_measurement_and_goes_on_from_its_table(
     assert kept["mixed_3/episodes"] == 5
     assert (out / "hopper_training.csv").read_text() == (run / "training.csv").read_text()
     monkeypatch.setattr(offax_sets, "FOLDER", tmp_path)
-    stored = offax_sets.read_policies("hopper", 1)["expert"]
+    stored = offax_sets.read_policies("hopper")["expert"]
     with np.load(run / "snapshots" / "000250000.npz") as file:
         for i, (w, b) in enumerate(stored):
             np.testing.assert_array_equal(w, file[f"w{i}"].astype(np.float16))
@@ -517,10 +497,10 @@ def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:
 def test_a_page_has_the_table_and_the_returns_of_the_mean_action(
     root: Path, policies: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with np.load(offax_sets.policy_file("hopper", 1)) as file:
+    with np.load(offax_sets.policy_file("hopper")) as file:
         arrays = dict(file)
     arrays |= {"mixed_15/mean_action": np.array(1607.0), "expert/mean_action": np.array(3207.0)}
-    np.savez(offax_sets.policy_file("hopper", 1), **arrays)
+    np.savez(offax_sets.policy_file("hopper"), **arrays)
     datasets.main(["stats", "offax/hopper/medium-expert-v1", RANDOM, "--page", str(root / "page.md")])
     text, shown = (root / "page.md").read_text(), capsys.readouterr().out
     assert shown in text and "- `coverage`: " in text and "- commit: " in text
