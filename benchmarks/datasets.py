@@ -119,12 +119,31 @@ def row_of(name: str, env: str | None) -> list[Any]:
     return [name, *known, *[None] * (len(STATISTICS) - 5), megabytes(name)]
 
 
+def plain_id(spec: Any) -> str | None:
+    """The id by which `gymnasium.make` alone makes the environment; None where it has other options than its id's."""
+    import gymnasium as gym
+
+    if isinstance(spec, str):
+        return spec
+    known, options = gym.registry.get(spec.id), {k: v for k, v in spec.kwargs.items() if k != "original"}
+    if known is None or (options, spec.max_episode_steps) != (known.kwargs, known.max_episode_steps):
+        return None
+    package = str(known.entry_point).partition(".")[0]
+    return f"{package}:{spec.id}" if package in ("gymnasium_robotics", "ogbench") else spec.id
+
+
 def write_npz(dataset: Dataset, path: Path) -> Path:
     """Write the set as `load` reads it again: its actions in the environment's own range, the environment by its id."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; name the file to write")
     columns = {name: getattr(dataset.transitions, name) for name in Transitions._fields}
     columns["actions"] = dataset.low + (columns["actions"] + 1.0) * (dataset.high - dataset.low) / 2.0
-    env = str(getattr(dataset.env_spec, "id", dataset.env_spec))
-    write_atomically(path, lambda file: np.savez(file, **columns, env=np.array(env)))
+    if (env := plain_id(dataset.env_spec)) is not None:
+        columns["env"] = np.array(env)
+    else:
+        name = getattr(dataset.env_spec, "id", None)
+        print(f"{name} has options here that its id does not have: {path} names no environment; load it with --env")
+    write_atomically(path, lambda file: np.savez(file, **columns))
     return path
 
 

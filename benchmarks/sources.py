@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import offax_sets, ogbench_sets
 from benchmarks.offax_sets import datasets_root
-from common.cli import UsageError, one_line
+from common.cli import UsageError, env_name, one_line
 from common.data import Dataset, bounds_of, check, load_npz
 from common.environments import action_bounds
 from common.replay import Transitions, record
@@ -38,6 +38,9 @@ def load(id_or_path: str, env: str | None) -> Dataset:
     first, *others = (_load(os.path.expanduser(name), env) for name in names)
     if not others:
         return first
+    ids = [getattr(x.env_spec, "id", x.env_spec) for x in (first, *others) if x.env_spec is not None]
+    if unlike := [other for other in ids if env_name(other) != env_name(ids[0])]:
+        raise UsageError(f"{id_or_path} joins sets of {ids[0]} and {unlike[0]}; if they are of one, name it by --env")
     for other in others:
         ours, theirs = ((x.transitions.observations.shape[1], x.low.tolist(), x.high.tolist()) for x in (first, other))
         if ours != theirs:

@@ -47,16 +47,15 @@ def exit_status() -> Iterator[None]:
     """End the process as a script should: 2 and one line for what a user can mend, 130 after Ctrl-C."""
     try:
         yield
+        return
     except KeyboardInterrupt:
         sys.exit(130)
     except UsageError as error:
         line = str(error)
-    except OSError as error:  # a full disk, a directory without permission
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+    except OSError as error:  # a full disk, a directory without permission, a file that is not there
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         line = f"{error.filename or 'writing results'}: {error.strerror}"
-    else:
-        return
     print("error:", *line.split(), file=sys.stderr)
     sys.exit(2)
 
@@ -172,14 +171,14 @@ def env_name(env_id: str) -> str:
 
 
 def preset_name(dataset: str, env: str | None) -> str:
-    """The family that the environment's, or else the dataset's name (of a file, its own) stands for, or `none`."""
-    is_file = (suffix := Path(dataset).suffix.lower()) in (".npz", ".hdf5", ".h5")
-    if suffix == ".npz" and not env:
-        with suppress(Exception), np.load(Path(dataset).expanduser(), allow_pickle=False) as file:  # `load` says what
-            env = str(file["env"])
-    names = ([env_name(env)] if env else []) + ([Path(dataset).name] if is_file else dataset.split("/"))
-    found = (family for name in names for family, start in FAMILIES.items() if re.match(start, name.lower()))
-    return next(found, "none")
+    """The family that the environment's, or else a dataset's name (of a file, its own) stands for, or `none`."""
+    names = [env_name(env)] if env else []
+    for one in (dataset, *dataset.split("+")):  # the name of one file may have a "+"
+        if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
+            with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` says what
+                names.append(env_name(str(file["env"])))
+        names += [Path(one).name] if suffix in (".npz", ".hdf5", ".h5") else one.split("/")
+    return next((family for x in names for family, start in FAMILIES.items() if re.match(start, x.lower())), "none")
 
 
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
@@ -202,9 +201,8 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
     preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
     preset = preset if preset in presets else "none"
-    settings = presets.get(preset, {})
-    hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
-    others = {name: value for name, value in settings.items() if name not in hp}
+    others = dict(presets.get(preset, {}))
+    hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
     default = dataclasses.replace(plain, hp=plain.hp._replace(**hp), **others)
 
     out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)

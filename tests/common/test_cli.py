@@ -117,6 +117,10 @@ def test_the_preset_is_on_record() -> None:
         ("x.npz", "scene-singletask-v0", "ogbench"),
         ("antmaze-large-play-v2.hdf5", None, "antmaze"),
         ("D4RL/pointmaze/large-dense-v2", None, "none"),
+        ("extra.npz+offax/hopper/medium-v1", None, "locomotion"),
+        ("offax/hopper/medium-v1+extra.npz", None, "locomotion"),
+        ("antmaze-large-play-v2.hdf5+extra.npz", None, "antmaze"),
+        ("x.npz+y.npz", "AdroitHandPen-v1", "adroit"),
     ],
 )
 def test_presets_match_whole_names(dataset: str, env: str | None, expected: str) -> None:
@@ -129,6 +133,9 @@ def test_the_preset_of_a_file_is_that_of_the_environment_named_in_it(tmp_path: P
     assert preset_name(str(tmp_path / "mine.npz"), None) == "locomotion"
     assert preset_name(str(tmp_path / "mine.npz"), "AdroitHandPen-v1") == "adroit"
     assert preset_name(str(tmp_path / "hopper.npz"), None) == "locomotion"
+    np.savez(tmp_path / "a+b.npz", env=np.array("AdroitHandPen-v1"))
+    assert preset_name(str(tmp_path / "a+b.npz"), None) == "adroit", "one file"
+    assert preset_name(f"more.npz+{tmp_path / 'mine.npz'}", None) == "locomotion"
 
 
 def test_unknown_presets_are_refused() -> None:
@@ -186,6 +193,7 @@ def test_seeds_are_31_bits(seed: int) -> None:
         (UsageError("two\nlines"), 2, "error: two lines\n"),
         (OSError(28, "No space left on device"), 2, "error: writing results: No space left on device\n"),
         (PermissionError(13, "Permission denied", "x.csv"), 2, "error: x.csv: Permission denied\n"),
+        (IsADirectoryError(21, "Is a directory", "x/"), 2, "error: x/: Is a directory\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

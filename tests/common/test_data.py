@@ -1,5 +1,6 @@
 """Loading: hand-built files whose rows are known, and every bad input in one line."""
 
+import copy
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from gymnasium import spaces
 from test_environments import UNFIT
 
 from benchmarks import sources
-from benchmarks.datasets import write_npz
+from benchmarks.datasets import plain_id, write_npz
 from benchmarks.families import domain_of
 from common.cli import UsageError
 from common.data import load
@@ -554,6 +556,11 @@ def test_sets_are_joined(tmp_path: Path) -> None:
     assert joined.transitions.rewards[5:].tolist() == [1, 2, 3, 4, 5, 6]
     np.savez(tmp_path / "other.npz", **good_npz(), env="Any32-v0")
     assert "takes 1 actions" in usage_error(f"test/two-v0+{tmp_path / 'other.npz'}", "Any1-v0")
+    gym.register("Else1-v0", entry_point=Any1, max_episode_steps=100)
+    np.savez(tmp_path / "alike.npz", **one, env="Else1-v0")
+    unlike = f"{tmp_path / 'mine.npz'}+{tmp_path / 'alike.npz'}"
+    assert "sets of Any1-v0 and Else1-v0" in usage_error(unlike, None)
+    assert len(load(unlike, "Any1-v0").transitions.rewards) == 10, "by --env they are of one"
     np.savez(tmp_path / "a+b.npz", **one, env="Any1-v0")
     assert len(load(str(tmp_path / "a+b.npz")).transitions.rewards) == 5, "a file's own name"
 
@@ -572,6 +579,23 @@ def test_an_exported_set_is_the_same(tmp_path: Path) -> None:
     assert (exported.env_spec, exported.low.tolist(), exported.high.tolist()) == ("Wide-v0", [-2], [6])
     for ours, theirs in zip(exported.transitions, whole.transitions, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    with pytest.raises(UsageError, match="is a directory; name the file"):
+        write_npz(whole, tmp_path)
+
+
+def test_an_export_names_no_environment_whose_options_the_id_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as D4RL's Ant, whose observations have contact forces."""
+    np.savez(tmp_path / "mine.npz", **good_npz(), env="Any32-v0")
+    whole, spec = load(str(tmp_path / "mine.npz")), copy.deepcopy(gym.spec("Ant-v4"))
+    assert plain_id(spec) == "Ant-v4"
+    spec.kwargs["use_contact_forces"] = True
+    assert plain_id(spec) is None
+    exported = write_npz(replace(whole, env_spec=spec), tmp_path / "ant.npz")
+    assert "load it with --env" in capsys.readouterr().out
+    assert "pass --env ID" in usage_error(str(exported), None)
+    assert len(load(str(exported), "Any32-v0").transitions.rewards) == len(whole.transitions.rewards)
 
 
 def test_without_benchmarks_one_line_says_how_to_read_other_sets(monkeypatch: pytest.MonkeyPatch) -> None:
