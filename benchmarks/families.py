@@ -70,7 +70,7 @@ def trajectories(transitions: Recorded) -> tuple[np.ndarray, np.ndarray]:
     One ends where the next row is of another state than this row's successor, terminal or not.
     """
     ends = transitions.successors >= len(transitions.rewards)
-    starts = np.flatnonzero(np.append(True, ends[:-1]))
+    starts = np.flatnonzero(np.append(True, ends)[:-1])
     rewards, terminations = (np.asarray(x, np.float64) for x in (transitions.rewards, transitions.terminations))
     return np.add.reduceat(rewards, starts), np.maximum.reduceat(terminations, starts)
 
@@ -99,15 +99,19 @@ def quiet_mujoco() -> None:
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
 
 
-def options_of(spec: Any) -> dict[str, Any]:
-    """What `gymnasium.make` is to be told besides; readies MuJoCo, and gymnasium-robotics for an unknown id."""
+def ready(spec: Any) -> tuple[Any, dict[str, Any]]:
+    """What `gymnasium.make` is to be given for an id or EnvSpec, and options; readies MuJoCo and the id's package."""
     import gymnasium as gym
 
     quiet_mujoco()
+    if isinstance(spec, str) and domain_of(spec) == "success":
+        from benchmarks import ogbench_sets
+
+        return ogbench_sets.environment(spec), {}
     if isinstance(spec, str) and ":" not in spec and spec not in gym.registry:  # module:Name registers its own
         with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
-    return D4RL_TASKS.get(env_name(getattr(spec, "id", spec)).partition("_")[0], {})
+    return spec, D4RL_TASKS.get(env_name(getattr(spec, "id", spec)).partition("_")[0], {})
 
 
 def advice(spec: Any, error: Exception) -> str:

@@ -54,8 +54,8 @@ def make_raw(spec: Any, **options: Any) -> "gym.Env":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
-            known = families.options_of(spec) if families else {}
-            return gym.make(spec, disable_env_checker=True, **options | known)
+            made, known = families.ready(spec) if families else (spec, {})
+            return gym.make(made, disable_env_checker=True, **options | known)
     except Exception as error:  # whatever an environment's constructor raises
         reason = one_line(error) + (families.advice(spec, error) if families else "")
         raise UsageError(f"cannot make environment {getattr(spec, 'id', spec)}: {reason}") from None

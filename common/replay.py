@@ -67,9 +67,8 @@ def record(transitions: Transitions) -> Recorded:
 
 def episode_returns(transitions: Transitions | Recorded) -> np.ndarray:
     """Undiscounted return of each episode, float64 `[episodes]`; one ends at either flag, or where the data ends."""
-    ends = (np.asarray(transitions.terminations) > 0) | (np.asarray(transitions.truncations) > 0)
-    starts = np.flatnonzero(np.append(True, ends[:-1])) if len(ends) else np.zeros(0, int)
-    return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts) if len(ends) else np.zeros(0)
+    starts = np.flatnonzero(np.append(True, np.logical_or(transitions.terminations, transitions.truncations))[:-1])
+    return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts)
 
 
 class Transform(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ogbench_sets
+from benchmarks.datasets import plain_id
 from benchmarks.families import domain_of
 from benchmarks.ogbench_sets import Goal, relabel, transitions
 from common.cli import UsageError
@@ -286,6 +287,17 @@ def test_the_seed_decides_an_episode(name: str, package: Any) -> None:
     np.testing.assert_array_equal(episode(second, 3, disturb=True), expected)
     np.testing.assert_array_equal(episode(first, 3, disturb=True), expected)
     assert not np.array_equal(episode(first, 4, disturb=False), expected)
+
+
+def test_an_id_by_itself_makes_the_same_environment(package: Any) -> None:
+    """As --env gives it without data, and as an exported file names it."""
+    name, firsts = "pointmaze-medium-singletask-v0", []
+    assert plain_id(ogbench_sets.environment(name)) == f"ogbench:{name}"
+    for spec in (ogbench_sets.environment(name), name, f"ogbench:{name}"):
+        np.random.seed(len(firsts))
+        firsts.append(make_environment(spec).reset(seed=2)[0])
+    np.testing.assert_array_equal(firsts[0], firsts[1])
+    np.testing.assert_array_equal(firsts[0], firsts[2])
 
 
 @pytest.mark.parametrize("name", ["cube-double-singletask-v0", "scene-singletask-v0", "puzzle-3x3-singletask-v0"])

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.families import REFERENCE_RETURNS, domain_of, normalized_score, returns_of_data
 from common.cli import FAMILIES, UsageError, preset_name
 from common.environments import make_environment
-from common.replay import Transitions
+from common.replay import Transitions, empty_ring, record
 
 robotics = pytest.mark.skipif(
     importlib.util.find_spec("gymnasium_robotics") is None, reason='needs pip install ".[adroit]"'
@@ -101,6 +101,13 @@ def kitchen(tasks: list[str]) -> Any:
 
 def test_data_that_go_on_at_the_goal_are_scored_by_success() -> None:
     assert score_of_data("AntMaze_UMaze-v4", [0, 0, 1, 1, 1], [0, 0], [1], [0, 0, 0]) == 50.0
+
+
+def test_no_data_have_no_returns() -> None:
+    """As online from scratch, in tasks that are scored by success too."""
+    none = record(Transitions(*map(np.asarray, empty_ring(0, 3, 1).data)))
+    for env_id in ("Hopper-v5", "cube-single-singletask-v0"):
+        assert returns_of_data(env_id, none) == {"episodes": 0}
 
 
 def test_kitchens_data_have_no_score() -> None:
