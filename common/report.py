@@ -153,7 +153,9 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
     row, transform = list(entries).index(member), Transform(*map(np.float32, config["transform"].values()))
     low, high = (np.array(config[f"action_{end}"], np.float32) for end in ("low", "high"))
-    hp = script.Hyperparameters(**entries[member]["hyperparameters"])
+    if (hp := entries[member]["hyperparameters"]).keys() - script.Hyperparameters._fields:
+        raise UsageError(f"{path} is of another {name}.py than {script.__file__}; put that one's folder on PYTHONPATH")
+    hp = script.Hyperparameters(**hp)
     flags = {f.name: config["flags"][f.name] for f in dataclasses.fields(script.Args) if f.name in config["flags"]}
     args, obs_dim = script.Args(hp=hp, **flags), len(transform.observation_mean)
     init = jax.vmap(lambda key: script.init(key, hp, args, obs_dim, len(low)))

@@ -121,6 +121,7 @@ class Run:
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
         config |= {"population": self.members.total, "members": members}
+        (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on
         write_json(self.path / "config.json", config)
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
@@ -128,8 +129,8 @@ class Run:
         self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
-        end = f", resumed at {self.done}" if found else ""
-        print(f"{self.name} on {self.source}, preset {self.args.preset}: {where}{end}", flush=True)
+        where += f", resumed at {self.done}" if found else ""
+        print(f"{self.name} on {self.source}, preset {self.args.preset}: {where}", flush=True)
         return trees
 
     def _identity(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The run directory: files, columns, exit statuses, bad input, signals, resuming, two processes at once."""
 
+import dataclasses
 import errno
 import importlib.metadata
 import io
@@ -481,6 +482,28 @@ def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         report.load_policy(run)
+
+
+def test_a_policy_of_an_edited_copy_is_not_that_of_the_file_at_hand(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["members"][0]["hyperparameters"]["imitation"] = 0.1
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"of another iql\.py than .*put that one's folder on PYTHONPATH"):
+        report.load_policy(run)
+
+
+def test_a_run_that_goes_on_is_not_finished(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    flags = json.loads((run / "config.json").read_text())["flags"]
+    same = {f.name: flags[f.name] for f in dataclasses.fields(Args) if f.name != "hp"}
+    monkeypatch.setattr(Run, "chunks", killed)
+    with pytest.raises(RuntimeError):
+        main(Args(**same | {"run_dir": str(run), "resume": True, "num_updates": 1000}))
+    assert (run / "config.json").exists() and not (run / "final.json").exists()
 
 
 def test_a_policy_transforms_in_float32_as_its_run_did_and_takes_new_flags_at_their_defaults(
