@@ -16,14 +16,14 @@ Published code computes the weights w(A) in two ways, and each needs a temperatu
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
 mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip and weight decay,
 and the policy is updated with the new critic (in the authors' code with the old one). `--preset demonstrations` is the
-authors' script for human demonstrations with rewards of 0 and -1, which differs from the paper's table 1 too; in itself
-batches have 128 transitions before the online phase, and it collects and updates by turns of 1,000. In place of its
-clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0, which returns of
-such rewards never exceed; with positive rewards it would erase them. `--least-reward r` (ours) keeps them at or above
-r / (1 - discount), what a reward of r for ever is worth, below which the minimum of Q-functions drags Q; r is of the
-rewards after `--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations of a task where a policy
-succeeds or fails by little: `--actor-average` acts by a mean of successive policies, which there differ much, and
-`--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
+authors' script for human demonstrations with rewards of 0 and -1, which differs from the paper's table 1 too. In that
+script batches have 128 transitions before the online phase, and it then collects and updates by turns of 1,000. In
+place of its clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0,
+which returns of such rewards never exceed; with positive rewards it would erase them. `--least-reward r` (ours) keeps
+them at or above r / (1 - discount), what a reward of r for ever is worth, below which the minimum of Q-functions drags
+Q; r is of the rewards after `--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations of a task
+where a policy succeeds or fails by little: `--actor-average` acts by a mean of successive policies, which there differ
+much, and `--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
 arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the

@@ -29,7 +29,8 @@ ORDER: dict[str, Callable[[dict[str, str]], tuple[int, ...]]] = {
 
 def parts_of(run_dir: Path) -> dict[int, Path]:
     """The parts that have begun, by number."""
-    return {int(path.parent.name.removeprefix("part-")): path.parent for path in run_dir.glob("part-*/config.json")}
+    found = {path.parent.name.removeprefix("part-"): path.parent for path in run_dir.glob("part-*/config.json")}
+    return {int(number): path for number, path in found.items() if number.isdecimal()}
 
 
 def merge(run_dir: Path) -> list[str]:

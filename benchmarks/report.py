@@ -194,8 +194,8 @@ def meaning(cells: Sequence[Cell]) -> str:
     """What scores of 0 and 100 stand for."""
     d4rl = "0 is D4RL's random policy, 100 its expert."
     ogbench = (
-        "On OGBench's tasks it is the share of episodes with success, 0 to 100; of the data, that of the recorded "
-        "trajectories that are at the goal at some step, which few of them were after."
+        "On OGBench's tasks it is the share of episodes with success, 0 to 100. For the data it is the share of "
+        "recorded trajectories that pass through the goal at some step; few of them were aiming for it."
     )
     tasks = {domain_of(cell.config["environment"]) == "success" for cell in cells}
     return " ".join([d4rl] * (False in tasks) + [ogbench] * (True in tasks))
@@ -350,7 +350,6 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
     command = f"python benchmarks/report.py results/{folder.resolve().name}"
     command += f" --against {against}" if against else ""
     command += f" --at {at}" if at else ""
-    write_scores(folder / "scores.csv", cells)
     parts = [
         f"# Results: {folder.resolve().name}\n",
         f"Made from the files beside it by `{command}`.\n",
@@ -410,6 +409,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         figures.plot_curves(folder / name, [cell for cell in cells if cell.dataset == dataset])
         parts.append(f"![{dataset}]({name})\n")
     parts += ["## Speed\n", speed(cells), origin(cells)]
+    write_scores(folder / "scores.csv", cells)
     (folder / "README.md").write_text("\n".join(parts))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.cli import UsageError
 from common.report import append_rows, write_atomically
 
 
@@ -64,7 +65,8 @@ def fill(page: Path, name: str, text: str) -> None:
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     pattern = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(end)})", re.DOTALL)
     filled, count = pattern.subn(lambda _: f"\n{text}\n\n", page.read_text())
-    assert count == 1, f"{page} has {count} places for {name}"
+    if count != 1:
+        raise UsageError(f"{page} has {count} places for {name}, {start.strip()} ... {end}; it must have one")
     write_atomically(page, lambda file: file.write(filled.encode()))
 
 

@@ -5,8 +5,9 @@
 
 Episode i has the seed of the last evaluation's episode i, so what is seen is what `returns.csv` counts (on the same
 machine, and of a policy that draws nothing). Of a population, `best` and `worst` go by the last return; of one trained
-in parts, name the part: it has the checkpoint. A film plays in real time, 30 frames a second at most; a GIF has at most
-600 frames, of long episodes every n-th, and an MP4, which needs `pip install imageio-ffmpeg`, as many as there are.
+in parts, once `python -m benchmarks.report RUN_DIR` has put them together. A film plays in real time, 30 frames a
+second at most; a GIF has at most 600 frames, of long episodes every n-th, and an MP4, which needs `pip install
+imageio-ffmpeg`, as many as there are.
 Where there is no display, MuJoCo draws by EGL or OSMesa; set MUJOCO_GL to choose yourself.
 """
 

@@ -531,7 +531,7 @@ def test_speed_table_has_the_hours_of_a_million_updates_and_of_the_model_before_
 def test_a_page_without_the_place_for_a_table_is_left_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- speed -->\n")
-    with pytest.raises(AssertionError, match="0 places for speed"):
+    with pytest.raises(UsageError, match="0 places for speed"):
         throughput.fill(page, "speed", "text")
     assert page.read_text() == "<!-- speed -->\n"
 

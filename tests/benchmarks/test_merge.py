@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_what_is_missing_is_said_and_the_rest_is_merged(tmp_path: Path, capsys: 
     assert (tmp_path / "a" / "curves.png").exists()
 
     write_part(tmp_path / "a", 0, {0: 1.0})
+    shutil.copytree(half, half.with_name("part-1-old"))  # none of the run's
     report.main([str(tmp_path / "a")])
     out, err = capsys.readouterr()
     assert err.endswith("part 1 of 2 has not finished\n") and err.count("\n") == 1
