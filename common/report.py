@@ -141,7 +141,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     from gymnasium.wrappers.utils import rescale_box
 
     path = Path(run_dir)
-    for file in path.glob("part-*/config.json"):  # of a run with --shard: the part that trained the member
+    for file in path.glob("part-*[0-9]/config.json"):  # of a run with --shard: the part that trained the member
         if member in [entry["member"] for entry in read_json(file)["members"]]:
             path = file.parent
     config = read_json(path / "config.json")

@@ -46,6 +46,8 @@ def test_parts_of_a_run_are_the_files_of_one(
     assert all(ours[name] == theirs[name] for name in ours if name not in measured)
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (shared, tmp_path / "one"))
     assert ours["members"] == theirs["members"] and ours["flags"]["shard"] == "" and ours["run_dir"] == str(shared)
+    kept = shutil.copytree(shared / "part-1", shared / "part-1-old")
+    (kept / "checkpoint" / "state.npz").unlink()  # a copy is none of the run's
     policies = [load_policy(folder, member=1)(np.ones(11)) for folder in (shared, tmp_path / "one")]
     np.testing.assert_array_equal(*policies)
     for name in ("curves.png", "grid.png"):
