@@ -141,7 +141,7 @@ def write_npz(dataset: Dataset, path: Path) -> Path:
     if (env := plain_id(dataset.env_spec)) is not None:
         columns["env"] = np.array(env)
     else:
-        name = getattr(dataset.env_spec, "id", None)
+        name = dataset.env_spec.id
         print(f"{name} has options here that its id does not have: {path} names no environment; load it with --env")
     write_atomically(path, lambda file: np.savez(file, **columns))
     return path

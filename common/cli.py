@@ -173,7 +173,7 @@ def env_name(env_id: str) -> str:
 def preset_name(dataset: str, env: str | None) -> str:
     """The family that the environment's, or else a dataset's name (of a file, its own) stands for, or `none`."""
     names = [env_name(env)] if env else []
-    for one in (dataset, *dataset.split("+")):  # the name of one file may have a "+"
+    for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
         if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
             with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` says what
                 names.append(env_name(str(file["env"])))
