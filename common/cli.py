@@ -6,6 +6,7 @@ import errno
 import importlib
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, TextIO, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
@@ -28,6 +29,15 @@ class UsageError(Exception):
 def one_line(error: Exception) -> str:
     """The first line of the error's message, or its name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def say(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Write to a terminal, file or pipe; once that is closed or full, to nowhere: a run goes on."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        with suppress(OSError):  # a stream without a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def optional(module: str, needed_for: str = "") -> ModuleType | None:
@@ -233,3 +243,4 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
         args = parse(args_type, presets)
         args.validate()
         main(args)
+        say("", sys.stdout, end="")  # Python fails at the exit if it cannot write the rest

@@ -48,7 +48,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(path: Path, resume: bool) -> Any:
-    """Make the run directory and lock it; UsageError if another process has, or it has a run and is not to `resume`."""
+    """Make the run directory and lock it; UsageError if another process has, or has tables and is not to `resume`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115
@@ -57,7 +57,7 @@ def claim(path: Path, resume: bool) -> Any:
         raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
-    if not resume and any((path / name).exists() for name in ("config.json", "metrics.csv")):
+    if not resume and ((path / "config.json").exists() or any(path.glob("*.csv"))):
         raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
     return lock
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from common.cli import RunArgs, UsageError, one_line, optional
+from common.cli import RunArgs, UsageError, one_line, optional, say
 from common.data import Dataset
 from common.environments import Returns
 from common.members import Members, Metrics
@@ -130,7 +130,7 @@ class Run:
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         where += f", resumed at {self.done}" if found else ""
-        print(f"{self.name} on {self.source}, preset {self.args.preset}: {where}", flush=True)
+        say(f"{self.name} on {self.source}, preset {self.args.preset}: {where}", sys.stdout)
         return trees
 
     def _identity(self) -> dict[str, Any]:
@@ -162,9 +162,9 @@ class Run:
         # A whole stretch has its row wherever it ends.
         self.phase, self.total, self.dues, self.shown = phase, total, [1] if whole else [n for n in dues if n], 0.0
         while True:
-            if self.signal:
-                print(f"stopped; go on with --run-dir {self.args.run_dir or self.path} --resume True", file=sys.stderr)
-                sys.exit(128 + self.signal)
+            # A signal that came too late for the last stretch's checkpoint has one stretch more.
+            if self.signal and (self.saved == self.done or not any(self.done.values())):
+                self._stop()
             self.start = self.done[phase]
             if self.start >= total:
                 break
@@ -173,6 +173,10 @@ class Run:
             now = (self.done[phase], time.time())  # the first stretch, which compiles, is not in the rate
             self.clock[phase] = [self.clock.get(phase, [now])[0], now]
             self._progress(phase, total)
+
+    def _stop(self) -> None:
+        say(f"stopped; go on with --run-dir {self.args.run_dir or self.path} --resume True", sys.stderr)
+        sys.exit(128 + self.signal)
 
     def rate(self, phase: str, members: int | None = None) -> float | None:
         """Updates (online: environment steps, each with an update) per second, summed over the living members."""
@@ -186,8 +190,7 @@ class Run:
             return
         self.shown, left = time.time(), datetime.timedelta(seconds=round((total - done) / rate))
         text = f"{self.name} {phase} {done}/{total}, {self.rate(phase):.0f}/s, {left} left{self.note}"
-        end = "" if terminal and done < total else "\n"
-        print(f"\r{text:<100}" if terminal else text, end=end, file=sys.stderr, flush=True)
+        say(f"\r{text:<100}" if terminal else text, sys.stderr, "" if terminal and done < total else "\n")
 
     def evaluation_due(self) -> bool:
         """Whether the phase has come to, or past, a step to be evaluated at that has not been."""
@@ -212,7 +215,7 @@ class Run:
             metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
             self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0
             what = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
-            print(f"{self.members.label(i)} diverged: {what}", file=sys.stderr)
+            say(f"{self.members.label(i)} diverged: {what}", sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
         if stop >= self.total or self.signal or not self.alive.any() or any(stop % n == 0 for n in self.dues):
             (sums, counts), self.row, rows = self.row, None, []
@@ -222,13 +225,13 @@ class Run:
             self._write("pretraining.csv" if self.phase == "pretraining" else "metrics.csv", rows)
         if not self.alive.any():
             self.finish(None)
-            print("error: every member diverged", file=sys.stderr)
+            say("error: every member diverged", sys.stderr)
             sys.exit(3)
 
     def record_evaluation(self, result: Returns | None) -> None:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
-            next(self.chunks(self.phase, self.total))
+            self._stop()
         families, rows = optional("benchmarks.families"), []
         domain = families.domain_of(self.env_spec) if families else None
         for i in np.flatnonzero(self.alive):
@@ -246,7 +249,7 @@ class Run:
         name = "score" if rows and rows[0]["score_mean"] is not None else "return"
         self.note = f", {name} {np.mean([row[f'{name}_mean'] for row in rows]):.1f}" if rows else ""
         if self.args.quiet or not sys.stderr.isatty():
-            print(f"{self.phase} {self.done[self.phase]}{self.note}", flush=True)
+            say(f"{self.phase} {self.done[self.phase]}{self.note}", sys.stdout)
 
     def _write(self, table: str, rows: list[dict[str, Any]]) -> None:
         append_rows(self.path / table, rows)
@@ -278,4 +281,4 @@ class Run:
             reports = optional("benchmarks.report")
             reports.of_run(self.path) if reports else print(f"results in {self.path}", flush=True)
         except Exception as error:
-            print(f"no curves.png or table: {one_line(error)}", file=sys.stderr)
+            say(f"no curves.png or table: {one_line(error)}", sys.stderr)

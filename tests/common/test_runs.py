@@ -32,7 +32,6 @@ from conftest import (
 )
 
 from algorithms.iql import PRESETS, Args, main
-from benchmarks import intervals
 from common import environments, members, report, runs
 from common.cli import UsageError, parse
 from common.runs import Run
@@ -254,6 +253,18 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     assert_same_arrays(run, uninterrupted)
     assert_same_tables(run, uninterrupted)
     assert signal.getsignal(signal.SIGINT) is handler, "handlers are given back"
+
+
+def test_a_signal_between_two_stretches_leaves_a_checkpoint(
+    tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too late for the checkpoint of the stretch before: that of the next has it."""
+    calls: list[int] = []
+    monkeypatch.setattr(Run, "_progress", lambda *_: calls or calls.append(1) or signal.raise_signal(signal.SIGTERM))
+    run = tmp_path / "run"
+    outcome = iql(*small_run, "--num-updates", 300, "--eval-every", 0, "--run-dir", run)
+    assert outcome.status == 143 and "--resume True" in outcome.err
+    assert done_in(run)["offline"] == 200
 
 
 @pytest.mark.slow
@@ -667,6 +678,13 @@ def test_a_run_directory_is_not_overwritten(small_run: list[str], iql: Any, take
     before = snapshot(taken)
     assert_refused(iql(*small_run, *LONG, "--run-dir", taken), "--resume True", str(taken))
     assert snapshot(taken) == before
+    (taken / "config.json").unlink()
+    (taken / "returns.csv").rename(taken / "mine.csv")  # anyone's tables
+    for path in [*taken.glob("[!m]*.csv")]:
+        path.unlink()
+    before = snapshot(taken)
+    assert_refused(iql(*small_run, *LONG, "--run-dir", taken), str(taken))
+    assert snapshot(taken) == before
 
 
 @pytest.mark.parametrize(
@@ -779,15 +797,25 @@ def test_a_terminal_that_cannot_show_what_is_printed(
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    kind = Closed if encoding == "closed" else io.TextIOWrapper
     run = tmp_path / "gelände"
     flags = [*small_run, "--num-updates", "5", "--num-seeds", "2", "--eval-every", "0", "--run-dir", run]
-    if encoding == "closed":  # from the report on
-        original = intervals.summarise
-        monkeypatch.setattr(
-            intervals, "summarise", lambda *a: monkeypatch.setattr(sys, "stdout", kind(io.BytesIO())) or original(*a)
-        )
-    else:
-        monkeypatch.setattr(sys, "stdout", kind(io.BytesIO(), encoding="ascii"))
+    stream = Closed(io.BytesIO()) if encoding == "closed" else io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
     assert iql(*flags).status == 0
     assert (run / "final.json").exists() and (run / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_closed_does_not_end_a_run(
+    tmp_path: Path, small_run: list[str], spawn: Callable[..., subprocess.Popen]
+) -> None:
+    """As by `| head -1`: it trains on, and ends with 0."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = spawn(
+        IQL, *small_run, "--num-updates", 5, "--eval-every", 2, "--run-dir", tmp_path / "run", stdout=writing
+    )
+    os.close(writing)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and "Traceback" not in err and "BrokenPipe" not in err, err
+    assert (tmp_path / "run" / "final.json").exists()
