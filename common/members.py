@@ -107,14 +107,18 @@ class Members:
                 size = min(size, int((CGROUP / name).read_text()))
         return size
 
+    def _check_room(self, each: int, what: str) -> None:
+        if (need := each * len(self.seeds)) > (room := self.memory()):
+            found = f"{what} of {self.count} member(s) take {need / 2**30:.3g} GiB, and there are {room / 2**30:.3g}"
+            raise UsageError(f"{found}; about {room // each} would fit")
+
     def start(self, init: Callable) -> Any:
-        """`init(key, hp)` of each member as one tree; UsageError, with how many would fit, if memory is too small."""
+        """`init(key, hp)` of each member as one tree; UsageError if memory is too small."""
         hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
         initialise = jax.jit(init)
         leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))
-        each = 3 * sum(x.size * x.dtype.itemsize for x in leaves)  # before and after updates, and gradients
-        if each * len(hp) > (room := self.memory()):
-            raise UsageError(f"{self.count} members do not fit in {room / 2**30:.3g} GiB, about {room // each} do")
+        # Before and after updates, and gradients.
+        self._check_room(3 * sum(x.size * x.dtype.itemsize for x in leaves), "the networks")
         # One by one, so that a member starts the same to the last bit whatever the population.
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
@@ -123,7 +127,8 @@ class Members:
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
-        """One member's tree, such as an empty ring, for each."""
+        """One member's tree, its empty ring, for each; UsageError if memory is too small."""
+        self._check_room(sum(x.nbytes for x in jax.tree.leaves(tree)), "the online transitions")
         return self.shard(jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self.seeds), *x.shape)), tree))
 
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:

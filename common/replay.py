@@ -132,9 +132,9 @@ class Ring(NamedTuple):
 
 
 def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
-    """A ring of `capacity` zero rows, none written."""
+    """A ring of `capacity` zero rows, none written; of numpy arrays without memory of their own."""
     shapes = ((obs_dim,), (action_dim,), (), (obs_dim,), (), ())
-    return Ring(Transitions(*(jnp.zeros((capacity, *x), jnp.float32) for x in shapes)), jnp.zeros((), jnp.int32))
+    return Ring(Transitions(*(np.broadcast_to(np.float32(0), (capacity, *x)) for x in shapes)), np.zeros((), np.int32))
 
 
 def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None = None) -> Ring:
@@ -147,7 +147,7 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
     places = (ring.written + jnp.arange(rows)) % ring.capacity
     if count is not None:
         places = jnp.where(jnp.arange(rows) < count, places, ring.capacity)  # beyond the end: dropped
-    data = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), ring.data, transitions)
+    data = jax.tree.map(lambda old, new: jnp.asarray(old).at[places].set(new, mode="drop"), ring.data, transitions)
     return Ring(data, ring.written + (rows if count is None else count))
 
 

@@ -124,9 +124,12 @@ def test_members_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> Non
     nine = members.make_members(iql.Args(num_seeds=9))
     init = partial(iql.init, args=iql.Args(hidden_dim=4096), obs_dim=11, action_dim=3)
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 4 * 2**30 // 4096))
-    with pytest.raises(UsageError, match="9 members") as caught:
+    with pytest.raises(UsageError, match=r"the networks of 9 member.* GiB") as caught:
         nine.start(init)
     assert "\n" not in str(caught.value) and "about 1 " in str(caught.value)
+    ring = empty_ring(10**7, 11, 3)  # 4 bytes for each of 2 x 11 + 3 + 3 numbers, and two devices have ten
+    with pytest.raises(UsageError, match=r"the online transitions of 9 .* 10\.4 GiB.* 4; about 3 "):
+        nine.broadcast(ring)
 
 
 def test_the_cores_of_a_cpu_share_one_copy_of_the_data() -> None:
