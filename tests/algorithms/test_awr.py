@@ -24,6 +24,7 @@ from algorithms import awr
 from algorithms.awr import Episodes, Normalizer, normalize
 from common import cli, replay
 from common.environments import Collector
+from common.members import Metrics
 from common.replay import Replay, Transitions, record
 from common.runs import Run
 
@@ -660,6 +661,17 @@ def test_value_updates_are_in_proportion_rounded_up() -> None:
         assert int(metrics.counts["actor/loss"]) == int(state.step) == num_updates
 
 
+@pytest.mark.parametrize(("value", "policy"), [(1_000_000, 1_000_000), (300_000, 200_000)])
+def test_iterations_may_be_long(value: int, policy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a million updates, as a single pass over the data: their product is no number of 32 bits."""
+    counts: list[int] = []
+    monkeypatch.setattr(awr, "repeat", lambda step, state, n: counts.append(int(n)) or (state, Metrics({}, {})))
+    args = replace(ARGS, value_updates=value, policy_updates=policy)
+    args.validate()
+    awr.train(fresh(), HP, Replay(joined(trajectories([3, 4]))), jnp.int32(policy), args)
+    assert counts == [value, policy]
+
+
 def test_without_updates_nothing_changes() -> None:
     """So it is with a member that has diverged, whose data may go on growing."""
     changes, lengths, online, _ = ITERATIONS["both"]
@@ -912,6 +924,7 @@ def test_values_are_those_of_the_policies_weighted_by_their_visits(scale_values:
         (["--grid", "momentum=0.5,0.9", "--optimizer", "adam"], "momentum has no effect with --optimizer adam"),
         (["--discount", "1"], "--scale-values False"),
         (["--grid", "discount=0.9,1"], "--scale-values False"),
+        (["--value-updates", "99999", "--policy-updates", "100000"], "--value-updates 99999"),
         (["--td-lambda", "1.1"], "--td-lambda 1.1: must be from 0 to 1"),
         (["--temperature", "0"], "--temperature 0.0: must be finite and above 0"),
         (["--num-environments", "0"], "--num-environments 0"),
