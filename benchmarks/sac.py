@@ -15,6 +15,7 @@ which makes learning steadier at this budget.
     python benchmarks/sac.py --env Hopper-v5 --updates-per-step 0.5 --critic-layer-norm True
 """
 
+import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -30,10 +31,10 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from algorithms.cql import squashed_sample
+from algorithms.cql import actor_loss, alpha_loss, squashed_sample
 from benchmarks.tables import Table
 from common import networks, replay
-from common.cli import NonNegative, Share, exit_status
+from common.cli import NonNegative, Share, UsageError, exit_status
 from common.environments import Collector, make_environment
 from common.members import Members, Metrics, repeat
 from common.networks import descend
@@ -42,7 +43,7 @@ from common.report import fill_tree, read_tree, save_tree
 
 
 class Hyperparameters(NamedTuple):
-    """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
+    """Numbers that `benchmarks/sac_prior.py` can sweep."""
 
     actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (paper, table 1).
     critic_learning_rate: NonNegative = 1e-3  # Adam's rate for the Q-functions (CleanRL; paper: 3e-4).
@@ -71,6 +72,24 @@ class Args:
     checkpoint_every: int = 100_000  # Environment steps between checkpoints.
     # Where snapshots/, training.csv and the checkpoint go; an existing checkpoint there is continued.
     run_dir: str = "runs/sac"
+
+    def validate(self) -> None:
+        """UsageError for a number out of range."""
+        counts = ("num_steps", "num_envs", "batch_size", "hidden_dim", "num_layers", "num_critics")
+        for name in (*counts, "report_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name, value in self.hp._asdict().items():
+            if not 0 <= value < np.inf or (name in ("discount", "polyak") and value > 1):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: out of range")
+        if self.updates_per_step < 0 or not (self.updates_per_step * self.num_envs).is_integer():
+            raise UsageError(f"--updates-per-step {self.updates_per_step}: times --num-envs it must be a whole number")
+        if min(self.seed, self.random_steps) < 0:
+            raise UsageError("--seed and --random-steps must be at least 0")
+
+
+FREE = ("report_every", "checkpoint_every", "run_dir")
+"""Flags that may differ between the run that left a checkpoint and the one that goes on from it."""
 
 
 class GaussianHead(nn.Module):
@@ -139,19 +158,6 @@ def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, 
     """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
     loss = jnp.sum(jnp.mean((q - targets) ** 2, axis=1))
     return loss, {"critic/loss": loss, "critic/q_mean": q.mean()}
-
-
-# Eq. (7), (9)
-def actor_loss(log_prob: jax.Array, q: jax.Array, alpha: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Entropy-regularised negative value of the policy's own actions: their `log_prob [batch]` and `q [batch]`."""
-    loss = jnp.mean(alpha * log_prob - q)
-    return loss, {"actor/loss": loss, "actor/entropy": -log_prob.mean()}
-
-
-# Eq. (18), on log alpha
-def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: float) -> jax.Array:
-    """Raises the temperature while the policy's `entropy` is below its target."""
-    return log_alpha * (entropy - target_entropy)
 
 
 def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) -> tuple[State, dict[str, jax.Array]]:
@@ -250,6 +256,9 @@ def main(args: Args) -> None:
     checkpoint, first = run_dir / "checkpoint.npz", 0
     if checkpoint.exists():
         arrays, metadata = read_tree(checkpoint)
+        ours, theirs = ({k: x for k, x in of.items() if k not in FREE} for of in (asdict(args), metadata["args"]))
+        if odd := [name for name, value in json.loads(json.dumps(ours)).items() if theirs.get(name) != value]:
+            raise UsageError(f"{run_dir} holds a run with {odd[0]} {theirs.get(odd[0])}; use another --run-dir")
         (state, ring), first = fill_tree(checkpoint, arrays, (state, ring)), metadata["steps"]
     table = Table(run_dir / "training.csv")
     table.rewind(lambda row: int(row["steps"]) <= first)
@@ -296,4 +305,6 @@ if __name__ == "__main__":
     # One thread: runs side by side on few cores lose nothing to each other.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     with exit_status():
-        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)))
+        args = tyro.cli(Args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+        args.validate()
+        main(args)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sac
+from benchmarks.sac import Hyperparameters
 from common.cli import Count, RunArgs, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
@@ -29,7 +30,7 @@ from common.runs import Run
 class Args(RunArgs):
     """SAC with prior data: soft actor-critic on a dataset, then on the union with its own samples."""
 
-    hp: sac.Hyperparameters = sac.Hyperparameters()
+    hp: Hyperparameters = Hyperparameters()
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
     num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
     num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
@@ -39,14 +40,14 @@ class Args(RunArgs):
 PRESETS: dict[str, dict[str, Any]] = {}  # the same settings everywhere
 
 
-def init(key: jax.Array, hp: sac.Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> sac.State:
+def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> sac.State:
     """Fresh networks and optimisers, those of `benchmarks/sac.py`."""
     return sac.init(key, args, obs_dim, action_dim)
 
 
 def act(
     state: sac.State,
-    hp: sac.Hyperparameters,
+    hp: Hyperparameters,
     observations: jax.Array,
     key: jax.Array,
     args: Args,
@@ -70,17 +71,15 @@ def main(args: Args) -> None:
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     warm_up = 0 if args.num_updates else args.random_steps
 
-    def act_greedily(state: sac.State, hp: sac.Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
+    def act_greedily(state: sac.State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
         return act(state, hp, observations, key, args, action_dim, sample=False)
 
-    def explore(
-        state: sac.State, hp: sac.Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array
-    ) -> Any:
+    def explore(state: sac.State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(key, step)
         actions = act(state, hp, observations, key, args, action_dim, sample=True)
         return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, minval=-1.0), actions)
 
-    def tune(state: sac.State, hp: sac.Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
+    def tune(state: sac.State, hp: Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
         state, metrics = sac.train(state, hp, data, num_updates, args)
         return state, explore(state, hp, *now), metrics
 

@@ -1,7 +1,10 @@
 """SAC's losses against numpy, its masks and order of updates, and a short run that is stopped and continued."""
 
 import csv
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,9 @@ import pytest
 
 from algorithms.cql import squashed_sample
 from benchmarks import offax_sets, sac, sac_prior
+from common.cli import UsageError
 from common.replay import Transitions
+from common.report import load_policy
 
 OBS, ACT, BATCH = 3, 2, 12
 ARGS = sac.Args(hidden_dim=8, batch_size=BATCH)
@@ -89,7 +94,28 @@ def test_a_run_leaves_snapshots_and_a_curve_and_goes_on_from_its_checkpoint(tmp_
     assert len(list((tmp_path / "run" / "snapshots").glob("*.npz"))) == 2
     before = (tmp_path / "run" / "training.csv").read_text()
     sac.main(args)  # the checkpoint is at 400: nothing is left to do
+    for name, value in (("env", "Walker2d-v5"), ("seed", 1), ("hp", args.hp._replace(discount=0.9))):
+        with pytest.raises(UsageError, match=f"{name} .*another --run-dir"):
+            sac.main(replace(args, **{name: value}))
     assert (tmp_path / "run" / "training.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_envs": 0}, "--num-envs 0"),
+        ({"num_envs": 4, "updates_per_step": 0.2}, "--updates-per-step 0.2: .* whole number"),
+        ({"updates_per_step": -1.0}, "--updates-per-step -1.0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"hp": ARGS.hp._replace(discount=2.0)}, "--discount 2.0"),
+        ({"hp": ARGS.hp._replace(actor_learning_rate=float("nan"))}, "--actor-learning-rate nan"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        replace(ARGS, **changes).validate()
+    replace(ARGS, num_envs=4, updates_per_step=0.25).validate()
 
 
 def test_with_prior_data_it_is_evaluated_by_the_mode_and_collects_samples() -> None:
@@ -103,3 +129,10 @@ def test_with_prior_data_it_is_evaluated_by_the_mode_and_collects_samples() -> N
     )
     np.testing.assert_allclose(np.median(samples, axis=0), mode, atol=0.1)
     assert samples.std(axis=0).min() > 0.1
+
+
+@pytest.mark.slow
+def test_the_policy_of_a_run_with_prior_data_is_loaded(tmp_path: Path, small_run: list[str], script: Any) -> None:
+    run = tmp_path / "run"
+    assert script("sac_prior", *small_run, "--num-updates", 5, "--run-dir", run, package="benchmarks").status == 0
+    assert load_policy(run)(np.zeros(11)).shape == (3,)
