@@ -1,6 +1,5 @@
 """The results of a suite, read from its folder: cells of members that differ by their seeds only."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from benchmarks.curves import Curves, curves_of, trained_on
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
 from benchmarks.tables import Table
 from common.cli import UsageError
+from common.report import read_json
 from common.runs import FREE, LENGTHS
 
 FILES = ("config.json", "final.json", "command.json")
@@ -71,7 +71,7 @@ def read(folder: Path) -> list[Cell]:
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
         if missing := [name for name in FILES if not (run / name).exists()]:
             raise UsageError(f"{run} has no {missing[0]}")
-        runs[run] = [json.loads((run / f"{name}.json").read_text()) for name in ("config", "final", "command")]
+        runs[run] = [read_json(run / name) for name in FILES]
     # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
     references: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: len(run.name)):
@@ -144,11 +144,13 @@ def with_diverged(cell: Cell, cells: Sequence[Cell]) -> list[float]:
 def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     """The cells as they were after so many offline updates; without those that were not evaluated there.
 
-    A member that has no evaluation there, beside others that have one, had diverged. UsageError if no cell has any.
+    The evaluation after the last of them may be that at the online phase's first step. A member that has no evaluation
+    there, beside others that have one, had diverged. UsageError if no cell has any.
     """
     found = []
     for cell in cells:
-        here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) == ("offline", updates))
+        places = [("offline", updates), ("online" if cell.final["updates"] == updates else "", 0)]
+        here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) in places)
         rows, members = {row["member"]: row for row in here}, []
         for member in cell.members if rows else []:
             row = rows.get(str(member["member"]), {})
@@ -162,14 +164,15 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
 
 
 def before_online(cell: Cell) -> list[float]:
-    """Each member's score where the online phase begins; empty without an online phase or scores."""
-    return [curve[min(curve)] for curve in cell.curves("online", "score_mean").values()]
+    """The score where the online phase begins, of each member that is left; empty if it was not evaluated there."""
+    curves = cell.curves("online", "score_mean").items()
+    return [curve[0] for member, curve in curves if 0 in curve and member not in cell.lost]
 
 
 def online_regret(cell: Cell) -> list[float]:
-    """Each member's distance from an expert's score, averaged over the online phase."""
-    curves = [sorted(curve.items()) for curve in cell.curves("online", "score_mean").values() if len(curve) > 1]
-    return [regret(*zip(*curve, strict=True)) for curve in curves]
+    """The distance from an expert's score, averaged over the online phase, of each member that is left."""
+    curves = [x for member, x in cell.curves("online", "score_mean").items() if member not in cell.lost]
+    return [regret(*zip(*sorted(curve.items()), strict=True)) for curve in curves if 0 in curve and len(curve) > 1]
 
 
 def last_evaluations(cell: Cell, count: int) -> dict[str, list[float]]:

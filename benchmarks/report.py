@@ -113,11 +113,12 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
 
 
 def fine_tuning(cells: Sequence[Cell]) -> str:
-    """Scores before and after the online phase, and its regret, for the cells that have one."""
+    """Scores before and after the online phase, and its regret, of the seeds that are left in the cells with one."""
     rows = []
     for cell in cells:
         scores = (before_online(cell), cell.values("score_mean"), online_regret(cell))
-        rows.append([f"{cell.algorithm}, {cell.dataset}", *map(str, cell.length)])
+        lost = f", {len(cell.lost)} diverged" if cell.lost else ""
+        rows.append([f"{cell.algorithm}, {cell.dataset}{lost}", *map(str, cell.length)])
         rows[-1] += [show(summary([values])) for values in scores]
     return markdown(["run", "offline updates", "environment steps", "before", "after", "regret"], rows)
 
@@ -217,7 +218,7 @@ def origin(cells: Sequence[Cell]) -> str:
     configs = [cell.config for cell in cells]
     commits = unique(
         [
-            f"`{c['git_commit'] or 'unknown'}`" + (" with uncommitted changes" if c.get("git_dirty") else "")
+            f"`{c.get('git_commit') or 'unknown'}`" + (" with uncommitted changes" if c.get("git_dirty") else "")
             for c in configs
         ]
     )
@@ -225,7 +226,9 @@ def origin(cells: Sequence[Cell]) -> str:
         [f"{c['cpu']['model']}, {c['cpu']['cores']} cores" if c.get("cpu") else "unknown processor" for c in configs]
     )
     devices = unique([f"{c['device']['count']} x {c['device']['kind']}" for c in configs])
-    versions = unique([", ".join(f"{name} {version}" for name, version in c["versions"].items()) for c in configs])
+    versions = unique(
+        [", ".join(f"{name} {version}" for name, version in c.get("versions", {}).items()) for c in configs]
+    )
     steps = sorted({cell.final["online_steps"] for cell in cells} - {0})
     lines = [
         f"- offline updates: {updates_of(cells)}",
@@ -395,7 +398,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
 
     heads = ["data, average", "worst to best episode", "episodes"]
     parts += ["## Return\n", table(cells, "return_mean", returns, heads), origin(cells)]
-    if tuned := [cell for cell in scored if before_online(cell) and cell.final["updates"]]:
+    if tuned := [cell for cell in scored if all(cell.length)]:
         parts += [
             "## Fine-tuning\n",
             "Score where the online phase begins, and the final score after it. The regret is the distance from an "

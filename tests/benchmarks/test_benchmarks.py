@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import bc, report, suite, throughput
+from benchmarks import bc, cells, report, suite, throughput
 from common.cli import UsageError
 from common.replay import Replay, Transitions
 
@@ -299,6 +299,28 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
     assert "bc, easy" not in part, "it has no online phase"
     assert "offline updates: 100 (bc); 200 (iql)" in page
     assert cells_of(page, "easy")[2:] == ["5.0 [5.0, 5.0], after 100", "50.0 [40.0, 60.0]"]
+    (cell,) = cells.after(report.read(tmp_path), 200)
+    assert cell.values("score_mean") == [10.0, 20.0], "the last offline policy is evaluated as the first online"
+
+
+def test_report_of_fine_tuning_is_of_the_members_that_are_left(tmp_path):
+    """A seed that diverged online is in neither column; where nothing was evaluated at the switch, none is known."""
+    for name, first in (("iql", 0), ("awac", 35)):
+        write_run(tmp_path, name, "easy", [40.0, None, 60.0])
+        run = tmp_path / f"{name}_easy"
+        final = json.loads((run / "final.json").read_text()) | {"online_steps": 70, "updates": 200}
+        (run / "final.json").write_text(json.dumps(final))
+        with open(run / "evaluations.csv", "a") as file:
+            for step, scores in ((first, (10.0, -90.0, 20.0)), (70, (40.0, None, 60.0))):
+                for i, score in enumerate(scores):
+                    if score is not None:
+                        file.write(f"online,{step},{i},{i},{step},0,{score},0,10\n")
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    part = page[page.index("## Fine-tuning") : page.index("## Learning curves")]
+    row = cells_of(part, "iql, easy, 1 diverged")
+    assert row[3:] == ["15.0 [10.0, 20.0]", "50.0 [40.0, 60.0]", "67.5 [60.0, 75.0]"]
+    assert cells_of(part, "awac, easy, 1 diverged")[3:] == ["-", "50.0 [40.0, 60.0]", "-"]
 
 
 def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_no_data_was_used(tmp_path):
