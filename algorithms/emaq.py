@@ -121,6 +121,10 @@ class Args(RunArgs):
             refuse_sweep(self, {"temperature"}, "with --behavior vae")
         if self.behavior_checkpoint is not None and not self.online_steps:
             refuse_sweep(self, {"behavior_learning_rate"}, "with --behavior-checkpoint")
+        if not self.behavior_updates + self.online_steps:
+            refuse_sweep(self, {"behavior_learning_rate"}, "with --behavior-updates 0")
+        if self.num_critics == 1:
+            refuse_sweep(self, {"ensemble_weight"}, "with --num-critics 1")
         if self.behavior_checkpoint is not None and not self.num_updates:
             raise UsageError("--behavior-checkpoint has no effect with --num-updates 0")
 

@@ -192,6 +192,8 @@ def read(directory: Path, dataset: str | None) -> Trained:
     data = load(dataset or args.dataset, args.env)
     if data.describe()["dataset_sha256"] != digest:
         raise UsageError(f"{dataset or args.dataset} is not the dataset of the run in {directory}; pass --dataset")
+    if not about["done"]["offline"] + about["done"]["online"]:
+        raise UsageError(f"the Q-functions of the run in {directory} have not been trained yet; --resume True goes on")
     transitions = fit_transform(data.transitions, args).transitions(data.transitions)
     sizes = {"obs_dim": transitions.observations.shape[1], "action_dim": transitions.actions.shape[1]}
     shapes = jax.eval_shape(partial(emaq.init, args=args, **sizes), jax.random.key(0), hp)

@@ -207,6 +207,7 @@ def test_what_does_not_fit_is_said_in_one_line(begun: Path, command: Callable[..
         ([copy("flags", flags={})], "another version"),
         ([without], "no checkpoint"),
         ([begun, "--dataset", tmp_path / "other.npz"], "not the dataset of the run"),
+        ([begun], "have not been trained"),
         ([begun, "--pool", 1], "--pool 1"),
         ([begun, "--num-states", 0], "--num-states 0"),
     ):
