@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import means
+from finite_max import expected_max
 from test_iql import numpy_mlp, random_batch
 
 from algorithms import emaq
-from benchmarks.complexity import expected_max
+from common.cli import UsageError
 from common.replay import Replay, Transitions, empty_ring
 
 OBS, ACT, BATCH, NUM, BINS = 4, 2, 16, 6, 5
@@ -624,3 +625,22 @@ def test_of_a_single_bin_the_policy_is_behavior_cloning() -> None:
         actions = np.asarray(act(free, HP, ONE_HOT, key, TABULAR, 1, False))[:, 0]
         best = SUPPORT[tables.min(axis=0).argmax(axis=1)]
         assert ((edges(best) <= actions) & (actions <= edges(best + 1))).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, "softmax_scale"),
+        ({}, "temperature"),
+        ({}, "exploration_bonus"),
+        ({"behavior": "vae", "online_steps": 10}, "temperature"),
+        ({"behavior_checkpoint": "run"}, "behavior_learning_rate"),
+        ({"behavior_updates": 0}, "behavior_learning_rate"),
+        ({"num_critics": 1}, "ensemble_weight"),
+    ],
+)
+def test_a_sweep_without_effect_is_refused(flags: dict[str, Any], name: str) -> None:
+    args = replace(ARGS, **flags)
+    args.validate()
+    with pytest.raises(UsageError, match=f"{name} has no effect"):
+        replace(args, grid=f"{name}=0.5,1").validate()

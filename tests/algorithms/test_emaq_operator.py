@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from finite_max import difficulty, expected_max
 
-from benchmarks.complexity import difficulty, expected_max, suboptimality_bound
+from benchmarks.complexity import suboptimality_bound
 
 STATES, ACTIONS = 6, 5
 SEEDS = range(6)

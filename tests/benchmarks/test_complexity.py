@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, Outcome, arrays_of, hopper_like, signalled_after, smaller
+from finite_max import expected_max
 
 from algorithms import emaq
 from benchmarks import complexity
-from benchmarks.complexity import difficulty_of_pool, expected_max, expected_max_of_pool
+from benchmarks.complexity import difficulty_of_pool, expected_max_of_pool
 from common.cli import exit_status, parse
 
 # ---- the estimate from a pool ----
