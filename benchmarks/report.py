@@ -267,7 +267,7 @@ def write_scores(path: Path, cells: Sequence[Cell]) -> None:
             row |= {name: member[name] for name in MEASURED}
             diverged = (member["diverged"] or {}).get("step")
             rows.append(row | {"diverged_at": diverged, "updates": cell.final["updates"]})
-            rows[-1] |= {"git_commit": cell.config["git_commit"]}
+            rows[-1] |= {"git_commit": cell.config.get("git_commit")}
     Table(path).append(rows)
 
 

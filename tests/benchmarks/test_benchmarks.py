@@ -323,6 +323,19 @@ def test_report_of_fine_tuning_is_of_the_members_that_are_left(tmp_path):
     assert cells_of(part, "awac, easy, 1 diverged")[3:] == ["-", "50.0 [40.0, 60.0]", "-"]
 
 
+def test_report_of_a_run_without_provenance_and_of_a_damaged_one(tmp_path):
+    """A copied algorithm without benchmarks/ does not know its commit and versions."""
+    write_run(tmp_path, "bc", "easy", [10.0])
+    file = tmp_path / "bc_easy" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: x for k, x in config.items() if k not in ("git_commit", "versions", "cpu")}))
+    report.write(tmp_path)
+    assert "commit: `unknown`" in (tmp_path / "README.md").read_text()
+    file.write_text("{")
+    with pytest.raises(UsageError, match=r"config\.json is damaged"):
+        report.read(tmp_path)
+
+
 def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_no_data_was_used(tmp_path):
     write_run(tmp_path, "awr", "easy", [10.0], num_updates=0, rate=0.1, hidden_dim=8, online_steps=900)
     write_run(tmp_path, "awr", "easy", [20.0], num_updates=0, rate=1e-4, hidden_dim=8, online_steps=1000)
