@@ -118,8 +118,12 @@ def load_npz(path: str, env: str | None) -> Dataset:
     env = env or (str(arrays["env"]) if "env" in arrays else None)
     bounds = bounds_of(env, arrays["actions"])
     found = check(path, {"truncations": np.zeros(arrays["rewards"].shape)} | arrays, *bounds)
+    flagged = np.logical_or(found.terminations, found.truncations)
+    cut = (found.successors != np.arange(1, len(found.rewards) + 1)) & ~flagged
     if "truncations" not in arrays:
-        cut = (found.successors != np.arange(1, len(found.rewards) + 1)) & (found.terminations == 0)
         found = found._replace(truncations=cut.astype(np.float32))
         print(f"{path} has no truncations: {cut.sum()} found, where rows do not follow each other", file=sys.stderr)
+    elif wrong := cut[:-1].sum():
+        what = "rows are not followed by their next observation, and neither terminate nor are truncated"
+        print(f"{path}: {wrong} {what}; episodes, and their returns, run on there", file=sys.stderr)
     return Dataset(path, found, env, *bounds)

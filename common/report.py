@@ -3,11 +3,13 @@
 import csv
 import dataclasses
 import fcntl
+import hashlib
 import io
 import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from common.cli import UsageError, one_line, optional
+from common.cli import UsageError, one_line, optional, say
 from common.environments import width_of
 from common.members import evaluation_keys, is_key
 from common.replay import Transform
@@ -131,26 +133,36 @@ def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str 
     return jax.tree.unflatten(structure, [jax.random.wrap_key_data(x) if is_key(old) else x for x, (_, old) in pairs])
 
 
+def script_of(module: Any) -> dict[str, str]:
+    """How config.json names the file that trained a run; nothing for a notebook's cells."""
+    if not (file := getattr(module, "__file__", None)):
+        return {}
+    return {"script": Path(file).stem, "script_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}
+
+
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
-    """The trained policy: raw observations `[obs_dim]` or `[batch, obs_dim]` to actions in the environment's own range.
+    """The trained policy: raw, flat observations `[obs_dim]` or `[batch, obs_dim]` to the environment's own actions.
 
     It acts as in the final evaluation, to the last digit, or with `sample` as to collect data; `best` is what
-    --keep-best kept. It imports the algorithm's file. UsageError without a checkpoint or such a member.
+    --keep-best kept. It imports the algorithm's file, and says so if that has changed or is another's. UsageError
+    without a checkpoint or such a member.
     """
     from gymnasium.spaces import Box
     from gymnasium.wrappers.utils import rescale_box
 
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     for file in path.glob("part-*[0-9]/config.json"):  # of a run with --shard: the part that trained the member
         if member in [entry["member"] for entry in read_json(file)["members"]]:
             path = file.parent
     config = read_json(path / "config.json")
     arrays, about = read_tree(path / "checkpoint" / ("best.npz" if best else "state.npz"))
-    entries, name = {entry["member"]: entry for entry in config["members"]}, config["algorithm"]
+    entries, name = {entry["member"]: entry for entry in config["members"]}, config.get("script", config["algorithm"])
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
     if not (script := optional(name) or optional(f"algorithms.{name}") or optional(f"benchmarks.{name}")):
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
+    if any(config.get(key, value) != value for key, value in script_of(script).items()):
+        say(f"{script.__file__} is not the file that trained {path}, or was edited since", sys.stderr)
     row, transform = list(entries).index(member), Transform(*map(np.float32, config["transform"].values()))
     low, high = (np.array(config[f"action_{end}"], np.float32) for end in ("low", "high"))
     if (hp := entries[member]["hyperparameters"]).keys() - script.Hyperparameters._fields:

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from common.data import Dataset
 from common.environments import Returns
 from common.members import Members, Metrics
 from common.replay import Transform
-from common.report import append_rows, claim, fill_tree, read_tree, save_tree, write_json
+from common.report import append_rows, claim, fill_tree, read_tree, save_tree, script_of, write_json
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
 STRETCH = 100  # and between looks at signals and divergence
@@ -107,6 +108,8 @@ class Run:
                 odd = [name for name, value in ours.items() if identity.get(name) != value]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UsageError(f"checkpoint {self.checkpoint} is damaged or was edited (its metadata)") from None
+            if self.args.num_updates < self.done["offline"]:
+                raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
             if odd:
                 what = f"--{odd[0].replace('_', '-')} {identity.get(odd[0])}, this one has {ours[odd[0]]}"
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
@@ -121,12 +124,13 @@ class Run:
         config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
         config |= {"population": self.members.total, "members": members}
+        config |= script_of(sys.modules[type(self.args).__module__])
+        self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
         (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on
         write_json(self.path / "config.json", config)
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
             self.tracker = optional("benchmarks.tracking", "--track True").Tracker(self.args, config, names, self.label)
-        self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         where += f", resumed at {self.done}" if found else ""
@@ -175,7 +179,8 @@ class Run:
             self._progress(phase, total)
 
     def _stop(self) -> None:
-        say(f"stopped; go on with --run-dir {self.args.run_dir or self.path} --resume True", sys.stderr)
+        path = shlex.quote(str(self.args.run_dir or self.path))
+        say(f"stopped; go on with the same flags and --run-dir {path} --resume True", sys.stderr)
         sys.exit(128 + self.signal)
 
     def rate(self, phase: str, members: int | None = None) -> float | None:

@@ -294,6 +294,12 @@ def test_npz_without_truncations_is_cut_where_rows_do_not_follow_each_other(
     transitions = load(str(tmp_path / "mine.npz"), "Any32-v0").transitions
     assert transitions.truncations.tolist() == [0, 0, 0, 1, 1] and transitions.truncations.dtype == np.float32
     assert "no truncations: 2 found" in capsys.readouterr().err
+    np.savez(tmp_path / "mine.npz", **arrays, truncations=np.zeros(5))
+    assert not load(str(tmp_path / "mine.npz"), "Any32-v0").transitions.truncations.any()
+    assert "1 rows are not followed by their next observation" in capsys.readouterr().err
+    np.savez(tmp_path / "mine.npz", **arrays, truncations=transitions.truncations)
+    load(str(tmp_path / "mine.npz"), "Any32-v0")
+    assert capsys.readouterr().err == ""
 
 
 def test_npz_actions_are_rescaled_from_the_environment(tmp_path: Path) -> None:

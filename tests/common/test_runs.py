@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -485,7 +486,7 @@ def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
 ) -> None:
     """A copy of a run by an algorithm of one's own, whose file is not there, and then needs a package that is not."""
     run = shutil.copytree(finished, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text()) | {"algorithm": "my_own"}
+    config = json.loads((run / "config.json").read_text()) | {"script": "my_own"}
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"no my_own\.py to import"):
         report.load_policy(run)
@@ -502,6 +503,37 @@ def test_a_policy_of_an_edited_copy_is_not_that_of_the_file_at_hand(finished: Pa
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"of another iql\.py than .*put that one's folder on PYTHONPATH"):
         report.load_policy(run)
+
+
+def test_a_policy_is_that_of_the_file_that_trained_it_whatever_its_name(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An edited copy under a name of its own; and of the same name, where nothing else tells the two apart."""
+    report.load_policy(finished)
+    assert capsys.readouterr().err == ""
+    text = (ROOT / "algorithms" / "iql.py").read_text().replace("jnp.tanh(trunk(", "0.5 * jnp.tanh(trunk(")
+    (tmp_path / "halved.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()[:16]
+    named, same = (shutil.copytree(finished, tmp_path / name) for name in ("named", "same"))
+    for run, script in ((named, "halved"), (same, "iql")):
+        config = json.loads((run / "config.json").read_text())
+        assert config["script"] == "iql" and config["script_sha256"] != sha256
+        (run / "config.json").write_text(json.dumps(config | {"script": script, "script_sha256": sha256}))
+    raw = np.random.default_rng(0).normal(size=(5, 11))
+    np.testing.assert_allclose(report.load_policy(named)(raw), 0.5 * report.load_policy(finished)(raw), rtol=1e-6)
+    assert capsys.readouterr().err == ""
+    report.load_policy(same)
+    assert "iql.py is not the file that trained" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_fewer_updates_than_it_has(small_run: list[str], iql: Any, taken: Path) -> None:
+    """With none it would be one from scratch: without its data, and with random steps first."""
+    before = snapshot(taken)
+    for flags in (["--num-updates", "60"], ["--num-updates", "0", "--online-steps", "10", "--random-steps", "0"]):
+        outcome = iql(*small_run, *LONG, *flags, "--run-dir", taken, "--resume", "True")
+        assert_refused(outcome, "--num-updates 120")
+    assert snapshot(taken) == before
 
 
 def test_a_run_that_goes_on_is_not_finished(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
