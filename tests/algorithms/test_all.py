@@ -315,7 +315,8 @@ def test_online_from_scratch_with_random_first_steps_and_resumed(
 ) -> None:
     """No dataset is read: the one named does not exist."""
     run = tmp_path / "run"
-    flags = small_flags(name, small_run, num_updates=0, eval_every=0, checkpoint_every=8, random_steps=12, run_dir=run)
+    flags = small_flags(name, small_run, num_updates=0, eval_every=0, checkpoint_every=8, run_dir=run)
+    flags += [] if name == "awr" else ["--random-steps", "12"]
     flags[flags.index("--dataset") + 1] = "no/such/set-v0"
     steps = 120 if name == "awr" else 24  # the first iteration of AWR goes on until there is a whole episode
     flags += ["--online-steps", str(steps), "--resume", "True"]

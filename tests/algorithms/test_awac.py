@@ -791,6 +791,6 @@ def test_a_population_runs_with_the_authors_settings(
     assert {row["member"] for row in rows} == {"0", "1"}
     with np.load(run / "checkpoint" / "state.npz") as arrays:
         shapes = {name: arrays[name].shape for name in arrays.files if "kernel" in name and ".actor[" in name}
-        (log_std,) = (arrays[name] for name in arrays.files if "log_std" in name and "_opt" not in name)
+        (log_std,) = (arrays[name] for name in arrays.files if "log_std" in name and ".actor[" in name)
     assert sorted(shapes.values()) == [(2, 8, 3), (2, 8, 8), (2, 11, 8)]
     assert np.abs(log_std + 3.0).max() <= 3.1 * 3e-4 and np.abs(log_std + 3.0).min() > 0
