@@ -149,7 +149,7 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     """
     found = []
     for cell in cells:
-        places = [("offline", updates), ("online" if cell.final["updates"] == updates else "", 0)]
+        places = {("offline", updates)} | ({("online", 0)} if cell.final["updates"] == updates else set())
         here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) in places)
         rows, members = {row["member"]: row for row in here}, []
         for member in cell.members if rows else []:
@@ -163,16 +163,20 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     return found
 
 
-def before_online(cell: Cell) -> list[float]:
-    """The score where the online phase begins, of each member that is left; empty if it was not evaluated there."""
+def online_curves(cell: Cell) -> list[list[tuple[int, float]]]:
+    """Steps and scores of the online phase, of each member that is left and was evaluated where the phase begins."""
     curves = cell.curves("online", "score_mean").items()
-    return [curve[0] for member, curve in curves if 0 in curve and member not in cell.lost]
+    return [sorted(curve.items()) for member, curve in curves if 0 in curve and member not in cell.lost]
+
+
+def before_online(cell: Cell) -> list[float]:
+    """The scores where the online phase begins."""
+    return [curve[0][1] for curve in online_curves(cell)]
 
 
 def online_regret(cell: Cell) -> list[float]:
-    """The distance from an expert's score, averaged over the online phase, of each member that is left."""
-    curves = [x for member, x in cell.curves("online", "score_mean").items() if member not in cell.lost]
-    return [regret(*zip(*sorted(curve.items()), strict=True)) for curve in curves if 0 in curve and len(curve) > 1]
+    """The distances from an expert's score, averaged over the online phase."""
+    return [regret(*zip(*curve, strict=True)) for curve in online_curves(cell) if len(curve) > 1]
 
 
 def last_evaluations(cell: Cell, count: int) -> dict[str, list[float]]:

@@ -256,8 +256,8 @@ def main(args: Args) -> None:
     checkpoint, first = run_dir / "checkpoint.npz", 0
     if checkpoint.exists():
         arrays, metadata = read_tree(checkpoint)
-        ours, theirs = ({k: x for k, x in of.items() if k not in FREE} for of in (asdict(args), metadata["args"]))
-        if odd := [name for name, value in json.loads(json.dumps(ours)).items() if theirs.get(name) != value]:
+        ours, theirs = json.loads(json.dumps(asdict(args))), metadata["args"]
+        if odd := [name for name in ours if name not in FREE and theirs.get(name) != ours[name]]:
             raise UsageError(f"{run_dir} holds a run with {odd[0]} {theirs.get(odd[0])}; use another --run-dir")
         (state, ring), first = fill_tree(checkpoint, arrays, (state, ring)), metadata["steps"]
     table = Table(run_dir / "training.csv")
