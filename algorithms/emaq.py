@@ -562,13 +562,30 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     return jax.tree.map(lambda x: x[places], filled)
 
 
+def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
+    """Say roughly how long `count` members take, where that is some hours and there is no accelerator.
+
+    Two operations for each weight and row, thrice where there is a gradient, at the 100 GFLOP/s of two common cores.
+    Screening leaves a quarter of the proposals' (results/emaq-speed).
+    """
+    start = partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim)
+    shapes = jax.eval_shape(start, jax.random.key(0), args.hp)
+    mu, q = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes.behavior, shapes.critic))
+    screened = args.screening and args.backup == "max" and args.hp.ensemble_weight == 1.0
+    fits = args.online_steps + args.behavior_updates * (args.num_updates > 0 and not args.behavior_checkpoint)
+    valued = (args.num_updates + args.online_steps) * (3 + args.num_proposals / (4 if screened else 1))
+    hours = count * 2 * args.batch_size * (mu * 3 * fits + q * valued) / 1e11 / 3600
+    if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
+        advice = "" if args.preset == "cpu" else "; --preset cpu has smaller networks and fewer proposals"
+        print(f"without an accelerator this takes roughly {hours:.0f} hours on two cores{advice}", file=sys.stderr)
+
+
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
     """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
-    if jax.default_backend() == "cpu" and args.preset != "cpu" and not args.quiet:
-        print("these sizes are for an accelerator; --preset cpu has smaller ones, and fewer proposals", file=sys.stderr)
+    foretell(args, members.count, obs_dim, action_dim)
     pool_bytes = len(members.seeds) * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
     if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
