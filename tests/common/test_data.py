@@ -300,6 +300,9 @@ def test_npz_without_truncations_is_cut_where_rows_do_not_follow_each_other(
     np.savez(tmp_path / "mine.npz", **arrays, truncations=transitions.truncations)
     load(str(tmp_path / "mine.npz"), "Any32-v0")
     assert capsys.readouterr().err == ""
+    np.savez(tmp_path / "mine.npz", **arrays | {"next_observations": x[1:], "terminations": np.zeros(5)})
+    transitions = load(str(tmp_path / "mine.npz"), "Any32-v0").transitions
+    assert transitions.truncations.tolist() == [0, 0, 0, 0, 1], "one episode from the first row to the last"
 
 
 def test_npz_actions_are_rescaled_from_the_environment(tmp_path: Path) -> None:
