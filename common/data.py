@@ -65,13 +65,10 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
 
 def spaces_of(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:
     """What `action_bounds` says of the environment of a gymnasium id or EnvSpec."""
-    made = make_raw(spec)
-    try:
+    with make_raw(spec) as made:
         if made.spec is None or made.spec.max_episode_steps is None:
             print("no time limit: episodes end after 10,000 steps, or --max-episode-steps", file=sys.stderr)
         return action_bounds(f"environment {getattr(spec, 'id', spec)}", made.observation_space, made.action_space)
-    finally:
-        made.close()
 
 
 def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Recorded:

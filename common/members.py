@@ -86,15 +86,9 @@ class Members:
         return jax.device_put(tree, NamedSharding(self.mesh, P("members")))
 
     def replicate(self, tree: Any) -> Any:
-        """The whole tree of numpy arrays on every device: once for all CPUs, as JAX does not copy what is aligned."""
-
-        def aligned(x: np.ndarray) -> np.ndarray:
-            space = np.empty(x.nbytes + 64, np.uint8)
-            copy = space[-space.ctypes.data % 64 :][: x.nbytes].view(x.dtype).reshape(x.shape)
-            copy[...] = x
-            return copy
-
-        tree = jax.tree.map(aligned, tree) if self.mesh.devices.flat[0].platform == "cpu" else tree
+        """The whole tree of numpy arrays on every device: once for all CPUs."""
+        if self.mesh.devices.flat[0].platform == "cpu":  # JAX's own arrays are aligned, and so not copied again
+            tree = jax.tree.map(lambda x: np.asarray(jnp.array(x)), tree)
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def memory(self) -> int:

@@ -144,11 +144,10 @@ def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None =
     """
     rows = len(transitions.rewards)
     assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
-    places = (ring.written + jnp.arange(rows)) % ring.capacity
-    if count is not None:
-        places = jnp.where(jnp.arange(rows) < count, places, ring.capacity)  # beyond the end: dropped
+    count, i = rows if count is None else count, jnp.arange(rows)
+    places = jnp.where(i < count, (ring.written + i) % ring.capacity, ring.capacity)  # beyond the end: dropped
     data = jax.tree.map(lambda old, new: jnp.asarray(old).at[places].set(new, mode="drop"), ring.data, transitions)
-    return Ring(data, ring.written + (rows if count is None else count))
+    return Ring(data, ring.written + count)
 
 
 class Replay(NamedTuple):
@@ -186,11 +185,8 @@ def take(replay: Replay, rows: jax.Array) -> Transitions:
     new = jax.tree.map(lambda x: x[ring_rows] if member is None else x[member, ring_rows], ring.data)
     if offline is None:
         return new
-
-    def pick(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(from_ring.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return jax.tree.map(pick, offline.at(jnp.minimum(rows, num_offline - 1)), new)
+    old = offline.at(jnp.minimum(rows, num_offline - 1))
+    return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(from_ring, y, x), old, new)
 
 
 def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:

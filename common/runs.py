@@ -251,8 +251,8 @@ class Run:
             self.keep_best.keep(self, rows)
         self.evaluations += rows
         self._write("evaluations.csv", rows)
-        name = "score" if rows and rows[0]["score_mean"] is not None else "return"
-        self.note = f", {name} {np.mean([row[f'{name}_mean'] for row in rows]):.1f}" if rows else ""
+        name = "return" if rows[0]["score_mean"] is None else "score"
+        self.note = f", {name} {np.mean([row[f'{name}_mean'] for row in rows]):.1f}"
         if self.args.quiet or not sys.stderr.isatty():
             say(f"{self.phase} {self.done[self.phase]}{self.note}", sys.stdout)
 
@@ -266,7 +266,6 @@ class Run:
         last: dict[int, dict[str, Any]] = {}
         if self.signal or result is not None:
             self.record_evaluation(result)
-            (self.path / "returns.csv").unlink(missing_ok=True)
             for i in np.flatnonzero(self.alive):
                 who, returns = self.members.who(i), enumerate(result.returns[i].tolist())
                 append_rows(self.path / "returns.csv", [who | {"episode": e, "return": x} for e, x in returns])
