@@ -39,11 +39,10 @@ from algorithms import awac, awr, cql, emaq, iql, td3_bc
 from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of, markdown
-from common.cli import exit_status
+from benchmarks.tables import Table, commit_of, markdown, write_text
+from common.cli import Count, NonNegative, check_ranges, exit_status
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
-from common.report import write_atomically
 
 # TFLOP/s of dense products, from NVIDIA's data sheets (SXM): in float32 and in TF32.
 PEAKS = {"H100": (67.0, 494.5), "H200": (67.0, 494.5), "A100": (19.5, 156.0)}
@@ -71,13 +70,13 @@ class Args:
     members: tuple[int, ...] = (1, 2, 4, 16, 64, 256)
     jax_corl: Path | None = None  # Your clone of JAX-CORL.
     unifloral: Path | None = None  # Your clone of unifloral.
-    processes: int = 16  # Single runs of a peer at once, at most.
-    rows: int = 1_000_000  # Transitions of the data.
-    obs_dim: int = 11  # Numbers in an observation.
-    action_dim: int = 3  # Numbers in an action.
+    processes: Count = 16  # Single runs of a peer at once, at most.
+    rows: Count = 1_000_000  # Transitions of the data.
+    obs_dim: Count = 11  # Numbers in an observation.
+    action_dim: Count = 3  # Numbers in an action.
     hidden_dim: int | None = None  # Width of the layers. Default: the algorithm's own.
-    seconds: float = 3.0  # Least time of a measurement.
-    minutes: float = 8.0  # Time after which no new measurement begins.
+    seconds: NonNegative = 3.0  # Least time of a measurement.
+    minutes: NonNegative = 8.0  # Time after which no new measurement begins.
     batched: bool = False  # Vmap the members on a CPU too.
 
 
@@ -201,6 +200,7 @@ def page(rows: list[dict[str, str]]) -> str:
 
 def main(args: Args) -> None:
     """Measure what the CSV lacks, smallest populations first."""
+    check_ranges(args)
     use_compilation_cache()
     fields = peer_sides.synthetic(args.rows, args.obs_dim, args.action_dim)
     began, table, data = time.monotonic(), Table(args.out), record(Transitions(**fields))
@@ -231,7 +231,7 @@ def main(args: Args) -> None:
     if rows := table.read():
         notes = args.out.with_suffix(".notes.md")
         text = page(rows) + (f"\n{notes.read_text()}" if notes.exists() else "")
-        write_atomically(args.out.with_suffix(".md"), lambda file: file.write(text.encode()))
+        write_text(args.out.with_suffix(".md"), text)
         print(text)
 
 

@@ -66,7 +66,7 @@ from benchmarks.curves import line_style
 from benchmarks.offax_sets import Layers
 from benchmarks.provenance import provenance
 from benchmarks.sources import ensure
-from benchmarks.tables import Table, markdown
+from benchmarks.tables import Table, markdown, write_text
 from common.cli import UsageError, exit_status, one_line
 from common.data import Dataset
 from common.environments import make_environment
@@ -200,6 +200,8 @@ def to_transitions(episodes: Sequence[Episode], angle: float, protocol: str) -> 
     if protocol == "success":
         found = [(episode, first_open(episode, angle)) for episode in episodes]
         episodes = [(o[: step + 2], a[: step + 1]) for (o, a), step in found if step is not None]
+        if not episodes:
+            raise UsageError(f"none of {len(found)} episodes opens the door by {angle} rad; clone for longer")
     observations, actions = ([episode[i] for episode in episodes] for i in (0, 1))
     ends = np.zeros(sum(map(len, actions)), np.float32)
     ends[np.cumsum([len(steps) for steps in actions]) - 1] = 1.0
@@ -354,8 +356,9 @@ def prepare(args: Prepare) -> int:
         print(f"clone: {json.dumps(found['clones'][-1])}", flush=True)
         own += episodes
     found["trajectories"], found["protocols"] = about(own), {}
-    for protocol in PROTOCOLS:
-        transitions, path = to_transitions([*human, *own], args.angle, protocol), data_file(args.out, protocol)
+    made = {protocol: to_transitions([*human, *own], args.angle, protocol) for protocol in PROTOCOLS}
+    for protocol, transitions in made.items():
+        path = data_file(args.out, protocol)
         env = f"benchmarks.adroit_door:{env_name(protocol, args.angle)}"
         bounds = np.ones(ACTION_DIM, np.float32)
         described = Dataset(str(path), record(transitions), env, -bounds, bounds).describe()
@@ -456,8 +459,8 @@ def plot(path: Path, protocol: str, cells: Sequence[report.Cell]) -> None:
         color = style["color"]
         rates = success_rates(cell, "online")
         if not rates:
-            last = np.mean(list(success_rates(cell, "offline").values())[-1])
-            axes.axhline(last, color=color, linestyle=":", linewidth=1.5, label=labels[number])
+            if offline := list(success_rates(cell, "offline").values()):
+                axes.axhline(np.mean(offline[-1]), color=color, linestyle=":", linewidth=1.5, label=labels[number])
             continue
         found = {step: values for step, values in rates.items() if len(values) == len(cell.members)}
         means = [float(np.mean(values)) for values in found.values()]
@@ -470,7 +473,8 @@ def plot(path: Path, protocol: str, cells: Sequence[report.Cell]) -> None:
     axes.set_ylabel("success rate, %")
     axes.set_ylim(-3.0, 103.0)
     axes.set_title(f"{protocol}: mean over seeds; band from the lowest to the highest", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
 
@@ -565,7 +569,7 @@ def write_page(args: Report) -> int:
             parts += [f"## Protocol `{protocol}`\n", results_of(own), image]
     parts += ["## The data\n", describe(found)] if found else []
     parts += ["## Speed\n", report.speed(cells), report.origin(cells)]
-    (args.results / "README.md").write_text("\n".join(parts))
+    write_text(args.results / "README.md", "\n".join(parts))
     print(f"wrote {args.results / 'README.md'}")
     return 0
 

@@ -39,7 +39,7 @@ import tyro
 from algorithms import awr, emaq
 from benchmarks import merge, suite
 from benchmarks.suite import Job
-from common.cli import RunArgs, UsageError, exit_status, parse
+from common.cli import Count, RunArgs, UsageError, check_ranges, exit_status, parse, parse_grid
 from common.data import load
 from common.environments import Evaluator, Returns, make_environment
 from common.members import evaluation_keys, is_key, keep_finite, make_members, usable_cores
@@ -62,7 +62,7 @@ class Args(suite.Args):
     # Shares of the updates after which the policies are evaluated; the last one is 1.
     evaluate_at: tuple[float, ...] = (0.1, 0.25, 0.4, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
     evaluators: int | None = None  # Processes that evaluate at the same time. Default: the usable cores but one.
-    parts: int = 1  # Processes that evaluate a run, each some of its seeds.
+    parts: Count = 1  # Processes that evaluate a run, each some of its seeds.
 
 
 def script_of(name: str) -> ModuleType:
@@ -145,7 +145,7 @@ def same_program(settings: list[RunArgs]) -> None:
         theirs, ours = replace(one, **plain), settings[0]
         if odd := [name for name, value in vars(theirs).items() if value != getattr(ours, name)]:
             flag = odd[0].replace("_", "-")
-            raise UsageError(f"--variants: --{flag} makes another program; train that in a call of its own")
+            raise UsageError(f"--variants, or the datasets' presets: --{flag} makes another program; train it apart")
 
 
 def stack(parts: list[Recorded]) -> Recorded:
@@ -247,6 +247,9 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
         one = replace(args, algorithms=(algorithm,), label=label or args.label, extra=f"{args.extra} {flags}")
         jobs += suite.plan(one)
     suite.refuse_repeated(jobs)
+    check_ranges(args)
+    if not all(0 < share <= 1 for share in args.evaluate_at):
+        raise UsageError("--evaluate-at: shares of the updates, above 0 and at most 1")
     if args.parts > 1:
         shards = [f"{i}/{args.parts}" for i in range(args.parts)]
         jobs = [replace(job, flags=(*job.flags, "--shard", shard)) for job in jobs for shard in shards]
@@ -259,6 +262,8 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
         for flag in ("online_steps", "keep_best", "behavior_checkpoint"):
             if getattr(one, flag, None):
                 raise UsageError(f"--{flag.replace('_', '-')} is for the algorithm's own script alone")
+        if len(parse_grid(one.grid, one.hp._fields)) * one.num_seeds % args.parts:
+            raise UsageError(f"--parts {args.parts}: must divide the number of members, which each part has as many of")
     same_program(settings)
     unit = settings[0].policy_updates if script is awr else 1
     steps = sorted({max(1, round(share * args.num_updates / unit)) * unit for share in (*args.evaluate_at, 1.0)})
@@ -270,6 +275,7 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
 def train(algorithm: str, args: Args) -> list[str]:
     """Train all jobs of one algorithm, and wait for their evaluations; the names of those that failed."""
     jobs, settings, steps = plan(algorithm, args)
+    population = Population(algorithm, settings)  # first: it may refuse, and what there was stays
     for path in {snapshot(one, 0).parents[1] for one in settings}:
         claim(path, resume=True).close()  # UsageError if a process is at it
     for job in jobs:
@@ -283,7 +289,7 @@ def train(algorithm: str, args: Args) -> list[str]:
     with mock.patch.dict(os.environ, ON_ONE_CORE):  # which they inherit
         for worker in workers:
             worker.start()
-    began, population = time.time(), Population(algorithm, settings)
+    began = time.time()
     for last, step in zip([0, *steps], steps, strict=False):
         population.advance(step)
         population.hand_over(last)

@@ -14,8 +14,9 @@ episodes, and the best of those, from which is chosen, over `--episodes`.
   snapshot. D4RL's medium-replay is the replay buffer itself, whose rows would take 15 to 20 MB per environment here.
 
 It writes `<env>.npz` (weights, steps, returns and the number of their episodes), the run's training curve
-`<env>_training.csv`, and `<env>_snapshots.csv`: every measurement, from which a run that is stopped goes on. Doing it
-again is harmless: datasets made by other weights are recognised by their hash and collected anew.
+`<env>_training.csv`, and `<env>_snapshots.csv`: every measurement. These grow in the run's directory, as snapshots.csv,
+from which a run that is stopped goes on. Doing it again is harmless: datasets made by other weights are recognised by
+their hash and collected anew.
 """
 
 import csv
@@ -34,10 +35,11 @@ from benchmarks import offax_sets
 from benchmarks.families import REFERENCE_RETURNS, normalized_score, quiet_mujoco
 from benchmarks.offax_sets import Episode, Layers, process_map, run_episodes
 from benchmarks.tables import Table
-from common.cli import UsageError, exit_status
+from common.cli import Count, Range, UsageError, check_ranges, exit_status
 from common.members import usable_cores
 from common.report import write_atomically
 
+Several = Annotated[int, Range("at least 2", 2)]  # of which one can say how far they are apart
 NUM_MIXED = 16
 MEDIUM_BAND = (1 / 3, 1 / 2)
 LAST_PART = 0.6  # of the run; the expert is later than this, medium earlier
@@ -55,9 +57,9 @@ class Args:
     run_dir: Annotated[Path, tyro.conf.Positional]
     env: str | None = None  # Gymnasium id, e.g. Hopper-v5.
     out_dir: Path = offax_sets.policy_file("").parent  # Where the files go (default: into the package).
-    episodes: int = 50  # Episodes of each kind for the snapshots of which one is chosen.
-    screening: int = 5  # Episodes of each kind for every snapshot.
-    finalists: int = 6  # Snapshots measured again, for expert and for medium.
+    episodes: Several = 50  # Episodes of each kind for the snapshots of which one is chosen.
+    screening: Several = 5  # Episodes of each kind for every snapshot.
+    finalists: Count = 6  # Snapshots measured again, for expert and for medium.
 
 
 class Measured(NamedTuple):
@@ -130,6 +132,7 @@ def choose(steps: Sequence[int], measure: Measure, target: float, args: Args) ->
 
 def main(args: Args) -> None:
     """Measure, choose and write; UsageError if the directory is not that of a long enough SAC run."""
+    check_ranges(args)
     env_id = args.env or args.run_dir.resolve().name
     names = {env_id: name for name, env_id in offax_sets.ENVS.items()}
     if env_id not in names:
@@ -144,7 +147,7 @@ def main(args: Args) -> None:
     quiet_mujoco()
     low, high = REFERENCE_RETURNS[name]
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    table = Table(args.out_dir / f"{name}_snapshots.csv")
+    table = Table(args.run_dir / "snapshots.csv")  # of this run: another one's snapshots have the same steps
     fields = Measured.__annotations__.items()
     rows = [Measured(*(kind(row[field]) for field, kind in fields)) for row in table.read()]
     known = {found.steps: found for found in sorted(rows, key=lambda found: found.episodes)}  # the longest of each
@@ -173,6 +176,7 @@ def main(args: Args) -> None:
         raise UsageError(f"the policies take more than {MAX_BYTES} bytes; train smaller networks")
     write_atomically(args.out_dir / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
     shutil.copyfile(curve, args.out_dir / f"{name}_training.csv")
+    shutil.copyfile(table.path, args.out_dir / f"{name}_snapshots.csv")
     print(f"wrote {args.out_dir / name}.npz and {args.out_dir / name}_training.csv")
 
 

@@ -44,7 +44,7 @@ import tyro
 from algorithms import emaq
 from benchmarks.provenance import provenance
 from benchmarks.tables import aligned
-from common.cli import UsageError, exit_status
+from common.cli import Count, UsageError, check_ranges, exit_status
 from common.data import load
 from common.members import use_compilation_cache
 from common.replay import fit_transform
@@ -96,7 +96,7 @@ class Args:
     """D(s, N) over N, of a run of EMaQ, for states of its dataset."""
 
     run: Annotated[Path, tyro.conf.Positional]  # Run directory of algorithms/emaq.py.
-    num_states: int = 500  # Transitions of the dataset whose states to look at, drawn at random; all, if it has fewer.
+    num_states: Count = 500  # Transitions of the dataset whose states to look at, at random; all, if it has fewer.
     pool: int = 400  # The pool's M: proposals drawn for each state.
     seed: int = 0  # Decides transitions and proposals.
     dataset: str | None = None  # Where the run's dataset is now. Default: where it was.
@@ -204,9 +204,9 @@ def measure(
 
 def main(args: Args) -> None:
     """Read the run, draw pools, measure, print and write."""
-    for flag, least in (("num_states", 1), ("pool", 2), ("seed", 0)):
-        if getattr(args, flag) < least:
-            raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    check_ranges(args)
+    if args.pool < 2:
+        raise UsageError(f"--pool {args.pool}: must be at least 2")
     use_compilation_cache()
     run = read(args.run, args.dataset)
     total, action_dim = run.transitions.actions.shape

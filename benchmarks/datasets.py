@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import offax_sets, sources
-from benchmarks.families import domain_of, normalized_score
+from benchmarks import offax_sets, ogbench_sets, sources
+from benchmarks.families import domain_of, normalized_score, returns_of_data, trajectories
 from benchmarks.offax_sets import datasets_root
 from benchmarks.provenance import provenance
-from benchmarks.tables import aligned, commit_of
+from benchmarks.tables import aligned, commit_of, write_text
 from common.cli import UsageError, exit_status
 from common.data import Dataset, load
-from common.replay import Transitions, episode_returns
+from common.replay import Transitions
 from common.report import read_json, write_atomically
 
 STATISTICS = {
@@ -35,10 +35,10 @@ STATISTICS = {
     "return": "mean of the episodes, undiscounted",
     "min": "",
     "max": "",
-    "score": "that mean by D4RL's reference returns",
+    "score": "mean of the episodes by D4RL's reference returns; on OGBench the share of those with success",
     "mode": "mean return of the mean actions of the policies that made it, which a perfect clone of each would take; "
     "measured apart, over the number of episodes that the policies' file names",
-    "mode_score": "that by D4RL's reference returns",
+    "mode_score": "that return by D4RL's reference returns",
     "terminated": "share of the episodes",
     "action_std": "standard deviation of the actions, in [-1, 1], mean of the dimensions",
     "coverage": "standard deviation of the observations along their principal axes, geometric mean: the side of the "
@@ -49,23 +49,21 @@ STATISTICS = {
 
 def statistics(dataset: Dataset) -> list[str]:
     """The columns of `STATISTICS` but its size."""
-    transitions, returns = dataset.transitions, episode_returns(dataset.transitions)
-    mode = offax_sets.mean_action_return(dataset.id)
-
-    def score(value: float | None) -> str:
-        normalised = None if value is None else normalized_score(domain_of(dataset.env_spec), np.array(value))
-        return "-" if normalised is None else f"{normalised:.1f}"
+    transitions, domain = dataset.transitions, domain_of(dataset.env_spec)
+    found, mode = returns_of_data(dataset.env_spec, transitions), offax_sets.mean_action_return(dataset.id)
+    mode_score = None if mode is None else normalized_score(domain, np.array(mode))
+    terminated = np.count_nonzero(transitions.terminations) / found["episodes"]
+    if domain == "success":  # whose data go on after the goal, each step of it terminal
+        terminated = trajectories(transitions)[1].mean()
+    shown = [*(found[name] for name in ("mean", "min", "max", "score_mean")), mode, mode_score]
 
     return [
         dataset.id,
         str(getattr(dataset.env_spec, "id", dataset.env_spec or "-")),
         str(len(transitions.rewards)),
-        str(len(returns)),
-        *(f"{x:.1f}" for x in (returns.mean(), returns.min(), returns.max())),
-        score(returns.mean()),
-        "-" if mode is None else f"{mode:.1f}",
-        score(mode),
-        f"{np.count_nonzero(transitions.terminations) / len(returns):.3f}",
+        str(found["episodes"]),
+        *("-" if x is None else f"{x:.1f}" for x in shown),
+        f"{terminated:.3f}",
         f"{transitions.actions.std(axis=0).mean():.3f}",
         f"{coverage(transitions.observations):.3f}",
     ]
@@ -165,7 +163,7 @@ def write_page(path: Path, rows: Sequence[Sequence[Any]]) -> None:
         f"- processor: {about['cpu']['model']}, {about['cpu']['cores']} cores; {versions}",
         "",
     ]
-    write_atomically(path, lambda file: file.write("\n".join(lines).encode()))
+    write_text(path, "\n".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,24 +171,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.datasets", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="the datasets that need no network, and all of Minari's on this disk (default)")
-    build = commands.add_parser("build", help="collect offax datasets ahead of their first use")
-    build.add_argument("ids", nargs="*", help="which (default: all but those of a million transitions)")
+    build = commands.add_parser("build", help="collect offax/... and ogbench/... sets ahead of their first use")
+    build.add_argument("ids", nargs="*", help="which (default: all of offax/... but those of a million transitions)")
     stats = commands.add_parser("stats", help="table of returns and endings")
     stats.add_argument("ids", nargs="*", help="dataset ids, .npz or D4RL .hdf5 paths (default: all on this disk)")
     stats.add_argument("--env", help="the environment, for files that do not name it")
     stats.add_argument("--page", type=Path, help="write the table and what its columns are into this page too")
     export = commands.add_parser("export", help="write a set as the .npz that a copied algorithm reads by itself")
     export.add_argument("id", help="dataset id or D4RL .hdf5 path")
-    export.add_argument("path", nargs="?", type=Path, help="the file; default: the id with dashes, in this directory")
+    export.add_argument("path", nargs="?", type=Path, help="default: the id with dashes or the file's name, here")
     export.add_argument("--env", help="the environment, for files that do not name it")
     args = parser.parse_args(argv)
     with exit_status():
         if args.command == "build":
             known = {name: offax_sets.parse(name) for name in offax_sets.ids()}
-            for dataset_id in args.ids or [name for name, of in known.items() if not of.size]:
-                print(offax_sets.ensure(dataset_id))
+            for name in args.ids or [name for name, of in known.items() if not of.size]:
+                print((ogbench_sets if name.startswith("ogbench/") else offax_sets).ensure(name))
         elif args.command == "export":
-            print(write_npz(load(args.id, args.env), args.path or Path(args.id.replace("/", "-")).with_suffix(".npz")))
+            name = Path(args.id).name if Path(args.id).exists() else args.id.replace("/", "-")
+            print(write_npz(load(args.id, args.env), args.path or Path(name).with_suffix(".npz")))
         elif args.command == "stats":
             rows = [row_of(name, args.env) for name in args.ids or on_disk()]
             if args.page:
@@ -203,7 +202,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if name in there:
                     rows = there[name].get("total_steps", "?")
                     state = f"on disk, {rows} transitions, {megabytes(name):.1f} MB"
-                print(f"{name:40}{state}")
+                print(f"{name:46}{state}")
+            for name in ogbench_sets.ids():
+                made = (datasets_root() / name / "manifest.json").exists()
+                print(f"{name:46}{'on disk' if made else 'collected on first use, with the extra ogbench'}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import tyro
 
 from algorithms import emaq
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of
+from benchmarks.tables import Table, commit_of, write_text
 from common import replay
-from common.cli import Count, UsageError, exit_status, parse
+from common.cli import Count, UsageError, check_ranges, exit_status, parse
 from common.data import load
 from common.members import use_compilation_cache
 from common.replay import Replay
@@ -49,6 +49,7 @@ class Args:
 
 def run(args: Args) -> None:
     """All measurements, a row of the CSV for each."""
+    check_ranges(args)
     if args.num_critics < 2:
         raise UsageError("--num-critics: at least 2, one alone has nothing to leave out")
     if list(args.stages) != sorted(set(args.stages)):
@@ -106,7 +107,7 @@ def run(args: Args) -> None:
             row |= {"least": float(shares.min()), "most": float(shares.max())}
             table.append([row | {"largest_relative_difference": float(differences.max())} | shared])
             print(f"{dataset}, {stage} updates: {row['evaluated_share']:.1%}", flush=True)
-    args.output.with_name(args.output.name + ".md").write_text(report(path, args))
+    write_text(args.output.with_name(args.output.name + ".md"), report(path, args))
 
 
 def report(path: Path, args: Args) -> str:

@@ -40,9 +40,9 @@ import tyro
 
 from algorithms import emaq
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of
+from benchmarks.tables import Table, commit_of, write_text
 from common import replay
-from common.cli import Count, exit_status, parse
+from common.cli import Count, check_ranges, exit_status, parse
 from common.data import load
 from common.members import use_compilation_cache
 from common.networks import descend
@@ -150,6 +150,7 @@ def repeated(update: Callable[[emaq.State, Transitions], emaq.State], data: Reco
 
 def run(args: Args) -> None:
     """All measurements, a row of the CSV after each."""
+    check_ranges(args)
     use_compilation_cache()
     script = parse(emaq.Args, emaq.PRESETS, ["--preset", args.preset])
     hp = script.hp
@@ -213,7 +214,7 @@ def run(args: Args) -> None:
                 row = {"version": name, "repeat": repeat, "seconds_per_update": seconds, "load_average": busy}
                 table.append([row | shared])
                 print(f"{name}, repeat {repeat}: {seconds:.4g} s for each update", flush=True)
-    args.output.with_name(args.output.name + ".md").write_text(report(path, args, script))
+    write_text(args.output.with_name(args.output.name + ".md"), report(path, args, script))
 
 
 def report(path: Path, args: Args, script: emaq.Args) -> str:

@@ -4,8 +4,6 @@ Tables have the rows of all parts, in the order in which one process would have 
 of the parts that have finished. Merging again, when more parts have come, replaces what was merged before.
 """
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,11 @@ from benchmarks import intervals
 from benchmarks.offax_sets import lock
 from benchmarks.tables import Table
 from common.cli import UsageError
-from common.report import read_json, write_atomically, write_json
+from common.report import read_json, write_json
 from common.runs import FREE
 
 PHASES = ("pretraining", "offline", "online")
+LENGTHS = ("pretraining_updates", "updates", "online_steps", "wall_clock_seconds")
 # Of each table: the place of a row among all.
 ORDER: dict[str, Callable[[dict[str, str]], tuple[int, ...]]] = {
     "metrics.csv": lambda row: (int(row["step"]), int(row["member"])),
@@ -62,7 +61,8 @@ def _merge(run_dir: Path) -> list[str]:
         _merge_table(run_dir / name, [path / name for path in parts.values()])
     config = configs[first] | {"run_dir": str(run_dir), "members": _members(configs.values())}
     config["flags"] = config["flags"] | {"shard": ""}
-    config["git_commit"] = "; ".join(dict.fromkeys(str(one.get("git_commit")) for one in configs.values()))
+    commits = dict.fromkeys(one["git_commit"] for one in configs.values() if one.get("git_commit"))
+    config["git_commit"] = "; ".join(commits) or None
     config["git_dirty"] = any(one.get("git_dirty") for one in configs.values())
     write_json(run_dir / "config.json", config)
     if finished:
@@ -84,27 +84,21 @@ def _members(records: Any) -> list[dict[str, Any]]:
 
 
 def _final(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """final.json of all: the time is that of the slowest part, rates are summed, as they are over members."""
+    """final.json of all: lengths and time are those of the longest part, rates are summed, as they are over members.
+
+    A part is shorter than the others where all of its members diverged.
+    """
     members = _members(parts)
     rates = {name: [part[name] for part in parts] for name in ("updates_per_second", "online_steps_per_second")}
     return (
         parts[0]
         | {"members": members}
         | intervals.summarise(members)
-        | {"wall_clock_seconds": max(part["wall_clock_seconds"] for part in parts)}
+        | {name: max(part[name] for part in parts) for name in LENGTHS if name in parts[0]}
         | {name: None if None in values else sum(values) for name, values in rates.items()}
     )
 
 
 def _merge_table(path: Path, parts: Sequence[Path]) -> None:
     """Write the rows of all parts to `path` in order; nothing where no part has the table."""
-    rows = [row for part in parts for row in Table(part).read()]
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    text = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=ORDER[path.name]))
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    Table(path).replace(sorted((row for part in parts for row in Table(part).read()), key=ORDER[path.name]))

@@ -16,7 +16,6 @@ here, and smaller: compare scores among themselves only. Every episode has a see
 stopped goes on where it was, to the same arrays.
 """
 
-import argparse
 import copy
 import hashlib
 import importlib
@@ -38,7 +37,7 @@ import numpy as np
 
 from benchmarks.families import quiet_mujoco
 from benchmarks.offax_sets import NETWORK_SECONDS, datasets_root, is_current, lock, progress_bar
-from common.cli import UsageError, exit_status, one_line
+from common.cli import UsageError, one_line
 from common.data import Dataset, check
 from common.environments import action_bounds, make_raw
 from common.report import read_npz, write_atomically
@@ -290,7 +289,8 @@ def download(name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=NETWORK_SECONDS) as answer, open(partial, "wb") as file:
-            size = int(answer.headers["Content-Length"])
+            if (size := int(answer.headers.get("Content-Length", 0))) == 0:
+                raise OSError("the server does not say how many bytes it sends")
             progress = progress_bar(f"downloading {path.name}", size)
             while block := answer.read(2**20):
                 progress(file.write(block))
@@ -479,23 +479,3 @@ def _trajectory(record: Callable[[int], Rows | None], name: str, index: int) -> 
 def save(path: Path, arrays: Rows) -> None:
     """Write the arrays, compressed, whole or not at all."""
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; without a command it lists. SystemExit(2), with one line on stderr, for what does not work."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ogbench_sets", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="the sets that can be made here, and whether they are on this disk (default)")
-    build = commands.add_parser("build", help="collect sets ahead of their first use")
-    build.add_argument("ids", nargs="+", help="which; -local-1m-v0 for a million transitions instead of 200,000")
-    args = parser.parse_args(argv)
-    with exit_status():
-        for dataset_id in args.ids if args.command == "build" else ():
-            print(ensure(dataset_id))
-        for dataset_id in () if args.command == "build" else ids():
-            there = (datasets_root() / dataset_id / "manifest.json").exists()
-            print(f"{dataset_id:46}{'on disk' if there else 'collected on first use'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -38,8 +38,9 @@ from benchmarks import parity_sides, peer_sides, peers
 from benchmarks.parity_sides import Ours
 from benchmarks.peer_sides import UNIT, PeerError, Side
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of
-from common.cli import UsageError, exit_status
+from benchmarks.tables import Table, commit_of, write_text
+from common.cli import Count, UsageError, check_ranges, exit_status
+from common.members import usable_cores
 
 CHANGES_TEXT = """
 no tanh: the policy's mean does not pass through tanh
@@ -260,15 +261,14 @@ class Args(peers.Clones):
     """Updates here beside those of CORL, JAX-CORL and unifloral, from the same weights, on the same minibatches."""
 
     updates: int = 200  # Updates of both sides.
-    jobs: int = 1  # Processes at the same time, of 1 GB each.
+    jobs: Count = 1  # Processes at the same time, of 1 GB each.
 
     def validate(self) -> None:
         """UsageError for flags that leave nothing to do."""
         super().validate()
         if self.updates < UNIT or self.updates % UNIT:
             raise UsageError(f"--updates {self.updates}: must be a multiple of {UNIT}, at least {UNIT}")
-        if self.jobs < 1:
-            raise UsageError(f"--jobs {self.jobs}: must be at least 1")
+        check_ranges(self)
 
 
 OUTPUTS = ("actions", "q", "v")
@@ -322,7 +322,7 @@ def page(args: Args, about: dict[str, Any], rows: Sequence[dict[str, Any]], begu
             *notes,
             "\nThe changes:\n",
             *(f"```diff\n{CHANGES[name]}\n```\n" for name in used),
-            f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores; updates on its cores",
+            f"- processor: {about['cpu']['model']}, {usable_cores()} cores; updates on its cores",
             f"- date: {begun} to {peers.now()}; commit: {commit_of(about)}",
             *peers.sources(args, about),
         ]
@@ -334,6 +334,8 @@ def main(args: Args) -> int:
     args.validate()
     about, begun, rows = provenance(), peers.now(), []
     sides = [x for name in args.algorithms for x in args.sides(name) if x.path and (x.name, name) in CASES]
+    if not sides:
+        raise UsageError(f"none of these clones has one of {', '.join(args.algorithms)} to compare with")
     trials = [(side, args.updates, precision) for side in sides for precision in ("float32", "float64")]
     with ThreadPoolExecutor(args.jobs) as threads:
         for (side, _, precision), found in zip(trials, threads.map(apart, trials), strict=True):
@@ -346,7 +348,7 @@ def main(args: Args) -> int:
         table = Table(args.out.with_name(args.out.name + ".csv"))
         table.path.unlink(missing_ok=True)
         table.append([dict.fromkeys(columns) | row for row in rows])
-        args.out.with_name(args.out.name + ".md").write_text(page(args, about, rows, begun))
+        write_text(args.out.with_name(args.out.name + ".md"), page(args, about, rows, begun))
     return 0 if any("q" in row for row in rows) else 1
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.members import make_members
+from common.members import make_members, usable_cores
 from common.replay import Replay, Transitions, record
 from common.runs import STRETCH
 
@@ -108,11 +108,6 @@ def synthetic(rows: int = ROWS, obs_dim: int = OBS_DIM, action_dim: int = ACTION
         "terminations": ends.astype(np.float32),
         "truncations": np.zeros(rows, np.float32),
     }
-
-
-def cores() -> int:
-    """Cores that this process may use, which is how many threads JAX starts."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leaves(*trees: Any) -> list[list[np.ndarray]]:
@@ -334,14 +329,14 @@ def build_corl(side: Side, data: dict[str, np.ndarray]) -> Trainer:
 
     trainer = Trainer(advance, arrays, 1000, torch.cuda.get_device_name() if device == "cuda" else "cpu")
     seconds = {}
-    for threads in sorted({1, cores()}):  # networks so small may be faster on one
+    for threads in sorted({1, usable_cores()}):  # networks so small may be faster on one
         torch.set_num_threads(threads)
         advance(UNIT)
         done, elapsed = turn(trainer, UNIT, 0.5)
         seconds[threads] = elapsed / done
     threads = min(seconds, key=seconds.__getitem__)
     torch.set_num_threads(threads)
-    return trainer._replace(remark="; ".join(filter(None, (remark, f"{threads} of {cores()} threads"))))
+    return trainer._replace(remark="; ".join(filter(None, (remark, f"{threads} of {usable_cores()} threads"))))
 
 
 def with_adam(device: str, **networks: tuple[Any, float]) -> dict[str, Any]:

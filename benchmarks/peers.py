@@ -30,13 +30,11 @@ Exit status: 0 when something was compared, 1 when no peer could run, 2 for bad 
 
 import contextlib
 import importlib.metadata
-import math
 import multiprocessing
 import os
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -50,9 +48,10 @@ import tyro
 
 from benchmarks import peer_sides
 from benchmarks.peer_sides import ONCE, OURS, Info, PeerError, Side
-from benchmarks.provenance import provenance
-from benchmarks.tables import Table, aligned, commit_of
-from common.cli import UsageError, exit_status
+from benchmarks.provenance import commit_at, provenance
+from benchmarks.tables import Table, aligned, commit_of, write_text
+from common.cli import Count, Positive, UsageError, check_ranges, exit_status
+from common.members import usable_cores
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
 SETTINGS = {
@@ -115,18 +114,14 @@ class Args(Clones):
     """Speed of the updates here beside those of CORL, JAX-CORL and unifloral."""
 
     # Members of our population, which is timed too; its rate is that of all members together. 1: none.
-    members: int = 8
-    rounds: int = 7  # Turns of every side.
-    seconds: float = 2.0  # Length of a turn, at least.
+    members: Count = 8
+    rounds: Count = 7  # Turns of every side.
+    seconds: Positive = 2.0  # Length of a turn, at least.
 
     def validate(self) -> None:
         """UsageError for flags that leave nothing to do."""
         super().validate()
-        for name in ("members", "rounds"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not 0 < self.seconds < math.inf:
-            raise UsageError(f"--seconds {self.seconds}: must be above 0 and finite")
+        check_ranges(self)
 
 
 class Worker:
@@ -314,20 +309,6 @@ def headings(members: int) -> list[str]:
     return ["", "theirs", "ours", "ratio", population, "ratio"]
 
 
-def commit(path: Path | None) -> str:
-    """The commit of the clone at `path`, and whether its code differs from it."""
-    if path is None:
-        return "not given"
-    answers = []
-    for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")):
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            run = subprocess.run(["git", "-C", path, *words], capture_output=True, text=True, timeout=5, check=True)
-            answers.append(run.stdout.strip())
-    if len(answers) < 2:
-        return "unknown"
-    return answers[0] + (" with changes" if answers[1] else "")
-
-
 def versions(about: dict[str, Any]) -> dict[str, str]:
     """Versions of what takes part in an update, on any side."""
     found = {name: about["versions"][name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
@@ -369,7 +350,7 @@ def page(
             f"- data: {rows} random transitions, {peer_sides.OBS_DIM} observations, {peer_sides.ACTION_DIM} actions; "
             f"batch {batch}, layers of {width}",
             f"- {args.rounds} rounds of at least {args.seconds:g} s for each side, one side at a time",
-            f"- processor: {about['cpu']['model']}, {peer_sides.cores()} cores{load}",
+            f"- processor: {about['cpu']['model']}, {usable_cores()} cores{load}",
             f"- updates on: {', '.join(sorted(devices)) or 'nothing'}",
             f"- date: {begun} to {now()}; commit: {commit_of(about)}",
             *sources(args, about),
@@ -379,7 +360,7 @@ def page(
 
 def sources(args: Clones, about: dict[str, Any]) -> list[str]:
     """Lines of a page: the clones' commits, versions and the command, which ends the page."""
-    clones = [f"{name} {commit(path)}" for name, path in args.clones().items()]
+    clones = [f"{name} {commit_of(commit_at(path)) if path else 'not given'}" for name, path in args.clones().items()]
     places = {str(path): f"path/to/{name}" for name, path in args.clones().items() if path is not None}
     command = shlex.join(["python", *(places.get(word, word) for word in sys.argv)])
     return [
@@ -398,7 +379,7 @@ def main(args: Args) -> int:
     """Compare, print the table, write the results; the exit status."""
     args.validate()
     about, begun = provenance(), now()
-    shared = {"cpu": about["cpu"]["model"], "cores": peer_sides.cores(), "git_commit": commit_of(about)}
+    shared = {"cpu": about["cpu"]["model"], "cores": usable_cores(), "git_commit": commit_of(about)}
     shared |= versions(about)
     table = None
     if args.out is not None:
@@ -424,7 +405,8 @@ def main(args: Args) -> int:
             results += found
             devices |= used
             if args.out is not None:
-                args.out.with_name(args.out.name + ".md").write_text(page(args, about, results, devices, begun, loads))
+                text = page(args, about, results, devices, begun, loads)
+                write_text(args.out.with_name(args.out.name + ".md"), text)
     print(f"\nupdates/s\n{aligned(headings(args.members), [cells(found) for found in results])}\n")
     for found in results:
         if found.remark:

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance() -> dict[str, Any]:
-    """What made a result: package versions, git commit (and whether tracked code differs from it), processor."""
+def commit_at(path: Path) -> dict[str, Any]:
+    """The commit of the clone at `path`, and whether its tracked code differs from it; None where there is none."""
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(path), *arguments]
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
-    packages = [p for p in ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari") if find_spec(p)]
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: package versions, git commit (and whether tracked code differs from it), processor."""
+    packages = [p for p in ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "mujoco", "minari") if find_spec(p)]
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
+        **commit_at(Path(__file__).parent),
         "cpu": {"model": model[1] if model else platform.processor(), "cores": os.cpu_count()},
     }

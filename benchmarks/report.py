@@ -52,7 +52,7 @@ from benchmarks.cells import (
 from benchmarks.curves import score_name
 from benchmarks.families import domain_of
 from benchmarks.intervals import expected_best, probability_of_improvement
-from benchmarks.tables import Table, fill, markdown
+from benchmarks.tables import Table, fill, markdown, write_text
 from common.cli import UsageError, exit_status
 from common.report import read_json
 
@@ -243,18 +243,20 @@ def origin(cells: Sequence[Cell]) -> str:
 
 
 def speed(cells: Sequence[Cell]) -> str:
-    """Each run's updates, rate and time."""
-    runs = {cell.command: cell for cell in cells}.values()
+    """Each run's updates, rate and time, but for those of benchmarks/at_once.py; nothing where there are no others."""
+    runs = {(cell.run, cell.dataset, cell.command): cell for cell in cells}.values()
     rows = []
     for cell in runs:
-        rate, seconds = cell.final["updates_per_second"], cell.final["wall_clock_seconds"]
-        members = len(cell.final["members"])
+        seconds, members = cell.final["wall_clock_seconds"], len(cell.final["members"])
         name = f"{cell.run}, {cell.dataset}"
-        rates = [rate, cell.final.get("online_steps_per_second")]
+        rates = [cell.final["updates_per_second"], cell.final.get("online_steps_per_second")]
+        if rates == [None, None]:  # trained by another process than that which wrote its files
+            continue
         row = [name, f"{cell.final['updates']}", f"{members}", *("-" if x is None else f"{x:.0f}" for x in rates)]
         rows.append([*row, f"{seconds:.0f} s"])
     rates = ["updates/s offline, all members", "online steps/s, all members"]
-    return markdown(["run", "updates", "members", *rates, "time since the last start or resumption"], rows)
+    columns = ["run", "updates", "members", *rates, "time since the last start or resumption"]
+    return f"## Speed\n\n{markdown(columns, rows)}" if rows else ""
 
 
 def write_scores(path: Path, cells: Sequence[Cell]) -> None:
@@ -408,12 +410,15 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         ]
     parts += ["## Learning curves\n"]
     for dataset in unique([cell.dataset for cell in cells]):
+        shown = [cell for cell in cells if cell.dataset == dataset]
+        if not any(cell.evaluations for cell in shown):  # every member diverged before the first
+            continue
         name = f"curves_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}.png"
-        figures.plot_curves(folder / name, [cell for cell in cells if cell.dataset == dataset])
+        figures.plot_curves(folder / name, shown)
         parts.append(f"![{dataset}]({name})\n")
-    parts += ["## Speed\n", speed(cells), origin(cells)]
+    parts += [speed(cells), origin(cells)]
     write_scores(folder / "scores.csv", cells)
-    (folder / "README.md").write_text("\n".join(parts))
+    write_text(folder / "README.md", "\n".join(parts))
 
 
 # Of one run

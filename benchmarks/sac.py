@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 from algorithms.cql import actor_loss, alpha_loss, squashed_sample
 from benchmarks.tables import Table
 from common import networks, replay
-from common.cli import NonNegative, Share, UsageError, exit_status
+from common.cli import Count, NonNegative, Share, UsageError, check_ranges, exit_status
 from common.environments import Collector, make_environment
 from common.members import Members, Metrics, repeat
 from common.networks import descend
@@ -59,33 +59,26 @@ class Args:
     hp: Hyperparameters = Hyperparameters()
     env: str = "Hopper-v5"  # Gymnasium id of an environment with continuous vectors.
     seed: int = 0  # Seed of networks, environments and sampling.
-    num_steps: int = 1_000_000  # Environment steps in all.
-    num_envs: int = 8  # Environments stepped together.
-    updates_per_step: float = 1.0  # Gradient updates per environment step; times num_envs it must be a whole number.
+    num_steps: Count = 1_000_000  # Environment steps in all.
+    num_envs: Count = 8  # Environments stepped together.
+    updates_per_step: NonNegative = 1.0  # Updates per environment step; times num_envs it must be a whole number.
     random_steps: int = 10_000  # Steps with uniform random actions before the first update.
-    batch_size: int = 256  # Transitions per update (paper, table 1).
-    hidden_dim: int = 256  # Width of every hidden layer (paper, table 1).
-    num_layers: int = 2  # Hidden layers of the actor and of each critic (paper, table 1).
-    num_critics: int = 2  # Q-functions; the minimum is taken over all of them.
+    batch_size: Count = 256  # Transitions per update (paper, table 1).
+    hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
+    num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
+    num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
     critic_layer_norm: bool = False  # Layer normalisation in the critics.
-    report_every: int = 20_000  # Environment steps between a row of the CSV with a snapshot of the policy.
-    checkpoint_every: int = 100_000  # Environment steps between checkpoints.
+    report_every: Count = 20_000  # Environment steps between a row of the CSV with a snapshot of the policy.
+    checkpoint_every: Count = 100_000  # Environment steps between checkpoints.
     # Where snapshots/, training.csv and the checkpoint go; an existing checkpoint there is continued.
     run_dir: str = "runs/sac"
 
     def validate(self) -> None:
         """UsageError for a number out of range."""
-        counts = ("num_steps", "num_envs", "batch_size", "hidden_dim", "num_layers", "num_critics")
-        for name in (*counts, "report_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name, value in self.hp._asdict().items():
-            if not 0 <= value < np.inf or (name in ("discount", "polyak") and value > 1):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: out of range")
-        if self.updates_per_step < 0 or not (self.updates_per_step * self.num_envs).is_integer():
+        check_ranges(self)
+        check_ranges(self.hp)
+        if not (self.updates_per_step * self.num_envs).is_integer():
             raise UsageError(f"--updates-per-step {self.updates_per_step}: times --num-envs it must be a whole number")
-        if min(self.seed, self.random_steps) < 0:
-            raise UsageError("--seed and --random-steps must be at least 0")
 
 
 FREE = ("report_every", "checkpoint_every", "run_dir")

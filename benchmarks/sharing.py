@@ -11,6 +11,7 @@ puts every run into a cgroup with a quota, and names the row by it. The cgroup m
 Rows go to `<out>.csv`, the table of the medians to `<out>.md`.
 """
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -22,10 +23,9 @@ from pathlib import Path
 import tyro
 
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of
-from common.cli import Count, UsageError, exit_status
+from benchmarks.tables import Table, commit_of, write_text
+from common.cli import Count, NonNegative, UsageError, check_ranges, exit_status
 from common.members import usable_cores
-from common.report import write_atomically
 
 SCRIPT = Path(__file__).resolve().with_name("accelerator.py")
 
@@ -34,24 +34,25 @@ SCRIPT = Path(__file__).resolve().with_name("accelerator.py")
 class Args:
     """Updates per second of IQL beside other runs on the same cores."""
 
-    processes: tuple[Count, ...] = (1, 2, 4)  # How many runs at once.
-    threads: tuple[Count, ...] = ()  # XLA's threads in each. Default: as many as there are cores, and 1.
+    processes: tuple[int, ...] = (1, 2, 4)  # How many runs at once.
+    threads: tuple[int, ...] = ()  # XLA's threads in each. Default: as many as there are cores, and 1.
     rounds: Count = 3  # Measurements of each, in turn.
-    seconds: float = 10.0  # Least time of each.
+    seconds: NonNegative = 10.0  # Least time of each.
     cgroup: Path | None = None  # A cgroup that the runs are put into.
     out: Path = Path("results/sharing")  # Where results go, without suffix; a CSV that exists is gone on with.
 
 
 def together(count: int, threads: int, args: Args) -> list[float]:
     """The rates of `count` runs that start together."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         tables = [Path(folder, f"{i}.csv") for i in range(count)]
         flags = ["--algorithms", "iql", "--members", "1", "--rows", "100000", "--seconds", str(args.seconds)]
         runs = []
         for path in tables:
             command = [sys.executable, str(SCRIPT), "--out", str(path), *flags]
             environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
-            runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+            runs.append(stack.enter_context(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)))
+            stack.callback(runs[-1].kill)  # of no effect on one that has ended
             if args.cgroup:
                 (args.cgroup / "cgroup.procs").write_text(str(runs[-1].pid))
         if any([run.wait() for run in runs]):
@@ -62,16 +63,17 @@ def together(count: int, threads: int, args: Args) -> list[float]:
 def report(out: Path) -> str:
     """The medians of the CSV, as Markdown."""
     rows = Table(out.with_suffix(".csv")).read()
-    found: dict[tuple[str, ...], list[float]] = {}
+    found: dict[tuple[str, int, int], list[float]] = {}
     for row in rows:
-        found.setdefault((row["quota"], row["processes"], row["threads"]), []).append(float(row["updates_per_second"]))
+        key = (row["quota"], int(row["processes"]), int(row["threads"]))
+        found.setdefault(key, []).append(float(row["updates_per_second"]))
     lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`.\n"]
     lines += ["One member in each run, on random data. `quota`: none, or the container whose cores are limited;"]
     lines += ["`threads each` is NPROC.\n"]
     lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
     for key, rates in sorted(found.items()):
         numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]
-        lines.append(f"| {' | '.join((*key, *numbers, str(len(rates))))} |")
+        lines.append(f"| {' | '.join(map(str, (*key, *numbers, len(rates))))} |")
     made = {(row["processor"], row["cores"], row["git_commit"]) for row in rows}
     lines += ["", *(f"- processor: {cpu}, {cores} cores; commit {commit}" for cpu, cores, commit in sorted(made))]
     loads = [float(row["load"]) for row in rows]
@@ -80,6 +82,9 @@ def report(out: Path) -> str:
 
 def main(args: Args) -> None:
     """Measure every combination in turn, a row after each; then write the table."""
+    check_ranges(args)
+    if not args.processes or min((*args.processes, *args.threads)) < 1:
+        raise UsageError("--processes and --threads must be at least 1")
     about, table = provenance(), Table(args.out.with_suffix(".csv"))
     threads = args.threads or tuple(sorted({usable_cores(), 1}, reverse=True))
     for _ in range(args.rounds):
@@ -92,7 +97,7 @@ def main(args: Args) -> None:
                 table.append([row | {"git_commit": commit_of(about)}])
                 print(", ".join(f"{name} {row[name]}" for name in ("processes", "threads", "updates_per_second")))
     text = report(args.out)
-    write_atomically(args.out.with_suffix(".md"), lambda file: file.write(text.encode()))
+    write_text(args.out.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def load(id_or_path: str, env: str | None) -> Dataset:
         if ours != theirs:
             what = "{0} observations, actions from {1} to {2}".format
             raise UsageError(f"{first.id} has {what(*ours)}, {other.id} has {what(*theirs)}: they cannot be joined")
+    for one in (first, *others):  # no episode goes on in the next set
+        one.transitions.truncations[-1] = 1.0 - one.transitions.terminations[-1]
     columns = ([getattr(x.transitions, name) for x in (first, *others)] for name in Transitions._fields)
     return replace(first, id=id_or_path, transitions=record(Transitions(*map(np.concatenate, columns))))
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,20 +27,30 @@ class Table:
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the rows in one go."""
+        """Write the rows in one go, in place of a last line that a kill has cut."""
+        if self.path.exists() and not (text := self.path.read_bytes()).endswith(b"\n"):
+            os.truncate(self.path, text.rfind(b"\n") + 1)
         append_rows(self.path, rows)
 
     def rewind(self, keep: Callable[[dict[str, str]], bool]) -> None:
         """Drop the rows for which `keep` is false: those written after the checkpoint that is gone on from."""
-        rows = self.read()
+        self.replace([row for row in self.read() if keep(row)])
+
+    def replace(self, rows: Sequence[dict[str, str]]) -> None:
+        """Have these rows alone, with the columns of all; without any, no file."""
         if not rows:
             self.path.unlink(missing_ok=True)
             return
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for row in rows if keep(row))
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -67,9 +78,9 @@ def fill(page: Path, name: str, text: str) -> None:
     filled, count = pattern.subn(lambda _: f"\n{text}\n\n", page.read_text())
     if count != 1:
         raise UsageError(f"{page} has {count} places for {name}, {start.strip()} ... {end}; it must have one")
-    write_atomically(page, lambda file: file.write(filled.encode()))
+    write_text(page, filled)
 
 
 def commit_of(provenance: dict[str, Any]) -> str:
-    """The commit of a `benchmarks.provenance.provenance()`, and whether the code differed from it."""
+    """The commit of a `benchmarks.provenance.provenance()` or `commit_at`, and whether the code differed from it."""
     return (provenance["git_commit"] or "unknown") + (" with uncommitted changes" if provenance["git_dirty"] else "")

@@ -45,9 +45,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
+from benchmarks.peer_sides import synthetic
 from benchmarks.provenance import provenance
-from benchmarks.tables import Table, commit_of, fill
-from common.cli import UsageError, exit_status, parse
+from benchmarks.tables import Table, commit_of, fill, write_text
+from common.cli import Count, UsageError, check_ranges, exit_status, parse
 from common.runs import STRETCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,9 +72,9 @@ class Args:
     """Speed on this machine."""
 
     populations: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # Members of the populations whose updates are timed.
-    repeats: int = 5  # Measurements of each figure.
-    timed_updates: int = 4000  # Updates of all members together that are timed in a run; at least 1000 for each member.
-    transitions: int = 200_000  # Rows of the synthetic dataset.
+    repeats: Count = 5  # Measurements of each figure.
+    timed_updates: Count = 4000  # Updates of all members together that are timed in a run; at least 1000 of each.
+    transitions: Count = 200_000  # Rows of the synthetic dataset.
     start_up: bool = True  # Measure the time to the first update too.
     # Measure every algorithm instead. Of the flags above it uses --timed-updates: its lengths are for 4000.
     algorithms: bool = False
@@ -111,21 +112,6 @@ class Measured(NamedTuple):
     first_row_seconds: float
     peak_bytes: int
     behavior_updates_per_second: float | None
-
-
-def write_dataset(path: Path, transitions: int, obs_dim: int = OBS_DIM, action_dim: int = ACTION_DIM) -> None:
-    """Random transitions in episodes of 500 steps; the same file every time."""
-    rng = np.random.default_rng(0)
-    observations = rng.standard_normal((transitions + 1, obs_dim), np.float32)
-    np.savez(
-        path,
-        observations=observations[:-1],
-        actions=rng.uniform(-1, 1, (transitions, action_dim)).astype(np.float32),
-        rewards=rng.uniform(0, 1, transitions).astype(np.float32),
-        next_observations=observations[1:],
-        terminations=np.zeros(transitions, np.float32),
-        truncations=(np.arange(transitions) % 500 == 499).astype(np.float32),
-    )
 
 
 def measure(
@@ -203,13 +189,14 @@ def start_table(args: Args) -> tuple[Table, dict[str, Any]]:
 
 def run(args: Args) -> None:
     """All measurements of IQL, a row of the CSV after each."""
-    if args.repeats < 1 or any(members < 1 for members in args.populations):
-        raise UsageError("--repeats and --populations must be at least 1")
+    check_ranges(args)
+    if any(members < 1 for members in args.populations):
+        raise UsageError("--populations must be at least 1")
     table, shared = start_table(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         dataset = folder / "synthetic.npz"
-        write_dataset(dataset, args.transitions)
+        np.savez(dataset, **synthetic(args.transitions, OBS_DIM, ACTION_DIM))
         for repeat in range(args.repeats):
             for number, job in enumerate(plan(args, repeat)):
                 load = os.getloadavg()[0]
@@ -226,7 +213,7 @@ def run(args: Args) -> None:
                     command = f"python {SCRIPT} --dataset synthetic.npz --env {ENV} {job.flags}"
                     table.append([row | shared | {"transitions": args.transitions, "command": command}])
                     print(f"{quantity}, {job.members} members, repeat {repeat}: {value:.4g} {unit}", flush=True)
-                table.path.with_suffix(".md").write_text(report(table.path))
+                write_text(table.path.with_suffix(".md"), report(table.path))
 
 
 def run_algorithms(args: Args, scripts: Sequence[Script] = SCRIPTS, pages: Sequence[Path] = PAGES) -> None:
@@ -236,7 +223,7 @@ def run_algorithms(args: Args, scripts: Sequence[Script] = SCRIPTS, pages: Seque
         folder = Path(temporary)
         for number, one in enumerate(scripts):
             dataset, script = folder / f"synthetic-{one.rows}.npz", Path("algorithms", f"{one.name}.py")
-            write_dataset(dataset, one.rows, obs_dim=11, action_dim=3)
+            np.savez(dataset, **synthetic(one.rows))
             module = importlib.import_module(f"algorithms.{one.name}")
             usual = parse(module.Args, module.PRESETS, ["--env", "Hopper-v5", *one.flags.split()])
             updates = one.first + max(1, one.updates * args.timed_updates // Args.timed_updates)

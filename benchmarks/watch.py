@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from benchmarks.families import domain_of, normalized_score
-from common.cli import Count, UsageError, exit_status, one_line
+from common.cli import Count, UsageError, check_ranges, exit_status, one_line
 from common.data import load
 from common.environments import evaluation_seed, make_environment, scalar
 from common.report import Policy, load_policy, read_json
@@ -220,8 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit(2), with one line on stderr, for what cannot be played or drawn."""
     with exit_status():
         args = tyro.cli(Args, args=argv, prog="python -m benchmarks.watch", config=(tyro.conf.FlagConversionOff,))
-        if args.episodes < 1:
-            raise UsageError(f"--episodes {args.episodes}: must be at least 1")
+        check_ranges(args)
         config = read_json(args.run_dir / "config.json")
         member, seed = member_of(args.run_dir, config, args.member)
         path = args.out or args.run_dir / f"member-{member}{'-best' if args.best else ''}.gif"

@@ -84,6 +84,18 @@ NonNegative = Annotated[float, Range("finite and at least 0", 0)]
 Positive = Annotated[float, Range("finite and above 0", sys.float_info.min)]
 
 
+def check_ranges(flags: Any) -> None:
+    """UsageError for a number out of its type's range, or else at least 0 for whole numbers and any float."""
+    hints = get_type_hints(type(flags), include_extras=True)
+    for name, value in (flags._asdict() if isinstance(flags, tuple) else vars(flags)).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            free = Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
+            marks = getattr(hints[name], "__metadata__", ())
+            words, low, high = next((mark for mark in marks if isinstance(mark, Range)), free)
+            if not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
+
+
 @dataclass(frozen=True)
 class RunArgs:
     """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
@@ -118,17 +130,9 @@ class RunArgs:
     quiet: bool = False  # No progress on stderr.
 
     def validate(self) -> None:
-        """UsageError for a number out of range: the type's own, or else at least 0 for whole numbers and any float."""
-        swept = [(self.hp, self.hp._asdict() | values) for values in parse_grid(self.grid, self.hp._fields)]
-        for owner, values in [(self, vars(self)), *swept]:
-            hints = get_type_hints(type(owner), include_extras=True)
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    free = Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
-                    marks = getattr(hints[name], "__metadata__", ())
-                    words, low, high = next((mark for mark in marks if isinstance(mark, Range)), free)
-                    if not low <= value <= high:
-                        raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
+        """UsageError for a number out of range, or flags that do not go together."""
+        for flags in (self, *(self.hp._replace(**values) for values in parse_grid(self.grid, self.hp._fields))):
+            check_ranges(flags)
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
         if self.num_updates + self.online_steps == 0:

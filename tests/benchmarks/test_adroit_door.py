@@ -213,6 +213,8 @@ def test_episodes_without_success_are_left_out_and_the_others_end_at_it() -> Non
     assert data.actions[:, 0].tolist() == pytest.approx([0, 0, 0, 0.2, 0.2, 0.2, 0.2])
     assert data.rewards.tolist() == [-1, -1, 0, -1, -1, -1, 0]
     assert data.terminations.tolist() == [0, 0, 1, 0, 0, 0, 1] and not data.truncations.any()
+    with pytest.raises(UsageError, match="none of 1 episodes opens the door"):
+        door.to_transitions(episodes[1:2], 1.35, "success")
     whole = door.to_transitions(episodes, 1.35, "binary")
     assert whole.rewards.tolist() == [-1, -1, 0, 0, -1, -1, *[-1] * 5, -1, -1, -1, 0]
     assert np.flatnonzero(whole.truncations).tolist() == [5, 10, 14] and not whole.terminations.any()

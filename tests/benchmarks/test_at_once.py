@@ -138,6 +138,10 @@ def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path,
         ({"variants": ("", "")}, "more than one run would be called"),
         ({"extra": "--keep-best True"}, "--keep-best is for the algorithm's own script"),
         ({"extra": "--online-steps 5"}, "--online-steps is for the algorithm's own script"),
+        ({"parts": 2}, "--parts 2: must divide the number of members"),
+        ({"parts": 0}, "--parts 0: must be at least 1"),
+        ({"evaluate_at": (0.5, 1.5)}, "--evaluate-at: shares of the updates"),
+        ({"evaluate_at": (float("nan"),)}, "--evaluate-at: shares of the updates"),
     ],
 )
 def test_what_is_no_single_population_is_refused(tmp_path, sets, changes, words):
@@ -155,3 +159,14 @@ def test_datasets_of_other_sizes_are_refused(tmp_path, sets):
     _, settings, _ = at_once.plan("iql", arguments(tmp_path, [sets[0], str(tmp_path / "short.npz")], "iql"))
     with pytest.raises(UsageError, match="different numbers of rows"):
         at_once.Population("iql", settings)
+
+
+def test_what_is_refused_leaves_the_runs_that_there_were(tmp_path, sets):
+    np.savez(tmp_path / "short.npz", **hopper_like(200))
+    args = arguments(tmp_path, [sets[0], str(tmp_path / "short.npz")], "iql")
+    kept = at_once.plan("iql", args)[0][0].run_dir / "final.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    with pytest.raises(UsageError, match="different numbers of rows"):
+        at_once.train("iql", args)
+    assert kept.exists()

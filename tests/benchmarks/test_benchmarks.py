@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import bc, cells, report, suite, throughput
+from benchmarks import bc, cells, report, sharing, suite, throughput
+from benchmarks.peer_sides import synthetic
+from benchmarks.tables import Table
 from common.cli import UsageError
 from common.replay import Replay, Transitions
 
@@ -480,6 +483,56 @@ def test_report_against_a_setting_has_a_line_for_what_the_runs_share(tmp_path, c
     assert "--against model: emaq" in capsys.readouterr().err
 
 
+def test_report_of_a_dataset_on_which_everything_diverged_before_its_first_evaluation(tmp_path):
+    write_run(tmp_path, "bc", "easy", [1.0])
+    write_run(tmp_path, "bc", "hard", [1.0])
+    run = tmp_path / "bc_hard"
+    (run / "evaluations.csv").unlink()
+    final = json.loads((run / "final.json").read_text())
+    final["members"][0] |= dict.fromkeys(("return_mean", "score_mean")) | {"diverged": {"step": 5, "metric": "x"}}
+    (run / "final.json").write_text(json.dumps(final))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "curves_easy.png" in page and "curves_hard.png" not in page and "1 diverged" in page
+
+
+def test_speed_has_a_row_for_each_run_that_measured_it(tmp_path):
+    for dataset, rate in (("easy", 5.0), ("hard", None), ("harder", 7.0)):
+        write_run(tmp_path, "bc", dataset, [1.0])
+        run = tmp_path / f"bc_{dataset}"
+        (run / "command.json").write_text('{"command": "one call of all"}')
+        final = json.loads((run / "final.json").read_text()) | {"updates_per_second": rate}
+        (run / "final.json").write_text(json.dumps(final))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text().partition("## Speed")[2]
+    assert [cells_of(page, f"bc, {name}")[3] for name in ("easy", "harder")] == ["5", "7"]
+    assert "| bc, hard |" not in page
+
+
+def test_a_table_that_a_kill_has_cut_is_gone_on_with_after_its_last_whole_row(tmp_path):
+    table = Table(tmp_path / "t.csv")
+    table.append([{"a": 1, "b": 2}])
+    with open(table.path, "a") as file:
+        file.write("3,")
+    table.append([{"a": 5, "b": 6}])
+    assert table.read() == [{"a": "1", "b": "2"}, {"a": "5", "b": "6"}]
+
+
+def test_runs_that_share_cores_are_sorted_by_number_and_end_with_the_one_that_fails(tmp_path, monkeypatch):
+    made = {"processor": "x", "cores": 2, "git_commit": "y", "load": 0.5, "quota": "none", "threads": 1}
+    rows = [made | {"processes": count, "updates_per_second": 10.0 * count} for count in (16, 2)]
+    Table(tmp_path / "s.csv").append(rows)
+    assert re.findall(r"none \| (\d+)", sharing.report(tmp_path / "s")) == ["2", "16"]
+    with pytest.raises(UsageError, match="--processes and --threads must be at least 1"):
+        sharing.main(sharing.Args(processes=(0,)))
+    started, start = [], subprocess.Popen
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: started.append(start(sleep)) or started[-1])
+    with pytest.raises(FileNotFoundError):
+        sharing.together(2, 1, sharing.Args(cgroup=tmp_path / "none"))
+    assert len(started) == 1 and started[0].poll() is not None
+
+
 def test_report_without_results_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         report.main([str(tmp_path)])
@@ -574,7 +627,7 @@ def test_a_page_without_the_place_for_a_table_is_left_alone(tmp_path):
 @pytest.mark.slow
 def test_speed_of_a_script_is_that_of_its_own_run(tmp_path):
     """EMaQ, small: rates of both phases and the memory of the process, whose Python alone takes more than 100 MiB."""
-    throughput.write_dataset(tmp_path / "data.npz", 1000, 11, 3)
+    np.savez(tmp_path / "data.npz", **synthetic(1000))
     flags = "--preset none --num-updates 120 --behavior-updates 120 --eval-every 0 --final-eval-episodes 1"
     flags += " --num-proposals 2 --num-critics 1 --hidden-dim 8 --embedding-dim 8 --head-dim 8 --batch-size 8"
     cache, script = tmp_path / "cache", Path("algorithms", "emaq.py")

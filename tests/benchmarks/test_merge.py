@@ -108,6 +108,14 @@ def test_rows_are_by_phase_step_and_member(tmp_path: Path) -> None:
     assert final["online_steps_per_second"] is None
 
 
+def test_the_length_is_not_that_of_a_part_whose_members_all_diverged(tmp_path: Path) -> None:
+    lost = write_part(tmp_path, 0, {0: None}) / "final.json"
+    lost.write_text(json.dumps(json.loads(lost.read_text()) | {"updates": 3}))
+    write_part(tmp_path, 1, {1: 2.0})
+    assert merge.merge(tmp_path) == []
+    assert json.loads((tmp_path / "final.json").read_text())["updates"] == 10
+
+
 def test_what_is_missing_is_said_and_the_rest_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     half = write_part(tmp_path / "a", 1, {1: 2.0}, finished=False)
     with open(half / "metrics.csv", "a") as file:

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, hopper_like
 
-from benchmarks import behavior_policies, datasets, offax_sets
+from benchmarks import behavior_policies, datasets, offax_sets, ogbench_sets
 from benchmarks.families import domain_of, quiet_mujoco
 from common.cli import UsageError
-from common.data import load
-from common.replay import Transitions, episode_returns
+from common.data import Dataset, load
+from common.replay import Transitions, episode_returns, record
 
 TRANSITIONS = 2000
 RANDOM = "offax/hopper/random-v1"
@@ -440,6 +440,12 @@ def test_the_choice_trusts_the_longer_measurement_and_goes_on_from_its_table(
     before, count = (out / "hopper.npz").read_bytes(), len(calls)
     behavior_policies.main(behavior_policies.Args(run, out_dir=out))
     assert len(calls) == count and (out / "hopper.npz").read_bytes() == before
+    other = tmp_path / "again" / "Hopper-v5"
+    make_run(other, [20.0 * i for i in range(1, 51)])
+    behavior_policies.main(behavior_policies.Args(other, out_dir=out))  # into the same folder, the same steps
+    with np.load(out / "hopper.npz") as file:
+        assert file["expert/sampled"] == 1000.0
+    assert (out / "hopper_snapshots.csv").read_text() == (other / "snapshots.csv").read_text()
 
 
 def test_a_snapshot_is_measured_by_both_its_returns(tmp_path: Path) -> None:
@@ -469,8 +475,8 @@ def test_the_choice_refuses_what_is_not_a_run(tmp_path: Path) -> None:
 def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == offax_sets.ids()
-    assert all(line.endswith("collected on first use") for line in lines)
+    assert [line.split()[0] for line in lines] == [*offax_sets.ids(), *ogbench_sets.ids()]
+    assert all("collected on first use" in line for line in lines)
     arrays = hopper_like(40) | {"rewards": np.ones(40)}  # an episode that is truncated, and one that terminates
     np.savez(tmp_path / "mine.npz", env="Hopper-v5", **arrays)
     datasets.main(["stats", str(tmp_path / "mine.npz")])
@@ -481,6 +487,25 @@ def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys
     spread = f"{arrays['actions'].std(axis=0).mean():.3f}"
     assert row.split()[1:-2] == ["Hopper-v5", "40", "2", *returns, "0.500", spread]
     assert row.split()[-1] == f"{size:.1f}"
+
+
+def test_scores_in_the_table_are_those_in_config_json() -> None:
+    """The mean of the episodes' scores, which on AntMaze is not the score of the mean."""
+    fields = hopper_like(20) | {"rewards": np.repeat([0.0, 0.5], 10), "terminations": np.zeros(20)}
+    fields["truncations"] = np.tile(np.eye(10)[9], 2)
+    ones = np.ones(3, np.float32)
+    dataset = Dataset("x", record(Transitions(**fields)), "AntMaze_UMaze-v5", -ones, ones)
+    row = dict(zip(datasets.STATISTICS, datasets.statistics(dataset), strict=False))
+    assert (row["return"], row["score"], row["terminated"]) == ("2.5", "50.0", "0.000")
+    assert dataset.describe()["dataset_returns"]["score_mean"] == 50.0
+
+
+def test_a_file_is_exported_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    np.savez(tmp_path / "sets" / "mine.npz", env="Hopper-v5", **hopper_like(40))
+    datasets.main(["export", str(tmp_path / "sets" / "mine.npz")])
+    assert (tmp_path / "mine.npz").exists()
 
 
 def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:
@@ -513,7 +538,7 @@ def test_the_command_line_builds_and_refuses(root: Path, capsys: pytest.CaptureF
     datasets.main(["build", RANDOM])
     assert capsys.readouterr().out == f"{root / RANDOM}\n"
     datasets.main(["list"])
-    assert f"{RANDOM:40}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
+    assert f"{RANDOM:46}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
     for words, message in (
         (["stats", "x/y"], "'x/y' is neither"),
         (["build", "offax/x-v0"], "no dataset"),
@@ -539,7 +564,7 @@ def test_own_sets_are_listed_and_described_without_their_environment(
     capsys.readouterr()
     datasets.main([])
     listed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert listed.keys() == {*offax_sets.ids(), "mine/unmade-v0", "pictures-v1"}
+    assert listed.keys() == {*offax_sets.ids(), *ogbench_sets.ids(), "mine/unmade-v0", "pictures-v1"}
     assert listed["pictures-v1"] == ["on", "disk,", "77", "transitions,", "3.0", "MB"]
     datasets.main(["stats"])
     out, error = capsys.readouterr()

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from benchmarks import ogbench_sets
+from benchmarks import datasets, ogbench_sets
 from benchmarks.datasets import plain_id
 from benchmarks.families import domain_of
 from benchmarks.ogbench_sets import Goal, relabel, transitions
@@ -155,6 +155,9 @@ def test_where_there_is_no_download_a_set_made_here_is_offered(
 
     monkeypatch.setattr(ogbench_sets.urllib.request, "urlopen", cut_off)
     with pytest.raises(UsageError, match="5 of 9 bytes"):
+        ogbench_sets.download("scene-play")
+    monkeypatch.setattr(ogbench_sets.urllib.request, "urlopen", lambda *_, **__: addinfourl(io.BytesIO(b"1"), {}, ""))
+    with pytest.raises(UsageError, match="does not say how many bytes"):
         ogbench_sets.download("scene-play")
     assert not list((tmp_path / "data").iterdir())
 
@@ -411,11 +414,13 @@ def test_a_file_without_a_manifest_is_left_alone(package: Any, root: Path) -> No
 
 
 def test_the_command_line_builds_and_lists(package: Any, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ogbench_sets.main(["build", MAZE])
+    datasets.main(["build", MAZE])
     out, err = capsys.readouterr()
     assert out.split() == [str(root / MAZE / f"{Path(MAZE).name}.npz")]
     assert "collecting" in err and "100 %" in err
-    ogbench_sets.main([])
+    datasets.main([])
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines.pop(MAZE) == "on disk"
-    assert set(lines.values()) == {"collected on first use"}
+    assert {lines[name] for name in ogbench_sets.ids() if name != MAZE} == {
+        "collected on first use, with the extra ogbench"
+    }

@@ -130,3 +130,10 @@ def test_draws_are_those_given_whole_or_by_row():
 def test_numbers_of_updates_are_refused(updates):
     with pytest.raises(UsageError, match=f"--updates {updates}: must be a multiple of 8"):
         parity.main(parity.Args(corl=Path("somewhere"), updates=updates))
+
+
+def test_nothing_to_compare_leaves_the_results_that_there_were(tmp_path):
+    (tmp_path / "x.csv").write_text("kept")
+    with pytest.raises(UsageError, match="none of these clones has one of awac"):  # unifloral
+        parity.main(parity.Args(unifloral=tmp_path, algorithms=("awac",), out=tmp_path / "x"))
+    assert (tmp_path / "x.csv").read_text() == "kept"

@@ -570,6 +570,11 @@ def test_sets_are_joined(tmp_path: Path) -> None:
     unlike = f"{tmp_path / 'mine.npz'}+{tmp_path / 'alike.npz'}"
     assert "sets of Any1-v0 and Else1-v0" in usage_error(unlike, None)
     assert len(load(unlike, "Any1-v0").transitions.rewards) == 10, "by --env they are of one"
+    whole = one | {name: np.zeros(5) for name in ("terminations", "truncations")}  # one episode, without an end
+    for name, flags in (("a", whole), ("b", whole | {"terminations": np.eye(5)[4]})):
+        np.savez(tmp_path / f"{name}.npz", **flags, env="Any1-v0")
+    found = load(f"{tmp_path / 'a.npz'}+{tmp_path / 'b.npz'}").transitions
+    assert found.truncations.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0], "none goes on in the next set"
     np.savez(tmp_path / "a+b.npz", **one, env="Any1-v0")
     assert len(load(str(tmp_path / "a+b.npz")).transitions.rewards) == 5, "a file's own name"
 
