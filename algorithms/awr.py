@@ -54,7 +54,7 @@ from common import networks, replay
 from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, parse_grid, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import Metrics, evaluation_keys, keep_finite, make_members, repeat
+from common.members import Metrics, keep_finite, make_members, repeat
 from common.networks import descend
 from common.replay import Recorded, Replay, Transitions, empty_ring, fit_transform, insert
 from common.runs import Run
@@ -467,32 +467,23 @@ def main(args: Args) -> None:
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
 
-    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
-        return act(state, hp, observations, key, args, action_dim, sample=False)
-
     def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         return act(state, hp, observations, jax.random.fold_in(key, step), args, action_dim, sample=True)
 
     train_all, explore_all = members.map(partial(train, args=args)), members.map(explore)
-    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
+    act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
+    keep_finite_all = members.map(keep_finite, batched=True)
     insert_all = members.map(insert, batched=True, donate=(0,))
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
 
     with run:
-        checkpoint = {"state": state}
-        if args.online_steps:
-            checkpoint["ring"] = members.broadcast(empty_ring(args.buffer_size, obs_dim, action_dim))
-        checkpoint |= run.restore(checkpoint, dataset, transform)
-        state, ring = checkpoint["state"], checkpoint.get("ring")
+        ring = members.broadcast(empty_ring(args.buffer_size, obs_dim, action_dim)) if args.online_steps else None
+        state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            def policy(observations: np.ndarray, count: int) -> jax.Array:
-                keys = evaluation_keys(members.seeds, run.steps(), count)
-                return act_all(state, members.hp, observations, keys)
-
-            return evaluator.run(policy, episodes, run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
 
         for start, stop in run.chunks("offline", args.num_updates, every=args.policy_updates, whole=True):
             if run.evaluation_due():
@@ -524,7 +515,7 @@ def main(args: Args) -> None:
                     continue
                 num_updates = -(-args.policy_updates * (step - start) // args.samples_per_iteration)
                 due = run.alive * min(num_updates, args.policy_updates)
-                new, metrics = train_all(state, members.hp, Replay(offline, ring, members.places), due)
+                new, metrics = train_all(state, members.hp, Replay(offline, ring), due)
                 state, finite = keep_finite_all(new, state, metrics)
                 run.record(step, metrics, finite)
                 if run.checkpoint_due():

@@ -49,7 +49,7 @@ from common import replay
 from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import Metrics, evaluation_keys, join, keep_finite, make_members, repeat
+from common.members import Metrics, join, keep_finite, make_members, repeat
 from common.networks import MLP, QEnsemble, descend, glorot
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.report import fill_tree, read_tree
@@ -596,22 +596,16 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     warm_up = 0 if args.num_updates else args.random_steps
 
-    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
-        return act(state, hp, observations, key, args, action_dim, sample=False)
-
     def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(key, step)
         actions = act(state, hp, observations, key, args, action_dim, sample=True)
         return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, actions.dtype, -1.0), actions)
 
-    def tune(state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
-        state, metrics = train(state, hp, data, num_updates, args, update)
-        return state, explore(state, hp, *now), metrics
-
     fit_all, draw_all = members.map(partial(train_behavior, args=args)), members.map(partial(draw_pool, args=args))
     train_all, explore_all = members.map(partial(train, args=args, update=update)), members.map(explore)
-    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
-    insert_all, tune_all = members.map(insert, batched=True, donate=(0,)), members.map(tune, donate=(0,))
+    act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
+    keep_finite_all = members.map(keep_finite, batched=True)
+    insert_all = members.map(insert, batched=True, donate=(0,))
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
@@ -620,18 +614,11 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
         state = state._replace(**members.shard(borrow(args.behavior_checkpoint, state, members.seeds, data)))
 
     with run:
-        checkpoint = {"state": state}
-        if args.online_steps:
-            checkpoint["ring"] = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim))
-        checkpoint |= run.restore(checkpoint, dataset, transform)
-        state, ring = checkpoint["state"], checkpoint.get("ring")
+        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+        state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            def policy(observations: np.ndarray, count: int) -> jax.Array:
-                keys = evaluation_keys(members.seeds, run.steps(), count)
-                return act_all(state, members.hp, observations, keys)
-
-            return evaluator.run(policy, episodes, run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
 
         own_behavior = args.num_updates > 0 and not args.behavior_checkpoint
         for start, stop in run.chunks("pretraining", args.behavior_updates * own_behavior):
@@ -650,30 +637,28 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
                 pool, drawn = None, start // pool_every  # its memory first
                 keys = jax.vmap(jax.random.fold_in, (0, None))(members.keys(1), drawn)
                 pool = draw_all(state, members.hp, Replay(offline), keys)
-            due = (stop - start) * run.alive
-            new, metrics = train_all(state, members.hp, Replay(offline, None, members.places, pool), due)
+            new, metrics = train_all(state, members.hp, Replay(offline, extra=pool), (stop - start) * run.alive)
             state, finite = keep_finite_all(new, state, metrics)
             run.record(stop, metrics, finite)
             if run.checkpoint_due():
                 run.save({"state": state})
 
         if args.online_steps:  # steps of every member's environment, then as many updates on old and new transitions
-            pool, rounds = None, args.steps_per_iteration > 1
+            pool, several = None, args.steps_per_iteration > 1
             envs = Collector(make_env, members, transform, done=run.done["online"])
             keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
-            actions = explore_all(state, members.hp, envs.observations, keys, run.done["online"] * everyone)
-            for start, stop in run.chunks("online", args.online_steps, args.steps_per_iteration * rounds, rounds):
+            for start, stop in run.chunks("online", args.online_steps, args.steps_per_iteration * several, several):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
-                before, parts, owed = jax.tree.map(jnp.copy, state), [], 0
+                before, parts, owed = state, [], 0
                 for step in range(start, stop):
-                    ring = insert_all(ring, envs.step(actions))
-                    owed, last = owed + (step >= warm_up), step + 1 == stop or run.stopping()
-                    due, owed = (owed, 0) if last or not rounds else (0, owed)
-                    data, now = Replay(offline, ring, members.places), (envs.observations, keys, (step + 1) * everyone)
-                    state, actions, metrics = tune_all(state, members.hp, data, due * run.alive, *now)
-                    parts.append(metrics)
+                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    ring, owed = insert_all(ring, envs.step(actions)), owed + (step >= warm_up)
+                    last = step + 1 == stop or run.stopping()
+                    if last or not several:
+                        state, metrics = train_all(state, members.hp, Replay(offline, ring), owed * run.alive)
+                        parts, owed = [*parts, metrics], 0
                     if last:
                         break
                 metrics = join(parts)

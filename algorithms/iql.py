@@ -9,10 +9,10 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
 Settings are the paper's (appendix B) unless a flag says otherwise. From the authors' code, not the paper: returns are
 scaled to a range of 1000, the policy's mean passes through tanh and its log standard deviation is clipped to [-5, 2],
 kernels start orthogonal. The authors scale returns on D4RL's locomotion sets, where they span thousands and rewards
-shrink (CORL: on Hopper's medium and replay sets alone); on data where they span less, rewards grow and most weights end
-at the clip (actor/clipped_fraction), of which a run warns. Ours: terminations alone cut the bootstrap, and the
-truncated last step of an episode is kept and bootstraps; the ensemble may have any size; the policy's rate decays by a
-cosine over the offline phase and is constant at its full value online, so that fine-tuning may start from any offline
+shrink (CORL: on Hopper's medium and replay sets alone); where returns span less than 1000, rewards grow, most weights
+end at the clip (actor/clipped_fraction), and a run warns. Ours: terminations alone cut the bootstrap, and the truncated
+last step of an episode is kept and bootstraps; the ensemble may have any size; the policy's rate decays by a cosine
+over the offline phase and is constant at its full value online, so that fine-tuning may start from any offline
 checkpoint (the authors' code does not decay it at all in a run that will be fine-tuned).
 
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v1
@@ -32,7 +32,7 @@ from common import networks, replay
 from common.cli import Count, NonNegative, Positive, RunArgs, Share, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import Metrics, evaluation_keys, join, keep_finite, make_members, repeat
+from common.members import Metrics, join, keep_finite, make_members, repeat
 from common.networks import descend
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.runs import Run
@@ -280,43 +280,28 @@ def main(args: Args) -> None:
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     warm_up = 0 if args.num_updates else args.random_steps
 
-    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
-        return act(state, hp, observations, key, args, action_dim, sample=False)
-
     def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(key, step)
         actions = act(state, hp, observations, key, args, action_dim, sample=True)
         return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, actions.dtype, -1.0), actions)
 
-    def tune(state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
-        state, metrics = train(state, hp, data, num_updates, args)
-        return state, explore(state, hp, *now), metrics
-
     train_all, explore_all = members.map(partial(train, args=args)), members.map(explore)
-    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
-    insert_all, tune_all = members.map(insert, batched=True, donate=(0,)), members.map(tune, donate=(0,))
+    act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
+    keep_finite_all = members.map(keep_finite, batched=True)
+    insert_all = members.map(insert, batched=True, donate=(0,))
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
 
     with run:
-        checkpoint = {"state": state}
-        if args.online_steps:
-            checkpoint["ring"] = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim))
-        checkpoint |= run.restore(checkpoint, dataset, transform)
-        state, ring = checkpoint["state"], checkpoint.get("ring")
-        if (
-            args.actor_decay_updates is None
-            and (before := run.before.get("num_updates", args.num_updates)) != args.num_updates
-        ):
-            print(f"the policy's rate decays over {args.num_updates} updates now, not {before}: not as in one go")
+        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+        state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
+        planned = run.before.get("num_updates", args.num_updates)
+        if args.actor_decay_updates is None and planned != args.num_updates:
+            print(f"the policy's rate decays over {args.num_updates} updates now, not {planned}: not as in one go")
 
         def evaluate(episodes: int) -> Returns | None:
-            def policy(observations: np.ndarray, count: int) -> jax.Array:
-                keys = evaluation_keys(members.seeds, run.steps(), count)
-                return act_all(state, members.hp, observations, keys)
-
-            return evaluator.run(policy, episodes, run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():
@@ -331,17 +316,16 @@ def main(args: Args) -> None:
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
             keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
-            actions = explore_all(state, members.hp, envs.observations, keys, run.done["online"] * everyone)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
-                before, parts = jax.tree.map(jnp.copy, state), []
+                before, parts = state, []
                 for step in range(start, stop):
+                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
                     ring = insert_all(ring, envs.step(actions))
-                    data, due = Replay(offline, ring, members.places), run.alive * (step >= warm_up)
-                    now = (envs.observations, keys, (step + 1) * everyone)
-                    state, actions, metrics = tune_all(state, members.hp, data, due, *now)
+                    due = run.alive * (step >= warm_up)
+                    state, metrics = train_all(state, members.hp, Replay(offline, ring), due)
                     parts.append(metrics)
                 metrics = join(parts)
                 state, finite = keep_finite_all(state, before, metrics)

@@ -123,7 +123,7 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
     if script is emaq and settings.draws_ahead:
         draw = members.map(partial(emaq.draw_pool, args=settings), batched=args.batched)
         pool = draw(state, members.hp, Replay(offline), members.keys(1))
-    replay = Replay(offline) if pool is None else Replay(offline, None, members.places, pool)
+    replay = Replay(offline, extra=pool)
 
     def run(state: Any, updates: int) -> Any:
         return jax.block_until_ready(

@@ -42,7 +42,7 @@ from benchmarks.suite import Job
 from common.cli import Count, RunArgs, UsageError, check_ranges, exit_status, parse, parse_grid
 from common.data import load
 from common.environments import Evaluator, Returns, make_environment
-from common.members import evaluation_keys, is_key, keep_finite, make_members, usable_cores
+from common.members import is_key, keep_finite, make_members, usable_cores
 from common.replay import Recorded, Replay, fit_transform
 from common.report import claim, fill_tree, read_json, read_tree, save_tree, write_json
 from common.runs import Run
@@ -99,10 +99,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     evaluator = Evaluator(partial(make_environment, dataset.env_spec, args.max_episode_steps), members, transform)
 
     def evaluate(state: Any, episodes: int) -> Returns | None:
-        def policy(observations: np.ndarray, count: int) -> jax.Array:
-            return act_all(state, members.hp, observations, evaluation_keys(members.seeds, run.steps(), count))
-
-        return evaluator.run(policy, episodes, run.stopping)
+        return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
 
     with run:
         run.restore({}, dataset, transform)  # nothing to go on with

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from common import networks, replay
 from common.cli import Count, NonNegative, RunArgs, UsageError, launch
 from common.data import load
 from common.environments import Evaluator, Returns, make_environment
-from common.members import Metrics, evaluation_keys, keep_finite, make_members, repeat
+from common.members import Metrics, keep_finite, make_members, repeat
 from common.networks import descend
 from common.replay import Replay, Transitions, fit_transform
 from common.runs import Run
@@ -147,11 +146,9 @@ def main(args: Args) -> None:
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
 
-    def act_greedily(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
-        return act(state, hp, observations, key, args, action_dim, sample=False)
-
     train_all = members.map(partial(train, args=args))
-    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
+    act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
+    keep_finite_all = members.map(keep_finite, batched=True)
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
@@ -160,11 +157,7 @@ def main(args: Args) -> None:
         state = run.restore({"state": state}, dataset, transform)["state"]
 
         def evaluate(episodes: int) -> Returns | None:
-            def policy(observations: np.ndarray, count: int) -> jax.Array:
-                keys = evaluation_keys(members.seeds, run.steps(), count)
-                return act_all(state, members.hp, observations, keys)
-
-            return evaluator.run(policy, episodes, run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():

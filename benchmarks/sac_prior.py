@@ -21,7 +21,7 @@ from benchmarks.sac import Hyperparameters
 from common.cli import Count, RunArgs, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
-from common.members import evaluation_keys, join, keep_finite, make_members
+from common.members import join, keep_finite, make_members
 from common.replay import Replay, empty_ring, fit_transform, insert
 from common.runs import Run
 
@@ -71,38 +71,25 @@ def main(args: Args) -> None:
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     warm_up = 0 if args.num_updates else args.random_steps
 
-    def act_greedily(state: sac.State, hp: Hyperparameters, observations: jax.Array, key: jax.Array) -> jax.Array:
-        return act(state, hp, observations, key, args, action_dim, sample=False)
-
     def explore(state: sac.State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(key, step)
         actions = act(state, hp, observations, key, args, action_dim, sample=True)
         return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, minval=-1.0), actions)
 
-    def tune(state: sac.State, hp: Hyperparameters, data: Replay, num_updates: jax.Array, *now: jax.Array) -> Any:
-        state, metrics = sac.train(state, hp, data, num_updates, args)
-        return state, explore(state, hp, *now), metrics
-
     train_all, explore_all = members.map(partial(sac.train, args=args)), members.map(explore)
-    act_all, keep_finite_all = members.map(act_greedily, batched=True), members.map(keep_finite, batched=True)
-    insert_all, tune_all = members.map(insert, batched=True, donate=(0,)), members.map(tune, donate=(0,))
+    act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
+    keep_finite_all = members.map(keep_finite, batched=True)
+    insert_all = members.map(insert, batched=True, donate=(0,))
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
 
     with run:
-        checkpoint = {"state": state}
-        if args.online_steps:
-            checkpoint["ring"] = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim))
-        checkpoint |= run.restore(checkpoint, dataset, transform)
-        state, ring = checkpoint["state"], checkpoint.get("ring")
+        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+        state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            def policy(observations: np.ndarray, count: int) -> jax.Array:
-                keys = evaluation_keys(members.seeds, run.steps(), count)
-                return act_all(state, members.hp, observations, keys)
-
-            return evaluator.run(policy, episodes, run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():
@@ -117,17 +104,16 @@ def main(args: Args) -> None:
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
             keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
-            actions = explore_all(state, members.hp, envs.observations, keys, run.done["online"] * everyone)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
-                before, parts = jax.tree.map(jnp.copy, state), []
+                before, parts = state, []
                 for step in range(start, stop):
+                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
                     ring = insert_all(ring, envs.step(actions))
-                    data, due = Replay(offline, ring, members.places), run.alive * (step >= warm_up)
-                    now = (envs.observations, keys, (step + 1) * everyone)
-                    state, actions, metrics = tune_all(state, members.hp, data, due, *now)
+                    due = run.alive * (step >= warm_up)
+                    state, metrics = train_all(state, members.hp, Replay(offline, ring), due)
                     parts.append(metrics)
                 metrics = join(parts)
                 state, finite = keep_finite_all(state, before, metrics)

@@ -1,6 +1,5 @@
 """The command line: the flags that every script has, presets by domain, parsing, errors and exit status."""
 
-import argparse
 import dataclasses
 import errno
 import importlib
@@ -207,21 +206,18 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     for word, following in zip(argv, [*argv[1:], "--"], strict=False):  # --track by itself is --track True
         alone = following.startswith("--") and "--" + word[2:].replace("-", "_") in switches and word.startswith("--")
         given += [word, "True"] if alone else [word]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("dataset", "env", "preset"):
-        first.add_argument(f"--{name}", nargs="?", default=getattr(plain, name))
-    chosen = first.parse_known_args(given)[0]
-    if chosen.preset not in ("auto", "none", *presets):
-        raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-    preset = preset_name(chosen.dataset or "", chosen.env) if chosen.preset == "auto" else chosen.preset
-    preset = preset if preset in presets else "none"
-    others = dict(presets.get(preset, {}))
-    hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
-    default = dataclasses.replace(plain, hp=plain.hp._replace(**hp), **others)
-
     out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:
         with redirect_stdout(out), redirect_stderr(err):
+            words = [word for word in given if word not in ("-h", "--help")]
+            chosen = tyro.cli(args_type, args=words, default=plain, config=flat)
+            if chosen.preset not in ("auto", "none", *presets):
+                raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
+            preset = preset_name(chosen.dataset, chosen.env) if chosen.preset == "auto" else chosen.preset
+            preset = preset if preset in presets else "none"
+            others = dict(presets.get(preset, {}))
+            hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
+            default = dataclasses.replace(plain, hp=plain.hp._replace(**hp), **others)
             return dataclasses.replace(tyro.cli(args_type, args=given, default=default, config=flat), preset=preset)
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from common.cli import UsageError, one_line, optional
-from common.members import Members
+from common.members import Members, evaluation_keys
 from common.replay import Transform, Transitions
 
 if TYPE_CHECKING:  # imported where it is used: neither --help nor training by itself needs it
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported where it is used: neither --help nor training by i
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
-Policy = Callable[[np.ndarray, int], Any]
+Policy = Callable[[np.ndarray, jax.Array], Any]
 Maker = Callable[[], Any]
 
 
@@ -111,11 +111,13 @@ class Evaluator:
         self.make, self.members, self.transform = make, members, transform
         self.environments: list[Any] = []
 
-    def run(self, policy: Policy, episodes: int, stopping: Callable[[], bool] = lambda: False) -> Returns | None:
+    def run(
+        self, policy: Policy, episodes: int, done: int = 0, stopping: Callable[[], bool] = lambda: False
+    ) -> Returns | None:
         """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
 
-        `policy(observations [padded, width, obs_dim], count)` gives actions `[padded, width, action_dim]` in [-1, 1];
-        `count` is another one at every time step.
+        `policy(observations [padded, width, obs_dim], keys [padded])` gives actions `[padded, width, action_dim]` in
+        [-1, 1]; the keys are others at every time step, and after other numbers of steps of training that are `done`.
         """
         width, members = width_of(episodes, self.members.total), self.members.count
         returns, successes = np.zeros((members, episodes)), np.full((members, episodes), np.nan)
@@ -131,7 +133,8 @@ class Evaluator:
             while running:
                 if stopping():
                     return None
-                actions = np.asarray(policy(self.transform.observations(observations), wave * 1_000_000 + step))
+                keys = evaluation_keys(self.members.seeds, done, wave * 1_000_000 + step)
+                actions = np.asarray(policy(self.transform.observations(observations), keys))
                 going, step = [], step + 1
                 for m, j in running:
                     env, i = self.environments[m * width + j], first + j

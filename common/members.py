@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +67,6 @@ class Members:
     def count(self) -> int:  # without the padding
         return len(self.indices)
 
-    @property
-    def places(self) -> np.ndarray:
-        """Each member's index on its device, `[padded]`: where it finds its part of a ring."""
-        return np.arange(len(self.seeds)) % (len(self.seeds) // self.mesh.size)
-
     def who(self, i: int) -> dict[str, int]:  # the i-th, in tables
         return {"member": self.indices[i], "seed": int(self.seeds[i])}
 
@@ -108,7 +103,7 @@ class Members:
 
     def start(self, init: Callable) -> Any:
         """`init(key, hp)` of each member as one tree; UsageError if memory is too small."""
-        hp = [jax.tree.map(lambda x: x[i], self.hp) for i in range(len(self.seeds))]  # noqa: B023
+        hp = [type(self.hp)(*own) for own in zip(*self.hp, strict=True)]
         initialise = jax.jit(init)
         leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))
         # Before and after updates, and gradients.
@@ -117,7 +112,7 @@ class Members:
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
-    def keys(self, number: int) -> jax.Array:  # for each, by a fold that no `split` of the member's own key gives
+    def keys(self, number: int) -> jax.Array:  # one for each, which no `split` of the member's own key gives
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
@@ -128,7 +123,7 @@ class Members:
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:
         """`function` of one member as a compiled one of all: its arguments and results have a leading axis of members.
 
-        But in a `Replay` the offline rows are shared, and each member is given the whole ring of its device, uncopied.
+        But of a `Replay` the offline rows are shared, and each member is given the whole ring of its device, uncopied.
         The memory of the arguments at `donate` is reused for the results. `batched`: vmapped on a CPU too.
         """
         in_turn = self.mesh.devices.flat[0].platform == "cpu" and not batched
@@ -136,35 +131,33 @@ class Members:
         # so that a member's numbers do not depend on how the members are shared out.
         options = {"xla_cpu_multi_thread_eigen": False} if in_turn and self.total > 1 else {}
 
-        def on_device(there: jax.Array, *arguments: Any) -> Any:
-            own = tuple(Replay(None, member=x.member) if isinstance(x, Replay) else x for x in arguments)
+        split = P("members")
 
-            def one(member: tuple) -> Any:
-                both = zip(member, arguments, strict=True)
-                return function(*(x._replace(member=m.member) if isinstance(x, Replay) else m for m, x in both))
+        def on_device(places: jax.Array, *arguments: Any) -> Any:  # of the members among those of their device
+            own = tuple(None if isinstance(x, Replay) else x for x in arguments)
+
+            def one(turn: tuple) -> Any:
+                both = zip(turn[1], arguments, strict=True)
+                return function(*(x._replace(member=turn[0]) if isinstance(x, Replay) else m for m, x in both))
 
             if not in_turn:
-                return jax.vmap(one)(own)
-            if len(self.seeds) == self.mesh.size:  # a single member: its arrays stay where they are
-                return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], own)))
+                return jax.vmap(one)((places, own))
+            if len(places) == 1:  # a single member: its arrays stay where they are
+                return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], (places, own))))
 
             def in_branch(turn: tuple) -> Any:  # which XLA compiles by itself: to the same bits, however many there are
-                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, turn[1]))
-                return jax.lax.cond(turn[0], one, lambda _: nothing, turn[1])
+                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, turn))
+                return jax.lax.cond(turn[0] >= 0, one, lambda _: nothing, turn)  # it is, which XLA cannot know
 
-            return jax.lax.map(in_branch, (there, own))
+            return jax.lax.map(in_branch, (places, own))
 
-        @cache
-        def compiled(*are_replay: bool) -> Callable:
-            split = P("members")
-            specs = (split, *(Replay(P(), split, split, split) if is_replay else split for is_replay in are_replay))
+        @partial(jax.jit, donate_argnums=tuple(1 + i for i in donate), compiler_options=options)
+        def compiled(places: jax.Array, *arguments: Any) -> Any:
+            specs = (split, *(Replay(P(), split, split, split) if isinstance(x, Replay) else split for x in arguments))
             mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False)
-            shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-            donated = tuple(1 + i for i in donate)
-            return jax.jit(mapped, in_shardings=shardings, compiler_options=options, donate_argnums=donated)
+            return mapped(places, *arguments)
 
-        there = np.ones(len(self.seeds), bool)
-        return lambda *arguments: compiled(*(isinstance(x, Replay) for x in arguments))(there, *arguments)
+        return partial(compiled, np.arange(len(self.seeds)) % (len(self.seeds) // self.mesh.size))
 
 
 @jax.jit

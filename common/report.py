@@ -50,7 +50,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(path: Path, resume: bool) -> Any:
-    """Make the run directory and lock it; UsageError if another process has, or has tables and is not to `resume`."""
+    """Make the run directory and lock it; UsageError if another process has, or if it holds a run, without `resume`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115
@@ -121,7 +121,7 @@ def read_tree(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str = "") -> Any:
-    """A tree like `like`, of arrays or shapes, from the leaves under `prefix`; UsageError if theirs are others."""
+    """The tree `like`, of arrays or shapes, with the leaves under `prefix`; UsageError if names or shapes differ."""
     leaves, structure = jax.tree.flatten_with_path(like)
     wanted = {prefix + keystr(name): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for name, x in leaves}
     found = {k: x for k, x in arrays.items() if re.match(re.escape(prefix) + r"(?!\w)", k)}

@@ -29,8 +29,8 @@ from common.report import append_rows, claim, fill_tree, read_tree, save_tree, s
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
 STRETCH = 100  # and between looks at signals and divergence
-# Flags that may differ between the run that wrote a checkpoint and the one that resumes it: whatever does not touch the
-# training's course, and the lengths of the phases until the online phase has begun.
+# Flags that a resumed run may change: those that do not touch the course of the training, and, until the online phase
+# begins, lengths.
 FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "run_dir", "resume", "quiet"}
 FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity"}
 LENGTHS = {"num_updates", "online_steps", "max_episode_steps"}
@@ -86,34 +86,35 @@ class Run:
         return bool(self.signal)
 
     def steps(self) -> int:
-        """The step of the phase's table: online steps count on from the offline updates."""
+        """The step in the phase's table: the pretraining's own, or offline updates and online steps together."""
         return self.done["pretraining"] if self.phase == "pretraining" else self.done["offline"] + self.done["online"]
 
     def restore(self, trees: dict[str, Any], dataset: Dataset, transform: Transform) -> dict[str, Any]:
-        """`trees`, or what the checkpoint of a resumed run has in their place (a ring only from the online phase on).
+        """`trees`, or what the checkpoint of a resumed run has in their place; a ring, from the online phase on.
 
         It writes config.json, cuts the tables to the checkpoint, and says in one line what the run is about to do.
         UsageError for a checkpoint of another run.
         """
         self.about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
-        self.before: dict[str, Any] = {}  # the flags of the run that is resumed
+        known = {"algorithm": self.name, "dataset_sha256": self.about["dataset_sha256"]} | self.flags
+        self.identity, self.before = json.loads(json.dumps(known)), {}  # as a checkpoint gives it; of a run resumed
         found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
             try:
                 self.done = {phase: int(theirs["done"][phase]) for phase in self.done}
                 self.diverged = {int(i): what for i, what in theirs["diverged"].items()}
                 self.started -= float(theirs["seconds"])
-                self.evaluations, self.before, _ = theirs["evaluations"], theirs["flags"], dict(theirs["tables"])
-                identity, ours = theirs["identity"], self._identity()
-                odd = [name for name, value in ours.items() if identity.get(name) != value]
+                self.evaluations, self.before, _ = theirs["evaluations"], theirs["identity"], dict(theirs["tables"])
+                free = FREE | (set() if self.done["online"] else LENGTHS)
+                odd = [x for x, value in self.identity.items() if x not in free and self.before.get(x) != value]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UsageError(f"checkpoint {self.checkpoint} is damaged or was edited (its metadata)") from None
             if self.args.num_updates < self.done["offline"]:
                 raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
             if odd:
-                what = f"--{odd[0].replace('_', '-')} {identity.get(odd[0])}, this one has {ours[odd[0]]}"
+                what = f"--{odd[0].replace('_', '-')} {self.before.get(odd[0])}, this one has {self.identity[odd[0]]}"
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
-            trees = self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
+            trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
         for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
             os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
@@ -137,12 +138,6 @@ class Run:
         say(f"{self.name} on {self.source}, preset {self.args.preset}: {where}", sys.stdout)
         return trees
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: the algorithm, the data, and flags that decide the training's course."""
-        free = FREE | (set() if self.done["online"] else LENGTHS)
-        fixed = {name: value for name, value in self.flags.items() if name not in free}
-        return json.loads(json.dumps({"algorithm": self.name, "dataset_sha256": self.about["dataset_sha256"]} | fixed))
-
     def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:  # without padding; a ring only once it is used
         trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
         return jax.tree.map(lambda x: x[: self.members.count], trees)
@@ -150,7 +145,7 @@ class Run:
     def save(self, trees: dict[str, Any]) -> None:
         """Write the checkpoint, unless it has this state already."""
         if self.saved != self.done:
-            about = {"identity": self._identity(), "flags": self.flags, "done": self.done, "diverged": self.diverged}
+            about = {"identity": self.identity, "done": self.done, "diverged": self.diverged}
             about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
             about |= {"tables": {x: (self.path / x).stat().st_size for x in TABLES if (self.path / x).exists()}}
             save_tree(self.checkpoint, self._kept(trees), about | {"seconds": time.time() - self.started})
@@ -166,7 +161,7 @@ class Run:
         # A whole stretch has its row wherever it ends.
         self.phase, self.total, self.dues, self.shown = phase, total, [1] if whole else [n for n in dues if n], 0.0
         while True:
-            # A signal that came too late for the last stretch's checkpoint has one stretch more.
+            # After a signal that came too late for the last checkpoint there is one stretch more, which saves.
             if self.signal and (self.saved == self.done or not any(self.done.values())):
                 self._stop()
             self.start = self.done[phase]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -123,7 +124,7 @@ def collector(name: str, count: int = 2, transform: Transform = PLAIN, **options
     return Collector(partial(make_environment, f"OffaxTest/{name}-v0"), of_seeds(count), transform, **options)
 
 
-def middle(observations: np.ndarray, _: int) -> np.ndarray:
+def middle(observations: np.ndarray, _: jax.Array) -> np.ndarray:
     return np.zeros((*observations.shape[:2], 1), np.float32)
 
 
@@ -188,15 +189,17 @@ def test_rewards_may_be_arrays_of_one_number() -> None:
 @pytest.mark.parametrize("limit", [1, 2, 5, 64])
 def test_episodes_in_waves_are_the_same_episodes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "MAX_ENVIRONMENTS", limit)
-    counts = []
+    seen = []
 
-    def policy(observations: np.ndarray, count: int) -> np.ndarray:
-        counts.append(count)
-        return middle(observations, count)
+    def policy(observations: np.ndarray, keys: jax.Array) -> np.ndarray:
+        seen.extend(tuple(key) for key in np.asarray(jax.random.key_data(keys)).tolist())
+        return middle(observations, keys)
 
-    result = evaluator("Toy").run(policy, 5)
-    np.testing.assert_allclose(result.returns, [[full_return(s + i) for i in range(5)] for s in FIRST[:2]])
-    assert len(set(counts)) == len(counts), "every call has a number of its own, for its random key"
+    both = evaluator("Toy")
+    for done in (0, 10):
+        result = both.run(policy, 5, done)
+        np.testing.assert_allclose(result.returns, [[full_return(s + i) for i in range(5)] for s in FIRST[:2]])
+    assert len(set(seen)) == len(seen), "every member has a key of its own at every step of every evaluation"
 
 
 def test_fewer_episodes_later_and_the_same_again() -> None:
@@ -211,7 +214,7 @@ def test_each_member_acts_on_its_own_transformed_observations() -> None:
     """Three members on two devices: the padding acts in no environment."""
     seen = []
 
-    def policy(observations: np.ndarray, step: int) -> np.ndarray:
+    def policy(observations: np.ndarray, keys: jax.Array) -> np.ndarray:
         assert observations.shape == (4, 3, 2) and observations.dtype == np.float32
         seen.append(observations)
         return np.broadcast_to(np.float32([-1, 1, 0, 7]).reshape(4, 1, 1), (4, 3, 1))
@@ -241,7 +244,7 @@ def test_dictionaries_are_flattened_in_the_order_of_their_names() -> None:
 
 def test_an_interrupt_ends_the_evaluation() -> None:
     asked = []
-    assert evaluator("Toy").run(middle, 3, lambda: asked.append(1) or len(asked) == 2) is None
+    assert evaluator("Toy").run(middle, 3, stopping=lambda: asked.append(1) or len(asked) == 2) is None
     assert len(Toy.actions) == 6, "one step of each"
 
 

@@ -64,7 +64,6 @@ def test_the_padding_repeats_the_last_member() -> None:
     whole = three.shard({"x": jnp.arange(3), "keys": jax.random.split(jax.random.key(0), 3)})
     assert np.asarray(whole["x"]).tolist() == [0, 1, 2, 2] and whole["keys"].shape == (4,)
     assert np.asarray(three.broadcast({"y": jnp.arange(2)})["y"]).tolist() == [[0, 1]] * 4
-    assert three.places.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +323,7 @@ def test_each_member_draws_from_its_own_ring() -> None:
     def drawn(key: jax.Array, data: Replay) -> jax.Array:
         return iql.replay.sample(key, data, 5).rewards
 
-    found = three.map(drawn)(three.keys(0), Replay(None, ring, three.places))
+    found = three.map(drawn)(three.keys(0), Replay(None, ring))
     assert np.asarray(found).tolist() == [[10] * 5, [20] * 5, [30] * 5, [30] * 5]
 
 

@@ -443,7 +443,7 @@ def test_the_best_policy_of_each_member_is_kept_beside_the_last(
     found = iter(([1.0, 9.0], [5.0, 3.0], [2.0, 2.0]))
     states: list[np.ndarray] = []
 
-    def run(self: environments.Evaluator, policy: Any, episodes: int, stopping: Any) -> environments.Returns:
+    def run(self: environments.Evaluator, policy: Any, episodes: int, *_: Any) -> environments.Returns:
         returns = np.array(next(found))[:, None]
         (name,) = (name for name in arrays_of(tmp_path / "run") if name.endswith("actor['params']['log_std']"))
         states.append(arrays_of(tmp_path / "run")[name])
