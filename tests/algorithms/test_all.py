@@ -51,7 +51,7 @@ every_actor_critic = pytest.mark.parametrize("name", ACTOR_CRITICS)
 SECTIONS = ["Hyperparameters", "Args", "PRESETS", "State", "ADAM", "modules", "init", "update", "act", "train", "main"]
 OTHER_NAMES = {"optimizer": "ADAM", "update_value": "update", "update_actor": None}
 """AWR has two optimisers to choose from, and updates in two phases."""
-LONGEST_MAIN = 95
+LONGEST_MAIN = 90
 
 
 def load(name: str) -> Any:
