@@ -255,7 +255,6 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
         raise UsageError(f"--algorithms {algorithm}: it has no `train` to call, run its own script")
     settings = [parse(script.Args, script.PRESETS, list(job.flags)) for job in jobs]
     for one in settings:
-        one.validate()
         for flag in ("online_steps", "keep_best", "behavior_checkpoint"):
             if getattr(one, flag, None):
                 raise UsageError(f"--{flag.replace('_', '-')} is for the algorithm's own script alone")

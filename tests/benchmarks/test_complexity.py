@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_said_in_one_line(begun: Path, command: Callable[..
         ([copy("iql", algorithm="iql")], "a run of iql"),
         ([broken], "damaged"),
         ([copy("flags", flags={})], "another version"),
-        ([without], "no checkpoint"),
+        ([without], "there is no file"),
         ([begun, "--dataset", tmp_path / "other.npz"], "not the dataset of the run"),
         ([begun], "have not been trained"),
         ([begun, "--pool", 1], "--pool 1"),

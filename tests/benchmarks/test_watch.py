@@ -214,7 +214,7 @@ def test_directories_without_a_run_or_its_end(run: Path, tmp_path: Path, capfd: 
     assert "config.json" in refused(capfd, tmp_path)
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     assert "final.json" in refused(capfd, tmp_path, "--member", "best")
-    assert "no checkpoint" in refused(capfd, tmp_path)
+    assert "there is no file" in refused(capfd, tmp_path)
     lost = {"members": [{"member": 0, "seed": 0, "return_mean": None}]}
     (tmp_path / "final.json").write_text(json.dumps(lost))
     assert "every member diverged" in refused(capfd, tmp_path, "--member", "best")

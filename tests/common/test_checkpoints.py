@@ -126,8 +126,8 @@ def test_other_shapes_dtypes_and_names_are_refused(path: Path, change: Callable[
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    assert "no checkpoint" in refusal(lambda: load(tmp_path / "none.npz", tree()))
-    assert "no checkpoint" in refusal(lambda: metadata(tmp_path / "none.npz"))
+    assert "there is no file" in refusal(lambda: load(tmp_path / "none.npz", tree()))
+    assert "there is no file" in refusal(lambda: metadata(tmp_path / "none.npz"))
 
 
 def test_every_truncation_is_noticed(path: Path) -> None:

@@ -474,7 +474,7 @@ def test_a_policy_that_is_not_there_is_one_line(finished: Path, tmp_path: Path) 
     for call, words in (
         (lambda: report.load_policy(tmp_path), "config.json"),
         (lambda: report.load_policy(finished, 6), "no member 6; it has [0, 1, 2, 3, 4, 5]"),
-        (lambda: report.load_policy(finished, best=True), "no checkpoint"),
+        (lambda: report.load_policy(finished, best=True), "there is no file"),
     ):
         with pytest.raises(UsageError) as caught:
             call()
