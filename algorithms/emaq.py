@@ -606,6 +606,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
     keep_finite_all = members.map(keep_finite, batched=True)
     insert_all = members.map(insert, batched=True, donate=(0,))
+    tune_all = members.map(partial(train, args=args, update=update), donate=(0,))  # in place of the old state
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
@@ -651,13 +652,13 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
-                before, parts, owed = state, [], 0
+                before, parts, owed = jax.tree.map(jnp.copy, state), [], 0
                 for step in range(start, stop):
                     actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
                     ring, owed = insert_all(ring, envs.step(actions)), owed + (step >= warm_up)
                     last = step + 1 == stop or run.stopping()
                     if last or not several:
-                        state, metrics = train_all(state, members.hp, Replay(offline, ring), owed * run.alive)
+                        state, metrics = tune_all(state, members.hp, Replay(offline, ring), owed * run.alive)
                         parts, owed = [*parts, metrics], 0
                     if last:
                         break

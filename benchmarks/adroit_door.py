@@ -568,7 +568,7 @@ def write_page(args: Report) -> int:
             image = f"![Success rate against environment steps]({protocol}.png)\n"
             parts += [f"## Protocol `{protocol}`\n", results_of(own), image]
     parts += ["## The data\n", describe(found)] if found else []
-    parts += ["## Speed\n", report.speed(cells), report.origin(cells)]
+    parts += [report.speed(cells), report.origin(cells)]
     write_text(args.results / "README.md", "\n".join(parts))
     print(f"wrote {args.results / 'README.md'}")
     return 0

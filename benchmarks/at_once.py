@@ -62,7 +62,7 @@ class Args(suite.Args):
     # Shares of the updates after which the policies are evaluated; the last one is 1.
     evaluate_at: tuple[float, ...] = (0.1, 0.25, 0.4, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
     evaluators: int | None = None  # Processes that evaluate at the same time. Default: the usable cores but one.
-    parts: Count = 1  # Processes that evaluate a run, each some of its seeds.
+    parts: Count = 1  # Processes that evaluate a run, each an equal share of its members.
 
 
 def script_of(name: str) -> ModuleType:
@@ -259,7 +259,7 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
             if getattr(one, flag, None):
                 raise UsageError(f"--{flag.replace('_', '-')} is for the algorithm's own script alone")
         if len(parse_grid(one.grid, one.hp._fields)) * one.num_seeds % args.parts:
-            raise UsageError(f"--parts {args.parts}: must divide the number of members, which each part has as many of")
+            raise UsageError(f"--parts {args.parts}: must divide the members of a run equally")
     same_program(settings)
     unit = settings[0].policy_updates if script is awr else 1
     steps = sorted({max(1, round(share * args.num_updates / unit)) * unit for share in (*args.evaluate_at, 1.0)})

@@ -2,7 +2,7 @@
 
 python -m benchmarks.datasets                                  # the sets that need no network, and all on this disk
 python -m benchmarks.datasets build offax/hopper/medium-v1     # collect ahead of first use; default: all -v1, no -1m
-python -m benchmarks.datasets stats offax/hopper/medium-v1     # returns, endings, spread; without ids, of all on disk
+python -m benchmarks.datasets stats offax/hopper/medium-v1     # returns, endings, spread; default: of all of Minari's
 python -m benchmarks.datasets export offax/hopper/medium-v1 medium.npz    # for an algorithm's file without the rest
 """
 
@@ -35,7 +35,7 @@ STATISTICS = {
     "return": "mean of the episodes, undiscounted",
     "min": "",
     "max": "",
-    "score": "mean of the episodes by D4RL's reference returns; on OGBench the share of those with success",
+    "score": "mean of the episodes, by D4RL's reference returns; on OGBench those with success, in %",
     "mode": "mean return of the mean actions of the policies that made it, which a perfect clone of each would take; "
     "measured apart, over the number of episodes that the policies' file names",
     "mode_score": "that return by D4RL's reference returns",
@@ -174,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = commands.add_parser("build", help="collect offax/... and ogbench/... sets ahead of their first use")
     build.add_argument("ids", nargs="*", help="which (default: all of offax/... but those of a million transitions)")
     stats = commands.add_parser("stats", help="table of returns and endings")
-    stats.add_argument("ids", nargs="*", help="dataset ids, .npz or D4RL .hdf5 paths (default: all on this disk)")
+    stats.add_argument(
+        "ids", nargs="*", help="ids, or paths of .npz or .hdf5 files (default: all of Minari's on this disk)"
+    )
     stats.add_argument("--env", help="the environment, for files that do not name it")
     stats.add_argument("--page", type=Path, help="write the table and what its columns are into this page too")
     export = commands.add_parser("export", help="write a set as the .npz that a copied algorithm reads by itself")
@@ -189,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print((ogbench_sets if name.startswith("ogbench/") else offax_sets).ensure(name))
         elif args.command == "export":
             name = Path(args.id).name if Path(args.id).exists() else args.id.replace("/", "-")
-            print(write_npz(load(args.id, args.env), args.path or Path(name).with_suffix(".npz")))
+            path = args.path or Path(name).with_suffix(".npz")
+            if Path(args.id).exists() and path.exists() and path.samefile(args.id):
+                raise UsageError(f"{path} is the set itself; name another file to write")
+            print(write_npz(load(args.id, args.env), path))
         elif args.command == "stats":
             rows = [row_of(name, args.env) for name in args.ids or on_disk()]
             if args.page:

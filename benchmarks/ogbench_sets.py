@@ -3,8 +3,8 @@
     python algorithms/iql.py --dataset cube-single-play-singletask-v0           # the published file, the default task
     python algorithms/iql.py --dataset ogbench/cube-single-play-local-v0        # made here, in minutes, on first use
     python algorithms/iql.py --dataset path/to/cube-single-play-v0.npz --env cube-single-singletask-task3-v0
-    python -m benchmarks.ogbench_sets                                           # list what can be made here
-    python -m benchmarks.ogbench_sets build ogbench/scene-play-local-1m-v0      # make it ahead of its first use
+    python -m benchmarks.datasets                                               # list what can be made here, too
+    python -m benchmarks.datasets build ogbench/scene-play-local-1m-v0          # make it ahead of its first use
 
 `-task1` to `-task5` before `-v0` chooses another task than the default one, also in `ogbench/...` ids. A file is the
 same for all tasks: it has no rewards. They are those of the task in the current state, as the environment gives them:

@@ -94,6 +94,8 @@ class Clones:
         """UsageError for flags that leave nothing to do."""
         if all(path is None for path in self.clones().values()):
             raise UsageError("give the path of a clone: --corl, --jax-corl or --unifloral")
+        if missing := [path for path in self.clones().values() if path is not None and not path.is_dir()]:
+            raise UsageError(f"there is no directory {missing[0]}")
         for algorithm in self.algorithms:
             if algorithm not in SETTINGS:
                 raise UsageError(f"--algorithms {algorithm}: choose from {', '.join(SETTINGS)}")

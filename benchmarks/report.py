@@ -243,7 +243,7 @@ def origin(cells: Sequence[Cell]) -> str:
 
 
 def speed(cells: Sequence[Cell]) -> str:
-    """Each run's updates, rate and time, but for those of benchmarks/at_once.py; nothing where there are no others."""
+    """Updates, rate and time of each run that measured a rate; nothing where none did, as by benchmarks/at_once.py."""
     runs = {(cell.run, cell.dataset, cell.command): cell for cell in cells}.values()
     rows = []
     for cell in runs:

@@ -254,7 +254,12 @@ def main(args: Args) -> None:
             raise UsageError(f"{run_dir} holds a run with {odd[0]} {theirs.get(odd[0])}; use another --run-dir")
         (state, ring), first = fill_tree(checkpoint, arrays, (state, ring)), metadata["steps"]
     table = Table(run_dir / "training.csv")
-    table.rewind(lambda row: int(row["steps"]) <= first)
+    # What comes after the checkpoint, or is another run's, goes; also behavior_policies.py's measurements of it.
+    for written in (table, Table(run_dir / "snapshots.csv")):
+        written.rewind(lambda row: int(row["steps"]) <= first)
+    for snapshot in (run_dir / "snapshots").glob("*.npz"):
+        if int(snapshot.stem) > first:
+            snapshot.unlink()
 
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("members",))
     one = Members([0], 1, np.array([args.seed]), args.hp, [{}], mesh)

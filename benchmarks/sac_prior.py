@@ -80,6 +80,7 @@ def main(args: Args) -> None:
     act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
     keep_finite_all = members.map(keep_finite, batched=True)
     insert_all = members.map(insert, batched=True, donate=(0,))
+    tune_all = members.map(partial(sac.train, args=args), donate=(0,))  # in place of the old state
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
@@ -108,12 +109,12 @@ def main(args: Args) -> None:
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
-                before, parts = state, []
+                before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
                     actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
                     ring = insert_all(ring, envs.step(actions))
                     due = run.alive * (step >= warm_up)
-                    state, metrics = train_all(state, members.hp, Replay(offline, ring), due)
+                    state, metrics = tune_all(state, members.hp, Replay(offline, ring), due)
                     parts.append(metrics)
                 metrics = join(parts)
                 state, finite = keep_finite_all(state, before, metrics)

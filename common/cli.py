@@ -207,6 +207,7 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
         alone = following.startswith("--") and "--" + word[2:].replace("-", "_") in switches and word.startswith("--")
         given += [word, "True"] if alone else [word]
     out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    preset = "none"
     try:
         with redirect_stdout(out), redirect_stderr(err):
             words = [word for word in given if word not in ("-h", "--help")]

@@ -103,7 +103,7 @@ class Members:
 
     def start(self, init: Callable) -> Any:
         """`init(key, hp)` of each member as one tree; UsageError if memory is too small."""
-        hp = [type(self.hp)(*own) for own in zip(*self.hp, strict=True)]
+        hp = [type(self.hp)(*(x[i] for x in self.hp)) for i in range(len(self.seeds))]
         initialise = jax.jit(init)
         leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))
         # Before and after updates, and gradients.

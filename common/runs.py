@@ -97,7 +97,7 @@ class Run:
         """
         self.about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
         known = {"algorithm": self.name, "dataset_sha256": self.about["dataset_sha256"]} | self.flags
-        self.identity, self.before = json.loads(json.dumps(known)), {}  # as a checkpoint gives it; of a run resumed
+        self.identity, self.before = json.loads(json.dumps(known)), {}  # the latter of the run that is resumed
         found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
             try:

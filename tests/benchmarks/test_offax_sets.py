@@ -505,7 +505,10 @@ def test_a_file_is_exported_by_its_own_name(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "sets").mkdir()
     np.savez(tmp_path / "sets" / "mine.npz", env="Hopper-v5", **hopper_like(40))
     datasets.main(["export", str(tmp_path / "sets" / "mine.npz")])
-    assert (tmp_path / "mine.npz").exists()
+    written = (tmp_path / "mine.npz").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        datasets.main(["export", "mine.npz"])
+    assert (tmp_path / "mine.npz").read_bytes() == written, "not over the set itself"
 
 
 def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:

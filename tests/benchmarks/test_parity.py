@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -127,13 +125,15 @@ def test_draws_are_those_given_whole_or_by_row():
 
 
 @pytest.mark.parametrize("updates", [0, 12])
-def test_numbers_of_updates_are_refused(updates):
+def test_numbers_of_updates_are_refused(updates, tmp_path):
     with pytest.raises(UsageError, match=f"--updates {updates}: must be a multiple of 8"):
-        parity.main(parity.Args(corl=Path("somewhere"), updates=updates))
+        parity.main(parity.Args(corl=tmp_path, updates=updates))
 
 
 def test_nothing_to_compare_leaves_the_results_that_there_were(tmp_path):
     (tmp_path / "x.csv").write_text("kept")
     with pytest.raises(UsageError, match="none of these clones has one of awac"):  # unifloral
         parity.main(parity.Args(unifloral=tmp_path, algorithms=("awac",), out=tmp_path / "x"))
+    with pytest.raises(UsageError, match="there is no directory"):
+        parity.main(parity.Args(unifloral=tmp_path / "mistyped", algorithms=("iql",), out=tmp_path / "x"))
     assert (tmp_path / "x.csv").read_text() == "kept"

@@ -240,6 +240,7 @@ def test_stand_in_distributions_are_those_of_the_closed_forms():
     "changes, message",
     [
         ({"corl": None}, "--corl, --jax-corl or --unifloral"),
+        ({"corl": Path("mistyped")}, "there is no directory mistyped"),
         ({"algorithms": ("iql", "bc")}, "--algorithms bc: choose from iql"),
         ({"algorithms": ()}, "at least one"),
         ({"members": 0}, "--members 0"),
@@ -248,13 +249,13 @@ def test_stand_in_distributions_are_those_of_the_closed_forms():
         ({"seconds": float("inf")}, "--seconds inf"),
     ],
 )
-def test_flags_are_refused(changes, message):
+def test_flags_are_refused(changes, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        peers.main(peers.Args(**{"corl": Path("somewhere")} | changes))
+        peers.main(peers.Args(**{"corl": tmp_path} | changes))
 
 
 def test_bad_flags_end_with_status_2_and_one_line(spawn):
-    process = spawn(peers.__file__, "--corl", "x", "--rounds", "0")
+    process = spawn(peers.__file__, "--corl", ".", "--rounds", "0")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (2, "", "error: --rounds 0: must be at least 1\n")
 
@@ -265,6 +266,7 @@ def test_bad_flags_end_with_status_2_and_one_line(spawn):
 def test_peers_that_are_not_there_are_reported_without_timing_ours(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peers, "Worker", None)  # no process is started
     out = tmp_path / "results" / "peers"
+    (tmp_path / "nowhere").mkdir()
     args = peers.Args(corl=tmp_path / "nowhere", unifloral=tmp_path, algorithms=("awac",), out=out)
     assert peers.main(args) == 1
     printed = capsys.readouterr().out

@@ -93,7 +93,11 @@ def test_a_run_leaves_snapshots_and_a_curve_and_goes_on_from_its_checkpoint(tmp_
     assert [int(row["updates"]) for row in rows] == [50, 150]
     assert len(list((tmp_path / "run" / "snapshots").glob("*.npz"))) == 2
     before = (tmp_path / "run" / "training.csv").read_text()
+    (tmp_path / "run" / "snapshots.csv").write_text("steps,sampled\n400,1.0\n800,2.0\n")
+    (tmp_path / "run" / "snapshots" / "000000800.npz").write_bytes(b"")  # of a run that was killed after it
     sac.main(args)  # the checkpoint is at 400: nothing is left to do
+    assert len(list((tmp_path / "run" / "snapshots").glob("*.npz"))) == 2
+    assert (tmp_path / "run" / "snapshots.csv").read_text() == "steps,sampled\n400,1.0\n"
     for name, value in (("env", "Walker2d-v5"), ("seed", 1), ("hp", args.hp._replace(discount=0.9))):
         with pytest.raises(UsageError, match=f"{name} .*another --run-dir"):
             sac.main(replace(args, **{name: value}))

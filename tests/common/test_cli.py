@@ -72,6 +72,12 @@ def chosen(*argv: str) -> Args:
     return parse(Args, PRESETS, list(argv))
 
 
+def test_what_tyro_answers_by_itself_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        chosen("--tyro-print-completion", "bash")
+    assert not stop.value.code and "complete" in capsys.readouterr().out
+
+
 def test_a_switch_by_itself_is_meant() -> None:
     args = chosen("--track", "--wandb-group", "resume", "--normalize_returns", "--quiet", "False", "--keep-best")
     assert (args.track, args.wandb_group, args.normalize_returns) == (True, "resume", True)
