@@ -659,7 +659,8 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
                     last = step + 1 == stop or run.stopping()
                     if last or not several:
                         state, metrics = tune_all(state, members.hp, Replay(offline, ring), owed * run.alive)
-                        parts, owed = [*parts, metrics], 0
+                        parts.append(metrics)
+                        owed = 0
                     if last:
                         break
                 metrics = join(parts)

@@ -44,7 +44,7 @@ import tyro
 from algorithms import emaq
 from benchmarks.provenance import provenance
 from benchmarks.tables import aligned
-from common.cli import Count, UsageError, check_ranges, exit_status
+from common.cli import Count, Range, UsageError, check_ranges, exit_status
 from common.data import load
 from common.members import use_compilation_cache
 from common.replay import fit_transform
@@ -97,7 +97,7 @@ class Args:
 
     run: Annotated[Path, tyro.conf.Positional]  # Run directory of algorithms/emaq.py.
     num_states: Count = 500  # Transitions of the dataset whose states to look at, at random; all, if it has fewer.
-    pool: int = 400  # The pool's M: proposals drawn for each state.
+    pool: Annotated[int, Range("at least 2", 2)] = 400  # The pool's M: proposals drawn for each state.
     seed: int = 0  # Decides transitions and proposals.
     dataset: str | None = None  # Where the run's dataset is now. Default: where it was.
     output: Path | None = None  # Directory of complexity.json and complexity.png. Default: that of the run.
@@ -205,8 +205,6 @@ def measure(
 def main(args: Args) -> None:
     """Read the run, draw pools, measure, print and write."""
     check_ranges(args)
-    if args.pool < 2:
-        raise UsageError(f"--pool {args.pool}: must be at least 2")
     use_compilation_cache()
     run = read(args.run, args.dataset)
     total, action_dim = run.transitions.actions.shape

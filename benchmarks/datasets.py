@@ -190,9 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in args.ids or [name for name, of in known.items() if not of.size]:
                 print((ogbench_sets if name.startswith("ogbench/") else offax_sets).ensure(name))
         elif args.command == "export":
-            name = Path(args.id).name if Path(args.id).exists() else args.id.replace("/", "-")
-            path = args.path or Path(name).with_suffix(".npz")
-            if Path(args.id).exists() and path.exists() and path.samefile(args.id):
+            file = Path(args.id)
+            path = args.path or Path(file.name if file.exists() else args.id.replace("/", "-")).with_suffix(".npz")
+            if file.exists() and path.exists() and path.samefile(file):
                 raise UsageError(f"{path} is the set itself; name another file to write")
             print(write_npz(load(args.id, args.env), path))
         elif args.command == "stats":

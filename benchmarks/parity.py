@@ -39,7 +39,7 @@ from benchmarks.parity_sides import Ours
 from benchmarks.peer_sides import UNIT, PeerError, Side
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, write_text
-from common.cli import Count, UsageError, check_ranges, exit_status
+from common.cli import Count, UsageError, exit_status
 from common.members import usable_cores
 
 CHANGES_TEXT = """
@@ -268,7 +268,6 @@ class Args(peers.Clones):
         super().validate()
         if self.updates < UNIT or self.updates % UNIT:
             raise UsageError(f"--updates {self.updates}: must be a multiple of {UNIT}, at least {UNIT}")
-        check_ranges(self)
 
 
 OUTPUTS = ("actions", "q", "v")

@@ -91,7 +91,8 @@ class Clones:
         return {"CORL": self.corl, "JAX-CORL": self.jax_corl, "unifloral": self.unifloral}
 
     def validate(self) -> None:
-        """UsageError for flags that leave nothing to do."""
+        """UsageError for a number out of range, or flags that leave nothing to do."""
+        check_ranges(self)
         if all(path is None for path in self.clones().values()):
             raise UsageError("give the path of a clone: --corl, --jax-corl or --unifloral")
         if missing := [path for path in self.clones().values() if path is not None and not path.is_dir()]:
@@ -119,11 +120,6 @@ class Args(Clones):
     members: Count = 8
     rounds: Count = 7  # Turns of every side.
     seconds: Positive = 2.0  # Length of a turn, at least.
-
-    def validate(self) -> None:
-        """UsageError for flags that leave nothing to do."""
-        super().validate()
-        check_ranges(self)
 
 
 class Worker:
