@@ -12,6 +12,7 @@ At shares `--evaluate-at` of the updates the states are handed to one process fo
 the run directory as the algorithm's own script would, and evaluates meanwhile: a checkpoint, which that script can go
 on with, config.json, evaluations.csv, returns.csv and final.json; without metrics.csv. Names, folders and flags are
 those of benchmarks/suite.py. There is no resuming: what was cut off starts anew, and replaces a run of that name.
+The results have the evaluations as they come, and benchmarks/report.py takes a run that was cut off as far as they go.
 
 Where episodes are slow, `--parts N` evaluates each run by N processes, each some of its seeds, as `--shard` would: they
 fill `part-I` of the run directory, which are merged as they finish.
@@ -103,6 +104,8 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
 
     with run:
         run.restore({}, dataset, transform)  # nothing to go on with
+        if not args.shard:
+            write_json(run.path / "command.json", {"command": command})
         for step in steps:
             file = snapshot(args, step)
             while not file.exists():
@@ -122,6 +125,8 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
                     run.finish(evaluate(state, args.final_eval_episodes) if living else None)
                 elif living:
                     run.record_evaluation(evaluate(state, args.eval_episodes))
+                    if not args.shard:
+                        job.keep()  # what there is, should the rest be cut off
                 file.unlink()
     file.parent.rmdir()
     if args.shard and merge.merge(job.run_dir):  # others are not done

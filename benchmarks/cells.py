@@ -12,7 +12,7 @@ from common.cli import UsageError
 from common.report import read_json
 from common.runs import FREE, LENGTHS
 
-FILES = ("config.json", "final.json", "command.json")
+FILES = ("config.json", "command.json")
 NOT_SETTINGS = (FREE - {"max_episode_steps"}) | LENGTHS
 NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
@@ -65,20 +65,41 @@ def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
     )
 
 
+def as_evaluated(config: dict[str, Any], evaluations: list[dict[str, str]]) -> dict[str, Any]:
+    """What final.json would say had the run ended with its last evaluation; a member without one there had diverged."""
+    phase, step = evaluations[-1]["phase"], evaluations[-1]["step"]
+    rows = {row["member"]: row for row in evaluations if (row["phase"], row["step"]) == (phase, step)}
+    members = []
+    for member in config["members"]:
+        row = rows.get(str(member["member"]), {})
+        values = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
+        members.append(member | values | {"diverged": None if row else {"step": None}})
+    updates, online_steps = (config["flags"]["num_updates"], int(step)) if phase == "online" else (int(step), 0)
+    rates = dict.fromkeys(("updates_per_second", "online_steps_per_second", "wall_clock_seconds"))
+    return {"members": members, "updates": updates, "online_steps": online_steps} | rates
+
+
 def read(folder: Path) -> list[Cell]:
-    """All cells below `folder`, by dataset and algorithm. UsageError where there is none or one is there twice."""
+    """All cells below `folder`, by dataset and algorithm. A run that was cut off counts as far as it was evaluated.
+
+    UsageError where there is none or one is there twice.
+    """
     runs = {}
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
-        if missing := [name for name in FILES if not (run / name).exists()]:
+        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
+        files = FILES if evaluations else (*FILES, "final.json")
+        if missing := [name for name in files if not (run / name).exists()]:
             raise UsageError(f"{run} has no {missing[0]}")
-        runs[run] = [read_json(run / name) for name in FILES]
+        config, command = (read_json(run / name) for name in FILES)
+        ended = (run / "final.json").exists()
+        final = read_json(run / "final.json") if ended else as_evaluated(config, evaluations)
+        runs[run] = config, final, command, evaluations
     # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
     references: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: len(run.name)):
         references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
     cells: dict[tuple[str, str], Cell] = {}
-    for run, (config, final, command) in runs.items():
-        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
+    for config, final, command, evaluations in runs.values():
         name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
         groups: dict[str, list[dict[str, Any]]] = {}
         for member in final["members"]:

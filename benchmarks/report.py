@@ -9,7 +9,8 @@ settings, says what tuning gains, and draws `grid.png` (`benchmarks/grid.py`).
 
 Of a suite it reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below, and writes
 into its own `README.md`, `scores.csv` (a row for each seed), `scores.png`, `profiles.png` (how likely each score is),
-`best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`.
+`best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`. A run that was cut off, without `final.json`,
+counts as one that ended with its last evaluation.
 `--page README.md` puts the table of scores there too. `--against num_proposals` adds a table and a figure of the score
 against that setting, in which the runs differ. `--at 40000` adds a table of the evaluations after so many updates,
 for runs of different lengths.

@@ -420,6 +420,31 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
     assert not (tmp_path / "scores.csv").exists(), "nothing is half-written"
 
 
+def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path):
+    write_run(tmp_path, "bc", "easy", [60.0])
+    write_run(tmp_path, "iql", "easy", [60.0, 70.0, None])
+    run = tmp_path / "iql_easy"
+    config = json.loads((run / "config.json").read_text())
+    members = [{"member": i, "seed": i + 5, "swept": {}, "hyperparameters": {}} for i in range(3)]
+    (run / "config.json").write_text(json.dumps(config | {"members": members}))
+    (run / "final.json").unlink()
+    with open(run / "evaluations.csv") as file:
+        rows = list(csv.reader(file))
+    rows = [row for row in rows if row[1] != "100"]
+    rows += [["offline", "40", i, i, 7, 0, score, 0, 4] for i, score in enumerate((20.0, 30.0))]
+    with open(run / "evaluations.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "easy")[3] == "25.0 [20.0, 30.0], 1 diverged, after 40"
+    assert "40 (iql); 100 (bc)" in page and "episodes for each seed: 10 or 4" in page
+    seeds = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert [row["seed"] for row in seeds if row["algorithm"] == "iql"] == ["5", "6", "7"]
+    (run / "evaluations.csv").unlink()
+    with pytest.raises(UsageError, match=r"iql_easy has no final\.json"):
+        report.read(tmp_path)
+
+
 def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
     """Of twelve evaluations after the untrained one, of which the second is the best."""
     write_run(tmp_path, "iql", "easy", [7.0, None])
