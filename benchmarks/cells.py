@@ -12,7 +12,6 @@ from common.cli import UsageError
 from common.report import read_json
 from common.runs import FREE, LENGTHS
 
-FILES = ("config.json", "command.json")
 NOT_SETTINGS = (FREE - {"max_episode_steps"}) | LENGTHS
 NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
@@ -65,8 +64,13 @@ def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
     )
 
 
-def as_evaluated(config: dict[str, Any], evaluations: list[dict[str, str]]) -> dict[str, Any]:
-    """What final.json would say had the run ended with its last evaluation; a member without one there had diverged."""
+def as_evaluated(config: dict[str, Any], run: Path) -> dict[str, Any]:
+    """What final.json would say had the last evaluation ended the run, which goes on or was cut off.
+
+    A member without a row there had diverged. UsageError where nothing was evaluated.
+    """
+    if not (evaluations := Table(run / "evaluations.csv").read()):
+        raise UsageError(f"{run} has no final.json, and no evaluation so far")
     phase, step = evaluations[-1]["phase"], evaluations[-1]["step"]
     rows = {row["member"]: row for row in evaluations if (row["phase"], row["step"]) == (phase, step)}
     members = []
@@ -86,20 +90,18 @@ def read(folder: Path) -> list[Cell]:
     """
     runs = {}
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
-        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
-        files = FILES if evaluations else (*FILES, "final.json")
-        if missing := [name for name in files if not (run / name).exists()]:
-            raise UsageError(f"{run} has no {missing[0]}")
-        config, command = (read_json(run / name) for name in FILES)
+        if not (run / "command.json").exists():
+            raise UsageError(f"{run} has no command.json")
+        config, command = read_json(run / "config.json"), read_json(run / "command.json")
         ended = (run / "final.json").exists()
-        final = read_json(run / "final.json") if ended else as_evaluated(config, evaluations)
-        runs[run] = config, final, command, evaluations
+        runs[run] = config, read_json(run / "final.json") if ended else as_evaluated(config, run), command
     # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
     references: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: len(run.name)):
         references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
     cells: dict[tuple[str, str], Cell] = {}
-    for config, final, command, evaluations in runs.values():
+    for run, (config, final, command) in runs.items():
+        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
         name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
         groups: dict[str, list[dict[str, Any]]] = {}
         for member in final["members"]:

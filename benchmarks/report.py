@@ -36,6 +36,7 @@ from benchmarks.cells import (
     about_data,
     after,
     aggregate,
+    as_evaluated,
     before_online,
     common_datasets,
     last_evaluations,
@@ -431,12 +432,17 @@ def is_run(folder: Path) -> bool:
 
 
 def of_run(run_dir: Path) -> None:
-    """Merge the parts, draw the figures, print the last evaluation. UsageError where nothing has finished."""
-    missing = merge.merge(run_dir) if merge.parts_of(run_dir) else []
-    for line in missing:
+    """Merge the parts, draw the figures, print the last evaluation. UsageError where nothing was evaluated."""
+    shared = bool(merge.parts_of(run_dir))
+    for line in merge.merge(run_dir) if shared else []:
         print(f"{run_dir}: {line}", file=sys.stderr)
     curves.draw(run_dir)
-    config, final = (read_json(run_dir / name) for name in ("config.json", "final.json"))
+    config = read_json(run_dir / "config.json")
+    if shared or (run_dir / "final.json").exists():
+        final = read_json(run_dir / "final.json")
+    else:
+        final = as_evaluated(config, run_dir)
+        print(f"not finished; after {length_in_words((final['updates'], final['online_steps']))}:", file=sys.stderr)
     title, level = f"{config['algorithm']}, {trained_on(config)}", grid.level_of(config, final["members"])
     print(f"{title}\n{grid.table(final, level)}")
     if final["members"][0]["swept"]:

@@ -420,7 +420,7 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
     assert not (tmp_path / "scores.csv").exists(), "nothing is half-written"
 
 
-def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path):
+def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path, capsys):
     write_run(tmp_path, "bc", "easy", [60.0])
     write_run(tmp_path, "iql", "easy", [60.0, 70.0, None])
     run = tmp_path / "iql_easy"
@@ -440,8 +440,11 @@ def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path):
     assert "40 (iql); 100 (bc)" in page and "episodes for each seed: 10 or 4" in page
     seeds = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert [row["seed"] for row in seeds if row["algorithm"] == "iql"] == ["5", "6", "7"]
+    report.main([str(run)])
+    out, err = capsys.readouterr()
+    assert err == "not finished; after 40 updates:\n" and "interquartile mean 25.0 20.0" in " ".join(out.split())
     (run / "evaluations.csv").unlink()
-    with pytest.raises(UsageError, match=r"iql_easy has no final\.json"):
+    with pytest.raises(UsageError, match=r"iql_easy has no final\.json, and no evaluation so far"):
         report.read(tmp_path)
 
 
