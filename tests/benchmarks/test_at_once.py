@@ -62,7 +62,7 @@ def arguments(tmp_path, sets, algorithm, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["iql", "awr", "emaq"])
-def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, script, algorithm):
+def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, script, algorithm, monkeypatch):
     jobs, settings, steps = at_once.plan(algorithm, arguments(tmp_path, sets, algorithm))
     assert len(jobs) == 2 * len(VARIANTS[algorithm]) and steps == [10, 20]
     population = at_once.Population(algorithm, settings)
@@ -70,7 +70,16 @@ def test_each_dataset_has_the_run_of_the_algorithms_own_script(tmp_path, sets, s
         population.advance(step)
         population.hand_over(before)
     job = jobs[-1]  # the other dataset, and the other settings
-    at_once.follow(job, algorithm, steps, "python benchmarks/at_once.py", nullcontext())
+    save, kept_before_the_end = at_once.Run.save, []
+
+    def last_save(run, trees):
+        kept_before_the_end.extend(row["step"] for row in rows_of(job.results_dir / "evaluations.csv"))
+        save(run, trees)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at_once.Run, "save", last_save)
+        at_once.follow(job, algorithm, steps, "python benchmarks/at_once.py", nullcontext())
+    assert kept_before_the_end == ["10"] * 3, "what there is, should the rest be cut off"
     own = tmp_path / "own" / job.name
     flags = [str(own) if word == str(job.run_dir) else word for word in job.flags]
     assert script(algorithm, *flags, "--eval-every", 10).status == 0
