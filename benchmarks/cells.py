@@ -64,20 +64,23 @@ def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
     )
 
 
-def as_evaluated(config: dict[str, Any], run: Path) -> dict[str, Any]:
+def measured(member: dict[str, Any], rows: dict[str, dict[str, str]], lost: Any) -> dict[str, Any]:
+    """The member's entry in final.json by its row of one evaluation; a member without one is `lost`."""
+    row = rows.get(str(member["member"]), {})
+    values = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
+    return member | values | {"diverged": None if row else lost}
+
+
+def as_evaluated(run: Path, config: dict[str, Any], evaluations: list[dict[str, str]]) -> dict[str, Any]:
     """What final.json would say had the last evaluation ended the run, which goes on or was cut off.
 
     A member without a row there had diverged. UsageError where nothing was evaluated.
     """
-    if not (evaluations := Table(run / "evaluations.csv").read()):
+    if not evaluations:
         raise UsageError(f"{run} has no final.json, and no evaluation so far")
     phase, step = evaluations[-1]["phase"], evaluations[-1]["step"]
     rows = {row["member"]: row for row in evaluations if (row["phase"], row["step"]) == (phase, step)}
-    members = []
-    for member in config["members"]:
-        row = rows.get(str(member["member"]), {})
-        values = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
-        members.append(member | values | {"diverged": None if row else {"step": None}})
+    members = [measured(member, rows, lost={"step": None}) for member in config["members"]]
     updates, online_steps = (config["flags"]["num_updates"], int(step)) if phase == "online" else (int(step), 0)
     rates = dict.fromkeys(("updates_per_second", "online_steps_per_second", "wall_clock_seconds"))
     return {"members": members, "updates": updates, "online_steps": online_steps} | rates
@@ -93,15 +96,16 @@ def read(folder: Path) -> list[Cell]:
         if not (run / "command.json").exists():
             raise UsageError(f"{run} has no command.json")
         config, command = read_json(run / "config.json"), read_json(run / "command.json")
+        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
         ended = (run / "final.json").exists()
-        runs[run] = config, read_json(run / "final.json") if ended else as_evaluated(config, run), command
+        final = read_json(run / "final.json") if ended else as_evaluated(run, config, evaluations)
+        runs[run] = config, final, command, evaluations
     # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
     references: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: len(run.name)):
         references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
     cells: dict[tuple[str, str], Cell] = {}
-    for run, (config, final, command) in runs.items():
-        evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
+    for config, final, command, evaluations in runs.values():
         name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
         groups: dict[str, list[dict[str, Any]]] = {}
         for member in final["members"]:
@@ -174,12 +178,8 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     for cell in cells:
         places = {("offline", updates)} | ({("online", 0)} if cell.final["updates"] == updates else set())
         here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) in places)
-        rows, members = {row["member"]: row for row in here}, []
-        for member in cell.members if rows else []:
-            row = rows.get(str(member["member"]), {})
-            values = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
-            members.append(member | values | {"diverged": None if row else member["diverged"]})
-        if members:
+        if rows := {row["member"]: row for row in here}:
+            members = [measured(member, rows, lost=member["diverged"]) for member in cell.members]
             found.append(replace(cell, members=members, final=cell.final | {"updates": updates, "online_steps": 0}))
     if not found:
         raise UsageError(f"--at {updates}: no run was evaluated after so many offline updates")

@@ -441,7 +441,7 @@ def of_run(run_dir: Path) -> None:
     if shared or (run_dir / "final.json").exists():
         final = read_json(run_dir / "final.json")
     else:
-        final = as_evaluated(config, run_dir)
+        final = as_evaluated(run_dir, config, Table(run_dir / "evaluations.csv").read())
         print(f"not finished; after {length_in_words((final['updates'], final['online_steps']))}:", file=sys.stderr)
     title, level = f"{config['algorithm']}, {trained_on(config)}", grid.level_of(config, final["members"])
     print(f"{title}\n{grid.table(final, level)}")
