@@ -25,7 +25,7 @@ class Tracker:
         self.step, self.runs, self.enabled = 0, [], True
         members, algorithm = config["members"], config["algorithm"]
         self.swept, self.indices = "WANDB_SWEEP_ID" in os.environ, [member["member"] for member in members]
-        config = config | config["flags"] | {"members": len(members)}
+        config = config["flags"] | config | {"members": len(members)}
         configs = [config | member["hyperparameters"] | member for member in members]
         if self.swept:
             configs, names = configs[:1], [label]

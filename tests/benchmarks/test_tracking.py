@@ -70,7 +70,8 @@ def config_of(path: Path, betas: Sequence[float] = (1, 2)) -> dict[str, Any]:
         {"member": i, "seed": i, "swept": {"beta": beta}, "hyperparameters": {"beta": beta}}
         for i, beta in enumerate(betas)
     ]
-    return {"algorithm": "iql", "run_dir": str(path), "flags": {}, "members": members}
+    flags = {"run_dir": None, "discount": 0.9}  # as given: the default directory is named by the run
+    return {"algorithm": "iql", "run_dir": str(path), "flags": flags, "members": members}
 
 
 @pytest.fixture
@@ -149,10 +150,11 @@ def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves
 ) -> None:
     wandb = fake(monkeypatch)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    grid = ["--grid", "critic_learning_rate=3e-4,1e7"]
-    assert iql(*short, *grid, "--run-dir", tmp_path / "run").status == 0
-    (run,) = wandb.runs
-    final = json.loads((tmp_path / "run/final.json").read_text())
+    monkeypatch.chdir(tmp_path)  # an agent gives no --run-dir
+    assert iql(*short, "--grid=critic_learning_rate=3e-4,1e7").status == 0
+    (run,), (run_dir,) = wandb.runs, (path.parent for path in tmp_path.glob("runs/**/final.json"))
+    assert Path(run.options["dir"]).absolute() == run_dir
+    final = json.loads((run_dir / "final.json").read_text())
     survivors = [member["score_mean"] for member in final["members"] if member["diverged"] is None]
     assert len(survivors) == 2 and run.final["diverged_members"] == 2
     assert run.final["final_score_iqm"] == pytest.approx(np.mean(survivors))
@@ -173,7 +175,10 @@ def test_a_resumed_run_goes_on_in_wandb_and_parts_share_a_group(
     assert {run.options["resume"] for run in resumed} == {"allow"}
     assert {run.options["group"] for run in wandb.runs} == {"label 1"}
     for part in (0, 1):
-        Tracker(RunArgs(shard=f"{part}/2"), config_of(tmp_path / "parts" / f"part-{part}"), names, f"label {part}")
+        config = config_of(tmp_path / "parts" / f"part-{part}")
+        config["flags"]["run_dir"] = str(tmp_path / "parts")
+        Tracker(RunArgs(shard=f"{part}/2"), config, names, f"label {part}")
+        assert (tmp_path / "parts" / f"part-{part}" / "wandb.json").exists()
     assert {run.options["group"] for run in wandb.runs[4:]} == {str(tmp_path / "parts")}
 
 
