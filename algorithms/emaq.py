@@ -591,7 +591,6 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
         print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)
         args = replace(args, proposal_pool=0)
-    run = Run(name, args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     warm_up = 0 if args.num_updates else args.random_steps
@@ -610,12 +609,12 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
-    if args.behavior_checkpoint and not run.checkpoint.exists():
-        data = (dataset.describe()["dataset_sha256"], args.normalize_observations)
-        state = state._replace(**members.shard(borrow(args.behavior_checkpoint, state, members.seeds, data)))
+    ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
 
-    with run:
-        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+    with Run(name, args, members) as run:
+        if args.behavior_checkpoint and not run.checkpoint.exists():
+            data = (dataset.describe()["dataset_sha256"], args.normalize_observations)
+            state = state._replace(**members.shard(borrow(args.behavior_checkpoint, state, members.seeds, data)))
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:

@@ -141,7 +141,6 @@ def main(args: Args) -> None:
     """The run: load, initialise, train offline; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
-    run = Run("bc", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
@@ -153,7 +152,7 @@ def main(args: Args) -> None:
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
 
-    with run:
+    with Run("bc", args, members) as run:
         state = run.restore({"state": state}, dataset, transform)["state"]
 
         def evaluate(episodes: int) -> Returns | None:

@@ -65,7 +65,6 @@ def main(args: Args) -> None:
     """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
-    run = Run("sac_prior", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
@@ -84,9 +83,9 @@ def main(args: Args) -> None:
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+    ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
 
-    with run:
-        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+    with Run("sac_prior", args, members) as run:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
