@@ -14,17 +14,17 @@ Published code computes the weights w(A) in two ways, and each needs a temperatu
   constant added to all advantages that the limit spares changes nothing: V(s) matters by its differences only.
 
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
-mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip and weight decay,
-and the policy is updated with the new critic (in the authors' code with the old one). `--preset demonstrations` is the
-authors' script for human demonstrations with rewards of 0 and -1, which differs from the paper's table 1 too. In that
-script batches have 128 transitions before the online phase, and it then collects and updates by turns of 1,000. In
-place of its clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets` keeps the targets at or below 0,
-which returns of such rewards never exceed; with positive rewards it would erase them. `--least-reward r` (ours) keeps
-them at or above r / (1 - discount), what a reward of r for ever is worth, below which the minimum of Q-functions drags
-Q; r is of the rewards after `--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations of a task
-where a policy succeeds or fails by little: `--actor-average` acts by a mean of successive policies, which there differ
-much, and `--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
-arXiv:2103.06326).
+mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip, weight decay,
+batch size and normalised observations, and the policy is updated with the new critic (in the authors' code with the old
+one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which differs
+from the paper's table 1 too. In that script batches have 128 transitions before the online phase, and it then collects
+and updates by turns of 1,000. In place of its clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets`
+keeps the targets at or below 0, which returns of such rewards never exceed; with positive rewards it would erase them.
+`--least-reward r` (ours) keeps them at or above r / (1 - discount), what a reward of r for ever is worth, below which
+the minimum of Q-functions drags Q; r is of the rewards after `--reward-scale` and `--reward-shift`. Two more (ours) are
+for few demonstrations of a task where a policy succeeds or fails by little: `--actor-average` acts by a mean of
+successive policies, which there differ much, and `--observation-noise` blurs the states that the policy learns from
+(for Q-functions: Sinha et al., 2021, arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
@@ -319,7 +319,6 @@ def main(args: Args) -> None:
     """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
-    run = Run("awac", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
@@ -338,9 +337,9 @@ def main(args: Args) -> None:
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+    ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
 
-    with run:
-        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+    with Run("awac", args, members) as run:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:

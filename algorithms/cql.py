@@ -55,8 +55,8 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
-    # Weight of the gap in the Q-functions' loss; 0 is SAC (CORL: 10 locomotion, 5 AntMaze, 1 Adroit; authors' code: 5
-    # or 10).
+    # Weight of the gap in the Q-functions' loss; 0 is SAC, with --entropy-backup True (CORL: 10 locomotion, 5 AntMaze,
+    # 1 Adroit; authors' code: 5 or 10).
     conservative_weight: NonNegative = 10.0
     # With --lagrange, the gap above which the penalty's factor rises (JaxCQL: 1; CORL: 0.8 AntMaze).
     target_gap: float = 1.0
@@ -417,7 +417,6 @@ def main(args: Args) -> None:
     """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
-    run = Run("cql", args, members)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
@@ -437,9 +436,9 @@ def main(args: Args) -> None:
     make_env = partial(make_environment, dataset.env_spec, args.max_episode_steps)
     evaluator = Evaluator(make_env, members, transform)
     state = members.start(partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim))
+    ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
 
-    with run:
-        ring = members.broadcast(empty_ring(args.online_steps, obs_dim, action_dim)) if args.online_steps else None
+    with Run("cql", args, members) as run:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:

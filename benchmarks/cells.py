@@ -119,7 +119,7 @@ def read(folder: Path) -> list[Cell]:
             rows = [row for row in evaluations if row["member"] in indices]
             cells[key] = Cell(algorithm, name, key[0], members, rows, config, final, command["command"])
     if not cells:
-        raise UsageError(f"{folder} has no results: run benchmarks/suite.py first")
+        raise UsageError(f"there is no run and no suite of runs in {folder}")
     return [cells[key] for key in sorted(cells)]
 
 

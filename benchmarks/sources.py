@@ -182,9 +182,8 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is damaged or is not an HDF5 file ({one_line(error)})") from None
     if missing := [name for name in names[:5] if name not in raw]:
-        raise UsageError(
-            f"{path} has no array {missing[0]}, as D4RL's files have from version 1 on; it has {list(raw)}"
-        )
+        what = f"{path} has no array {missing[0]}, as D4RL's files have from version 1 on"
+        raise UsageError(f"{what}; add it, or make an .npz of {', '.join(raw)}")
     size = raw["rewards"].size
     if odd := [name for name, x in raw.items() if x.shape[:1] != (size,) or (name in names[3:5] and x.size != size)]:
         raise UsageError(f"{path}: {odd[0]} has shape {list(raw[odd[0]].shape)}, it must have one row for each reward")

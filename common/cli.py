@@ -61,10 +61,17 @@ def exit_status() -> Iterator[None]:
         sys.exit(130)
     except UsageError as error:
         line = str(error)
+    except BrokenPipeError:  # who read the output has left, as `head` does
+        say("", sys.stdout)
+        sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:  # a full disk, a directory without permission, a file that is not there
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
         line = f"{error.filename or 'writing results'}: {error.strerror}"
+    except RuntimeError as error:  # of JAX, where updates need more memory than the states that were counted before
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = f"out of memory ({one_line(error)}); train fewer members at a time, or lower --batch-size"
     print("error:", *line.split(), file=sys.stderr)
     sys.exit(2)
 
@@ -100,7 +107,7 @@ class RunArgs:
     """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
 
     dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, OGBench name, or path of an .npz or .hdf5 file.
-    env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` if a module has it. Default: the dataset's.
+    env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` to import a module. Default: the dataset's.
     preset: str = "auto"  # Settings of a domain, listed below; auto: by the environment's or the dataset's name.
     seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
@@ -214,7 +221,8 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
             chosen = tyro.cli(args_type, args=words, default=plain, config=flat)
             if chosen.preset not in ("auto", "none", *presets):
                 raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-            preset = preset_name(chosen.dataset, chosen.env) if chosen.preset == "auto" else chosen.preset
+            data = chosen.dataset if chosen.num_updates or not chosen.env else ""  # that is read
+            preset = preset_name(data, chosen.env) if chosen.preset == "auto" else chosen.preset
             preset = preset if preset in presets else "none"
             others = dict(presets.get(preset, {}))
             hp = {name: others.pop(name) for name in plain.hp._fields if name in others}

@@ -99,7 +99,7 @@ class Members:
     def _check_room(self, each: int, what: str) -> None:
         if (need := each * len(self.seeds)) > (room := self.memory()):
             found = f"{what} of {self.count} member(s) take {need / 2**30:.3g} GiB, and there are {room / 2**30:.3g}"
-            raise UsageError(f"{found}; about {room // each} would fit")
+            raise UsageError(f"{found}; about {room // each} member(s) would fit")
 
     def start(self, init: Callable) -> Any:
         """`init(key, hp)` of each member as one tree; UsageError if memory is too small."""

@@ -61,6 +61,9 @@ def claim(path: Path, resume: bool) -> Any:
         raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
     if not resume and ((path / "config.json").exists() or any(path.glob("*.csv"))):
         raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
+    known = (path / "config.json").exists() and not (path / "final.json").exists()
+    if not known and not (path / "checkpoint" / "state.npz").exists() and any(path.glob("*.csv")):
+        raise UsageError(f"{path} has results and no checkpoint to go on from; use another --run-dir")
     return lock
 
 
@@ -79,6 +82,8 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with open(path, "a+", newline="") as file:
         file.seek(0)
         columns, text = next(csv.reader(file), None), io.StringIO()
+        if lost := sorted(rows[0].keys() - set(columns or rows[0])):
+            say(f"{path.name} is without {lost[0]}: its first row had none, and fixes the columns", sys.stderr)
         writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n", extrasaction="ignore")
         if columns is None:
             writer.writeheader()
@@ -95,7 +100,7 @@ def read_npz(path: str | Path, needed: Sequence[str] = ()) -> dict[str, np.ndarr
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:  # a flipped byte may surface as nearly anything, down in zipfile or numpy
         what = "holds pickled objects, which are never loaded," if "pickle" in str(error).lower() else "is damaged"
-        raise UsageError(f"{path} {what} or is no .npz ({one_line(error)}); numpy.savez of arrays makes one") from None
+        raise UsageError(f"{path} {what} or is no .npz of plain arrays ({one_line(error)})") from None
     if missing := [name for name in needed if name not in found]:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(found)}")
     return found

@@ -112,7 +112,7 @@ class Run:
             if self.args.num_updates < self.done["offline"]:
                 raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
             if odd:
-                what = f"--{odd[0].replace('_', '-')} {self.before.get(odd[0])}, this one has {self.identity[odd[0]]}"
+                what = f"--{odd[0].replace('_', '-')} {self.before.get(odd[0])!r}, not {self.identity[odd[0]]!r}"
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
             trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
@@ -143,7 +143,7 @@ class Run:
         return jax.tree.map(lambda x: x[: self.members.count], trees)
 
     def save(self, trees: dict[str, Any]) -> None:
-        """Write the checkpoint, unless it has this state already."""
+        """Write the checkpoint, unless one was written at this step: put all that it shall hold into the first."""
         if self.saved != self.done:
             about = {"identity": self.identity, "done": self.done, "diverged": self.diverged}
             about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}

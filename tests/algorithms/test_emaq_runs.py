@@ -199,7 +199,7 @@ def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
     assert_same_arrays(tmp_path / "none", tmp_path / "short")
     monkeypatch.undo()
     again = [*flags, "--proposal-pool", "300", "--run-dir", tmp_path / "short", "--resume", "True"]
-    assert_refused(emaq(*again, "--num-updates", "40"), "--proposal-pool 0, this one has 300")
+    assert_refused(emaq(*again, "--num-updates", "40"), "--proposal-pool 0, not 300")
 
 
 @pytest.mark.slow

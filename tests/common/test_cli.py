@@ -95,6 +95,12 @@ def test_presets_follow_the_names_and_flags_win() -> None:
     assert chosen("--dataset", "mine.npz").hp == Args().hp
 
 
+def test_the_preset_of_a_run_without_data_is_that_of_its_environment_alone() -> None:
+    assert chosen("--env", "Pendulum-v1").preset == "locomotion", "that of the default dataset"
+    assert chosen("--env", "Pendulum-v1", "--num-updates", "0", "--online-steps", "9999").preset == "none"
+    assert chosen("--env", "Hopper-v5", "--num-updates", "0", "--online-steps", "9999").preset == "locomotion"
+
+
 def test_the_preset_is_on_record() -> None:
     assert chosen("--dataset", "offax/walker2d/medium-v1").preset == "locomotion"
     assert chosen("--dataset", "mine.npz").preset == "none"
@@ -200,6 +206,14 @@ def test_seeds_are_31_bits(seed: int) -> None:
         (OSError(28, "No space left on device"), 2, "error: writing results: No space left on device\n"),
         (PermissionError(13, "Permission denied", "x.csv"), 2, "error: x.csv: Permission denied\n"),
         (IsADirectoryError(21, "Is a directory", "x/"), 2, "error: x/: Is a directory\n"),
+        (OSError(27, "File too large"), 2, "error: writing results: File too large\n"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"),
+            2,
+            "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.); train fewer members at a"
+            " time, or lower --batch-size\n",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -235,6 +249,16 @@ def test_what_no_user_can_mend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("sys.argv", ["iql.py"])
         with pytest.raises(type(error)):
             cli.launch(main, Args, PRESETS)
+
+
+@pytest.mark.parametrize("program", ["algorithms/iql.py", "benchmarks/datasets.py"])
+def test_who_reads_the_output_may_leave(program: str, spawn: Callable[..., subprocess.Popen]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = spawn(ROOT / program, *(["--help"] if "algorithms" in program else []), stdout=writing)
+    os.close(writing)
+    assert process.communicate(timeout=120)[1] == ""
+    assert process.returncode == 141
 
 
 def test_help_is_quick_and_documents_every_flag(spawn: Callable[..., subprocess.Popen]) -> None:

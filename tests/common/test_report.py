@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from common.report import append_rows, write_json
 
 
@@ -21,12 +23,13 @@ def test_rows_are_on_disk_at_once_and_numbers_survive(tmp_path: Path) -> None:
     assert content(path)[-1] == ["30", "0.3333333", ""]
 
 
-def test_the_first_row_fixes_the_columns(tmp_path: Path) -> None:
+def test_the_first_row_fixes_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An environment that reports success only later on must not shift what is in the table."""
     path = tmp_path / "table.csv"
     append_rows(path, [{"step": 10, "loss": 0.5}])
     append_rows(path, [{"loss": 1.5, "step": 20, "success": 1.0}])
     assert content(path) == [["step", "loss"], ["10", "0.5"], ["20", "1.5"]]
+    assert capsys.readouterr().err == "table.csv is without success: its first row had none, and fixes the columns\n"
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
