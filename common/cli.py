@@ -62,7 +62,6 @@ def exit_status() -> Iterator[None]:
     except UsageError as error:
         line = str(error)
     except BrokenPipeError:  # who read the output has left, as `head` does
-        say("", sys.stdout)
         sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:  # a full disk, a directory without permission, a file that is not there
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
@@ -72,6 +71,8 @@ def exit_status() -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         line = f"out of memory ({one_line(error)}); train fewer members at a time, or lower --batch-size"
+    finally:
+        say("", sys.stdout, end="")  # Python fails at the exit if it cannot write the rest
     print("error:", *line.split(), file=sys.stderr)
     sys.exit(2)
 
@@ -252,4 +253,3 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
             stream.reconfigure(errors="backslashreplace")
     with exit_status():
         main(parse(args_type, presets))
-        say("", sys.stdout, end="")  # Python fails at the exit if it cannot write the rest

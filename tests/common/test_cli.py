@@ -258,7 +258,7 @@ def test_who_reads_the_output_may_leave(program: str, spawn: Callable[..., subpr
     process = spawn(ROOT / program, *(["--help"] if "algorithms" in program else []), stdout=writing)
     os.close(writing)
     assert process.communicate(timeout=120)[1] == ""
-    assert process.returncode == 141
+    assert process.returncode in (0, 141), "0 where all of it fitted the buffer"
 
 
 def test_help_is_quick_and_documents_every_flag(spawn: Callable[..., subprocess.Popen]) -> None:
