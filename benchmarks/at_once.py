@@ -90,7 +90,6 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     args = parse(script.Args, script.PRESETS, list(job.flags))
     members = make_members(args)
     dataset = load(args.dataset, args.env)
-    run = Run(algorithm, args, members)
     transform = fit_transform(dataset.transitions, args)
     obs_dim, action_dim = len(transform.observation_mean), len(dataset.low)
     init = partial(script.init, args=args, obs_dim=obs_dim, action_dim=action_dim)
@@ -99,11 +98,12 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     act_all = members.map(partial(script.act, args=args, action_dim=action_dim, sample=False), batched=True)
     evaluator = Evaluator(partial(make_environment, dataset.env_spec, args.max_episode_steps), members, transform)
 
-    def evaluate(state: Any, episodes: int) -> Returns | None:
-        return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
-
-    with run:
+    with Run(algorithm, args, members) as run:
         run.restore({}, dataset, transform)  # nothing to go on with
+
+        def evaluate(state: Any, episodes: int) -> Returns | None:
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+
         if not args.shard:
             write_json(run.path / "command.json", {"command": command})
         for step in steps:

@@ -59,10 +59,10 @@ def claim(path: Path, resume: bool) -> Any:
         raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
-    if not resume and ((path / "config.json").exists() or any(path.glob("*.csv"))):
+    begun, tables = (path / "config.json").exists(), any(path.glob("*.csv"))
+    if not resume and (begun or tables):
         raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
-    known = (path / "config.json").exists() and not (path / "final.json").exists()
-    if not known and not (path / "checkpoint" / "state.npz").exists() and any(path.glob("*.csv")):
+    if tables and not (path / "checkpoint" / "state.npz").exists() and (not begun or (path / "final.json").exists()):
         raise UsageError(f"{path} has results and no checkpoint to go on from; use another --run-dir")
     return lock
 
@@ -82,9 +82,9 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with open(path, "a+", newline="") as file:
         file.seek(0)
         columns, text = next(csv.reader(file), None), io.StringIO()
-        if lost := sorted(rows[0].keys() - set(columns or rows[0])):
-            say(f"{path.name} is without {lost[0]}: its first row had none, and fixes the columns", sys.stderr)
         writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        if lost := sorted(rows[0].keys() - set(writer.fieldnames)):
+            say(f"{path.name} is without {lost[0]}: its first row had none, and fixes the columns", sys.stderr)
         if columns is None:
             writer.writeheader()
         writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
