@@ -123,8 +123,7 @@ class Evaluator:
         returns, successes = np.zeros((members, episodes)), np.full((members, episodes), np.nan)
         while len(self.environments) < members * width:
             self.environments.append(self.make())
-        shape = self.environments[0].observation_space.shape
-        observations = np.zeros((len(self.members.seeds), width, *shape), np.float32)
+        observations = np.zeros((len(self.members.seeds), width, len(self.transform.observation_mean)), np.float32)
         for wave, first in enumerate(range(0, episodes, width)):
             running, step = list(np.ndindex(members, min(width, episodes - first))), 0
             for m, j in running:
@@ -155,14 +154,13 @@ class Collector:
     """
 
     def __init__(self, make: Maker, members: Members, transform: Transform, per_member: int = 1, done: int = 0) -> None:
-        from gymnasium.vector import AutoresetMode, SyncVectorEnv
-
         self.transform, self.per_member = transform, per_member
         self.padded = np.minimum(np.arange(len(members.seeds)), members.count - 1)
         seeds = members.seeds[: members.count].tolist()
         starts = [int(word) for s in seeds for word in np.random.SeedSequence([s, done]).generate_state(per_member)]
-        self.environments = SyncVectorEnv([make] * len(starts), autoreset_mode=AutoresetMode.SAME_STEP)
-        self.observations = self._by_member(transform.observations(self.environments.reset(seed=starts)[0]))
+        self.environments = [make() for _ in starts]
+        first = [env.reset(seed=start)[0] for env, start in zip(self.environments, starts, strict=True)]
+        self.observations = self._by_member(transform.observations(np.array(first)))
 
     def _by_member(self, x: np.ndarray) -> np.ndarray:  # [members * per_member, ...] to [padded, per_member, ...]
         return x.reshape(-1, self.per_member, *x.shape[1:])[self.padded]
@@ -175,13 +173,14 @@ class Collector:
         actions = np.asarray(actions)
         actions = np.where(np.isfinite(actions), actions, np.float32(0.0))
         own = np.clip(actions[: self.padded[-1] + 1].reshape(-1, actions.shape[-1]), -1.0, 1.0)
-        raw, rewards, terminations, truncations, info = self.environments.step(own)
-        after = self.transform.observations(raw)
-        following = after.copy()
-        for i in np.flatnonzero(terminations | truncations):
-            following[i] = self.transform.observations(info["final_obs"][i])
-        flags = (terminations.astype(np.float32), (truncations & ~terminations).astype(np.float32))
-        columns = (self.transform.rewards(rewards), following, *flags)
+        steps, after = [], []
+        for env, action in zip(self.environments, own, strict=True):
+            following, reward, terminated, truncated, _ = env.step(action)
+            flags = (np.float32(terminated), np.float32(truncated and not terminated))
+            steps.append((reward, np.array(following), *flags))  # a copy, as the environment may write to it again
+            after.append(np.array(env.reset()[0] if terminated or truncated else following))
+        rewards, following, *flags = map(np.array, zip(*steps, strict=True))
+        columns = (self.transform.rewards(rewards), self.transform.observations(following), *flags)
         transitions = Transitions(self.observations, actions, *map(self._by_member, columns))
-        self.observations = self._by_member(after)
+        self.observations = self._by_member(self.transform.observations(np.array(after)))
         return transitions

@@ -371,14 +371,21 @@ def test_domain_of_environment(env_id: str | None, domain: str | None) -> None:
     assert families.domain_of(env_id) == domain
 
 
+def test_wrapped_rewards_have_no_score() -> None:
+    """D4RL's reference returns are of the environment's own rewards."""
+    plain = gym.make("Hopper-v5")
+    assert families.domain_of(gym.wrappers.RescaleAction(plain, np.float32(-1), np.float32(1)).spec) == "hopper"
+    assert families.domain_of(gym.wrappers.NormalizeReward(plain).spec) is None
+
+
 # Collection
 
 
 def starting_at(*seeds: int, **options: Any) -> Collector:
     """A collector whose environments' first episodes have these seeds."""
     made = collector("Toy", len(seeds), **options)
-    observations = made.environments.reset(seed=list(seeds))[0]
-    made.observations = made.transform.observations(observations)[:, None]
+    observations = [env.reset(seed=seed)[0] for env, seed in zip(made.environments, seeds, strict=True)]
+    made.observations = made.transform.observations(np.array(observations))[:, None]
     return made
 
 
@@ -402,6 +409,26 @@ def test_transitions_have_their_true_successor_flags_and_transformed_rewards() -
     # What comes next is where acting goes on: the start of the new episode.
     state = made.observations[:, 0] * SCALED.observation_std + SCALED.observation_mean
     np.testing.assert_allclose(state, [[2, 2], [3, 1]])
+
+
+def test_collecting_needs_nothing_of_info_and_copies_what_an_environment_may_write_to() -> None:
+    """Arrays in `info` have another shape in each environment; every observation is the same array, written anew."""
+
+    class Ragged(Toy):
+        def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
+            self.last, _ = super().reset(**options)
+            return self.last, {"start": np.zeros(self.episode % 3)}
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            self.last[:], *others, _ = super().step(action)
+            return self.last, *others, {"path": np.zeros((self.time, 2)), "kind": 1 if self.time % 2 else None}
+
+    gym.register("OffaxTest/Ragged-v0", entry_point=Ragged)
+    plain, ragged = (collector(name, 2, per_member=2) for name in ("Toy", "Ragged"))
+    actions = np.zeros((2, 2, 1), np.float32)
+    for _ in range(9):
+        for ours, theirs in zip(ragged.step(actions), plain.step(actions), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_termination_at_the_time_limit_is_a_termination() -> None:
