@@ -33,14 +33,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from algorithms import awac, awr, cql, emaq, iql, td3_bc
 from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, markdown, write_text
-from common.cli import Count, NonNegative, check_ranges, exit_status
+from common.cli import Count, NonNegative, check_ranges, exit_status, read_flags
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
 
@@ -237,4 +236,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with exit_status():
-        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+        main(read_flags(Args, description=__doc__))

@@ -59,7 +59,6 @@ import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from benchmarks import bc, offax_sets, report, suite
 from benchmarks.curves import line_style
@@ -67,7 +66,7 @@ from benchmarks.offax_sets import Layers
 from benchmarks.provenance import provenance
 from benchmarks.sources import ensure
 from benchmarks.tables import Table, markdown, write_text
-from common.cli import UsageError, exit_status, one_line
+from common.cli import UsageError, exit_status, one_line, read_flags
 from common.data import Dataset
 from common.environments import make_environment
 from common.replay import Replay, Transform, Transitions, fit_transform, record
@@ -576,7 +575,7 @@ def write_page(args: Report) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
-    args = tyro.cli(Prepare | Run | Report, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    args = read_flags(Prepare | Run | Report, argv, description=__doc__)
     if isinstance(args, Prepare):
         return prepare(args)
     return run(args) if isinstance(args, Run) else write_page(args)

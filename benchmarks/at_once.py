@@ -35,12 +35,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from algorithms import awr, emaq
 from benchmarks import merge, suite
 from benchmarks.suite import Job
-from common.cli import Count, RunArgs, UsageError, check_ranges, exit_status, parse, parse_grid
+from common.cli import Count, RunArgs, UsageError, check_ranges, exit_status, parse, parse_grid, read_flags
 from common.data import load
 from common.environments import Evaluator, Returns, make_environment
 from common.members import is_key, keep_finite, make_members, usable_cores
@@ -256,8 +255,8 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
         shards = [f"{i}/{args.parts}" for i in range(args.parts)]
         jobs = [replace(job, flags=(*job.flags, "--shard", shard)) for job in jobs for shard in shards]
     script = script_of(algorithm)
-    if not hasattr(script, "train"):
-        raise UsageError(f"--algorithms {algorithm}: it has no `train` to call, run its own script")
+    if not (hasattr(script, "train") and hasattr(script, "PRESETS")):
+        raise UsageError(f"--algorithms {algorithm}: it trains no population, run its own script")
     settings = [parse(script.Args, script.PRESETS, list(job.flags)) for job in jobs]
     for one in settings:
         for flag in ("online_steps", "keep_best", "behavior_checkpoint"):
@@ -309,4 +308,4 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     with exit_status():
-        sys.exit(main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,))))
+        sys.exit(main(read_flags(Args)))

@@ -35,7 +35,7 @@ from benchmarks import offax_sets
 from benchmarks.families import REFERENCE_RETURNS, normalized_score, quiet_mujoco
 from benchmarks.offax_sets import Episode, Layers, process_map, run_episodes
 from benchmarks.tables import Table
-from common.cli import Count, Range, UsageError, check_ranges, exit_status
+from common.cli import Count, Range, UsageError, check_ranges, exit_status, read_flags
 from common.members import usable_cores
 from common.report import write_atomically
 
@@ -182,4 +182,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with exit_status():
-        main(tyro.cli(Args))
+        main(read_flags(Args))

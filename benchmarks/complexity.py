@@ -44,7 +44,7 @@ import tyro
 from algorithms import emaq
 from benchmarks.provenance import provenance
 from benchmarks.tables import aligned
-from common.cli import Count, Range, UsageError, check_ranges, exit_status
+from common.cli import Count, Range, UsageError, check_ranges, exit_status, read_flags
 from common.data import load
 from common.members import use_compilation_cache
 from common.replay import fit_transform
@@ -295,4 +295,4 @@ def plot(path: Path, about: dict[str, Any], results: list[dict[str, Any]]) -> No
 
 if __name__ == "__main__":
     with exit_status():
-        main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,)))
+        main(read_flags(Args))

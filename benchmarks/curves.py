@@ -19,7 +19,7 @@ import tyro
 from benchmarks.families import domain_of
 from benchmarks.intervals import aggregate, interquartile_mean
 from benchmarks.tables import Table
-from common.cli import UsageError, exit_status, one_line
+from common.cli import UsageError, exit_status, one_line, read_flags
 from common.report import write_atomically
 
 PHASES = {"offline": "gradient updates", "online": "environment steps"}
@@ -261,7 +261,7 @@ def draw(run_dir: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit(2), with one line on stderr, for what is no run."""
     with exit_status():
-        args = tyro.cli(Args, args=argv, prog="python -m benchmarks.curves")
+        args = read_flags(Args, argv, prog="python -m benchmarks.curves")
         if not args.folders:
             raise UsageError("name the directory of a run")
         for folder in args.folders:

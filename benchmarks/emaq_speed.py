@@ -36,13 +36,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from algorithms import emaq
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, write_text
 from common import replay
-from common.cli import Count, check_ranges, exit_status, parse
+from common.cli import Count, check_ranges, exit_status, parse, read_flags
 from common.data import load
 from common.members import use_compilation_cache
 from common.networks import descend
@@ -258,4 +257,4 @@ def report(path: Path, args: Args, script: emaq.Args) -> str:
 
 if __name__ == "__main__":
     with exit_status():
-        run(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,)))
+        run(read_flags(Args))

@@ -32,14 +32,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 
 from benchmarks import parity_sides, peer_sides, peers
 from benchmarks.parity_sides import Ours
 from benchmarks.peer_sides import UNIT, PeerError, Side
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, write_text
-from common.cli import Count, UsageError, exit_status
+from common.cli import Count, UsageError, exit_status, read_flags
 from common.members import usable_cores
 
 CHANGES_TEXT = """
@@ -353,4 +352,4 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     with exit_status():
-        sys.exit(main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,))))
+        sys.exit(main(read_flags(Args)))

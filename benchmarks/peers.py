@@ -44,13 +44,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from benchmarks import peer_sides
 from benchmarks.peer_sides import ONCE, OURS, Info, PeerError, Side
 from benchmarks.provenance import commit_at, provenance
 from benchmarks.tables import Table, aligned, commit_of, write_text
-from common.cli import Count, Positive, UsageError, check_ranges, exit_status
+from common.cli import Count, Positive, UsageError, check_ranges, exit_status, read_flags
 from common.members import usable_cores
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
@@ -415,4 +414,4 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the sides too
     with exit_status():
-        sys.exit(main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff,))))
+        sys.exit(main(read_flags(Args)))

@@ -55,7 +55,7 @@ from benchmarks.curves import score_name
 from benchmarks.families import domain_of
 from benchmarks.intervals import expected_best, probability_of_improvement
 from benchmarks.tables import Table, fill, markdown, write_text
-from common.cli import UsageError, exit_status
+from common.cli import UsageError, exit_status, read_flags
 from common.report import read_json
 
 LAST = 10
@@ -454,7 +454,7 @@ def of_run(run_dir: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit(2), with one line on stderr, where there is nothing to report."""
     with exit_status():
-        args = tyro.cli(Args, args=argv, prog="python -m benchmarks.report")
+        args = read_flags(Args, argv, prog="python -m benchmarks.report")
         if not args.folders:
             raise UsageError("name the directory of a run, or the folder of a suite")
         for folder in args.folders:

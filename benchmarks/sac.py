@@ -28,13 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax.sharding import Mesh
 
 from algorithms.cql import actor_loss, alpha_loss, squashed_sample
 from benchmarks.tables import Table
 from common import networks, replay
-from common.cli import Count, NonNegative, Share, UsageError, check_ranges, exit_status
+from common.cli import Count, NonNegative, Share, UsageError, check_ranges, exit_status, read_flags
 from common.environments import Collector, make_environment
 from common.members import Members, Metrics, repeat
 from common.networks import descend
@@ -303,6 +302,6 @@ if __name__ == "__main__":
     # One thread: runs side by side on few cores lose nothing to each other.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     with exit_status():
-        args = tyro.cli(Args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+        args = read_flags(Args)
         args.validate()
         main(args)

@@ -20,11 +20,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, write_text
-from common.cli import Count, NonNegative, UsageError, check_ranges, exit_status
+from common.cli import Count, NonNegative, UsageError, check_ranges, exit_status, read_flags
 from common.members import usable_cores
 
 SCRIPT = Path(__file__).resolve().with_name("accelerator.py")
@@ -102,4 +100,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with exit_status():
-        main(tyro.cli(Args, description=__doc__))
+        main(read_flags(Args, description=__doc__))

@@ -25,9 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from common.cli import UsageError, exit_status
+from common.cli import UsageError, exit_status, read_flags
 from common.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,4 +208,4 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     with exit_status():
-        sys.exit(main(tyro.cli(Args)))
+        sys.exit(main(read_flags(Args)))

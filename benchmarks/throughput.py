@@ -43,12 +43,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from benchmarks.peer_sides import synthetic
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, fill, write_text
-from common.cli import Count, UsageError, check_ranges, exit_status, parse
+from common.cli import Count, UsageError, check_ranges, exit_status, parse, read_flags
 from common.runs import STRETCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,5 +328,5 @@ def scaling(groups: dict[tuple[str, int], list[dict[str, str]]]) -> list[str]:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the run in progress, cleans up
     with exit_status():
-        args = tyro.cli(Args, config=(tyro.conf.FlagConversionOff,))
+        args = read_flags(Args)
         (run_algorithms if args.algorithms else run)(args)

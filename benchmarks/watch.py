@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from benchmarks.families import domain_of, normalized_score
-from common.cli import Count, UsageError, check_ranges, exit_status, one_line
+from common.cli import Count, UsageError, check_ranges, exit_status, one_line, read_flags
 from common.data import load
 from common.environments import evaluation_seed, make_environment, scalar
 from common.report import Policy, load_policy, read_json
@@ -83,6 +83,11 @@ def member_of(run_dir: Path, config: dict[str, Any], member: str) -> tuple[int, 
             raise UsageError(f"{run_dir}: every member diverged, so none is the {member}")
         found = (max if member == "best" else min)(ended, key=lambda m: m["return_mean"])
         return found["member"], found["seed"]
+    if member.isdecimal() and (run_dir / "final.json").exists():
+        for ended in read_json(run_dir / "final.json")["members"]:
+            if ended["member"] == int(member) and ended["diverged"]:
+                step = ended["diverged"]["step"]
+                print(f"member {member} diverged; this is its policy of step {step}", file=sys.stderr)
     seeds = {str(m["member"]): m["seed"] for m in config["members"]}
     if member not in seeds:
         raise UsageError(f"--member {member}: choose best, worst or one of {', '.join(seeds)}")
@@ -219,7 +224,7 @@ def upload(path: Path, config: dict[str, Any], member: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit(2), with one line on stderr, for what cannot be played or drawn."""
     with exit_status():
-        args = tyro.cli(Args, args=argv, prog="python -m benchmarks.watch", config=(tyro.conf.FlagConversionOff,))
+        args = read_flags(Args, argv, prog="python -m benchmarks.watch")
         check_ranges(args)
         config = read_json(args.run_dir / "config.json")
         member, seed = member_of(args.run_dir, config, args.member)

@@ -1,6 +1,5 @@
 """The command line: the flags that every script has, presets by domain, parsing, errors and exit status."""
 
-import dataclasses
 import errno
 import importlib
 import io
@@ -8,15 +7,16 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, TextIO, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
+from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
 A = TypeVar("A", bound="RunArgs")
 
@@ -202,11 +202,22 @@ def preset_name(dataset: str, env: str | None) -> str:
     return next((family for x in names for family, start in FAMILIES.items() if re.match(start, x.lower())), "none")
 
 
-def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
-    """Flags into `args_type`; those not given come from the preset, then from the class; `preset` says which it was.
+def read_flags(args_type: Any, args: Sequence[str] | None = None, **options: Any) -> Any:
+    """What `tyro.cli` makes of a command line; UsageError, in one line, for a usage error. Exit 0 after --help."""
+    try:
+        with redirect_stderr(io.StringIO()) as said:
+            return tyro.cli(args_type, args=args, config=(FlagConversionOff, OmitArgPrefixes), **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
+        parts = re.split(r"[╭╮╰╯─]{2,}|-{5,}", said.getvalue().replace("│", " "))
+        parts = [" ".join(x.split()) for x in parts if x.strip() and "For full helptext" not in x]
+        raise UsageError(f"{'; '.join(parts[1:] or parts)} (see --help)") from None
 
-    UsageError, in one line, for a bad flag or value; SystemExit(0) after --help.
-    """
+
+def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
+    """Flags, by `read_flags`; those not given come from the preset, then from the class; `preset` says which it was."""
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
     args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
@@ -214,33 +225,24 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     for word, following in zip(argv, [*argv[1:], "--"], strict=False):  # --track by itself is --track True
         alone = following.startswith("--") and "--" + word[2:].replace("-", "_") in switches and word.startswith("--")
         given += [word, "True"] if alone else [word]
-    out, err, flat = io.StringIO(), io.StringIO(), (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-    preset = "none"
+    chosen = read_flags(args_type, [word for word in given if word not in ("-h", "--help")], default=plain)
+    if chosen.preset not in ("auto", "none", *presets):
+        raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
+    data = chosen.dataset if chosen.num_updates or not chosen.env else ""  # that is read
+    preset = preset_name(data, chosen.env) if chosen.preset == "auto" else chosen.preset
+    preset = preset if preset in presets else "none"
+    others = dict(presets.get(preset, {}))
+    hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
     try:
-        with redirect_stdout(out), redirect_stderr(err):
-            words = [word for word in given if word not in ("-h", "--help")]
-            chosen = tyro.cli(args_type, args=words, default=plain, config=flat)
-            if chosen.preset not in ("auto", "none", *presets):
-                raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-            data = chosen.dataset if chosen.num_updates or not chosen.env else ""  # that is read
-            preset = preset_name(data, chosen.env) if chosen.preset == "auto" else chosen.preset
-            preset = preset if preset in presets else "none"
-            others = dict(presets.get(preset, {}))
-            hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
-            default = dataclasses.replace(plain, hp=plain.hp._replace(**hp), **others)
-            args = dataclasses.replace(tyro.cli(args_type, args=given, default=default, config=flat), preset=preset)
-            args.validate()
-            return args
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
-            print(out.getvalue().rstrip(), f"\npresets; the defaults above are those of: {preset}", *listed, sep="\n")
-            print(f'\n--grid sweeps any of the "hp options": {", ".join(plain.hp._fields)}')
-            raise
-        # tyro prints a box, or rules where there is no terminal: a title, what is wrong, hints, where to get help.
-        parts = re.split(r"[╭╮╰╯─]{2,}|-{5,}", (err.getvalue() + out.getvalue()).replace("│", " "))
-        parts = [" ".join(x.split()) for x in parts if x.strip() and "For full helptext" not in x]
-        raise UsageError(f"{'; '.join(parts[1:] or parts)} (see --help)") from None
+        default = replace(plain, hp=plain.hp._replace(**hp), **others)
+        args = replace(read_flags(args_type, given, default=default), preset=preset)
+    except SystemExit:  # after --help
+        listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]
+        print(f"\npresets; the defaults above are those of: {preset}", *listed, sep="\n")
+        print(f'\n--grid sweeps any of the "hp options": {", ".join(plain.hp._fields)}')
+        raise
+    args.validate()
+    return args
 
 
 def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dict[str, Any]]) -> None:
@@ -248,8 +250,7 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
 
     0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    with suppress(AttributeError):  # closed from the start
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without a letter of a path must not end a run
     with exit_status():
         main(parse(args_type, presets))

@@ -159,8 +159,9 @@ def test_what_is_no_single_population_is_refused(tmp_path, sets, changes, words)
 
 
 def test_what_cannot_be_trained_from_outside_is_refused(tmp_path, sets):
-    with pytest.raises(UsageError, match="no `train`"):
-        at_once.plan("bcq", arguments(tmp_path, sets, "iql", algorithms=("bcq",)))
+    for name in ("bcq", "sac"):
+        with pytest.raises(UsageError, match=f"--algorithms {name}: it trains no population"):
+            at_once.plan(name, arguments(tmp_path, sets, "iql", algorithms=(name,)))
 
 
 def test_datasets_of_other_sizes_are_refused(tmp_path, sets):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -153,6 +154,16 @@ def test_best_and_worst_go_by_the_last_return(run: Path, capfd: pytest.CaptureFi
     for word, place in (("best", -1), ("worst", 0)):
         watch.main([str(run), "--member", word])
         assert f"{run / 'member-'}{by_return[place]['member']}.gif: " in capfd.readouterr().out
+
+
+def test_a_member_that_diverged_is_named(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    final = json.loads((run / "final.json").read_text())
+    final["members"][1]["diverged"] = {"step": 7, "metric": "critic/loss"}
+    (tmp_path / "run" / "final.json").write_text(json.dumps(final))
+    for member, said in ((0, ""), (1, "member 1 diverged; this is its policy of step 7\n")):
+        watch.main([str(tmp_path / "run"), "--member", str(member)])
+        assert capfd.readouterr().err == said
 
 
 def test_the_policy_that_was_best_of_its_evaluations(run: Path, filmed: Callable[..., Any]) -> None:

@@ -270,7 +270,7 @@ def test_help_is_quick_and_documents_every_flag(spawn: Callable[..., subprocess.
     process.returncode = os.waitstatus_to_exitcode(status)
     assert (process.returncode, err) == (0, "")
     assert usage.ru_utime + usage.ru_stime < 3.0  # the processor's time: the clock's depends on what else runs
-    entries = re.split(r"\n\s+(?=--\w|-h)", out)
+    entries = re.split(r"\n\s+(?=--\w|-h)", re.sub("[╭╮╰╯─│]", " ", out))
     documented = {}
     for entry in entries[1:]:
         text = re.sub(r"[\s│|]+", " ", entry)
