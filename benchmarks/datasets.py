@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import offax_sets, ogbench_sets, sources
-from benchmarks.families import domain_of, normalized_score, returns_of_data, trajectories
+from benchmarks.families import domain_of, normalized_score, returns_of_data, trajectories, wrappers_of
 from benchmarks.offax_sets import datasets_root
 from benchmarks.provenance import provenance
 from benchmarks.tables import aligned, commit_of, write_text
@@ -111,14 +111,15 @@ def row_of(name: str, env: str | None) -> list[Any]:
     except UsageError as error:
         if (about := on_disk().get(name)) is None:
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print(text if text.startswith(name) else f"{name}: {text}", file=sys.stderr)
     spec = re.search(r'"id": "([^"]+)"', str(about.get("env_spec")))
     known = [spec and spec[1], about.get("total_steps"), about.get("total_episodes")]
     return [name, *known, *[None] * (len(STATISTICS) - 5), megabytes(name)]
 
 
 def plain_id(spec: Any) -> str | None:
-    """The id by which `gymnasium.make` alone makes the environment; None where it has other options than its id's."""
+    """The id by which `gymnasium.make` alone makes the environment; None where it has options or wrappers besides."""
     import gymnasium as gym
 
     if isinstance(spec, str):
@@ -126,8 +127,11 @@ def plain_id(spec: Any) -> str | None:
     known, options = gym.registry.get(spec.id), {k: v for k, v in spec.kwargs.items() if k != "original"}
     if known is None or (options, spec.max_episode_steps) != (known.kwargs, known.max_episode_steps):
         return None
-    package = str(known.entry_point).partition(".")[0]
-    return f"{package}:{spec.id}" if package in ("gymnasium_robotics", "ogbench") else spec.id
+    if wrappers_of(spec):
+        return None
+    entry = known.entry_point
+    package = re.split(r"[.:]", entry if isinstance(entry, str) else entry.__module__)[0]  # which registers the id
+    return spec.id if package in ("gymnasium", "__main__") else f"{package}:{spec.id}"
 
 
 def write_npz(dataset: Dataset, path: Path) -> Path:
@@ -139,8 +143,9 @@ def write_npz(dataset: Dataset, path: Path) -> Path:
     if (env := plain_id(dataset.env_spec)) is not None:
         columns["env"] = np.array(env)
     else:
-        name = dataset.env_spec.id
-        print(f"{name} has options here that its id does not have: {path} names no environment; load it with --env")
+        own = [wrapper.name for wrapper in wrappers_of(dataset.env_spec)] or ["options"]
+        what = f"{dataset.env_spec.id} has {', '.join(own)} here, which its id has not: {path} names no environment"
+        print(f"{what}; load it with --env module:Name, an id of yours that has them", file=sys.stderr)
     write_atomically(path, lambda file: np.savez(file, **columns))
     return path
 

@@ -35,10 +35,16 @@ D4RL_TASKS = {
 }
 
 
+def wrappers_of(spec: Any) -> tuple[Any, ...]:
+    """The wrappers that an EnvSpec adds to what its id makes; none for an id."""
+    return tuple(getattr(spec, "additional_wrappers", None) or ())
+
+
 def domain_of(spec: Any) -> str | None:
     """Family of scores of an id or EnvSpec: that of D4RL's reference returns, or `success` for OGBench's single tasks.
 
-    None for sparse Adroit, dense AntMaze and a Kitchen without D4RL's four tasks, whose rewards differ from D4RL's.
+    None for sparse Adroit, dense AntMaze, a Kitchen without D4RL's four tasks and an environment in a wrapper for
+    rewards, by its name: their rewards differ from D4RL's.
     """
     families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
     name = env_name(getattr(spec, "id", spec)) if spec else ""
@@ -46,6 +52,8 @@ def domain_of(spec: Any) -> str | None:
         return "success"
     match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
     if match is None or (match[3] and len(getattr(spec, "kwargs", {}).get("tasks_to_complete", ())) != 4):
+        return None
+    if any("reward" in wrapper.name.lower() for wrapper in wrappers_of(spec)):
         return None
     return match[match.lastindex]
 

@@ -22,6 +22,7 @@ import gymnasium as gym
 import numpy as np
 
 from benchmarks import offax_sets, ogbench_sets
+from benchmarks.families import wrappers_of
 from benchmarks.offax_sets import datasets_root
 from common.cli import UsageError, env_name, one_line
 from common.data import Dataset, bounds_of, check, load_npz
@@ -41,6 +42,10 @@ def load(id_or_path: str, env: str | None) -> Dataset:
     ids = [getattr(x.env_spec, "id", x.env_spec) for x in (first, *others) if x.env_spec is not None]
     if unlike := [other for other in ids if env_name(other) != env_name(ids[0])]:
         raise UsageError(f"{id_or_path} joins sets of {ids[0]} and {unlike[0]}; if they are of one, name it by --env")
+    wrappers = [wrappers_of(x.env_spec) for x in (first, *others) if x.env_spec is not None]
+    if unlike := [other for other in wrappers if other != wrappers[0]]:
+        lists = [", ".join(x.name for x in some) or "none" for some in (wrappers[0], unlike[0])]
+        raise UsageError(f"{id_or_path} joins sets of environments in other wrappers: {lists[0]}, and {lists[1]}")
     for other in others:
         ours, theirs = ((x.transitions.observations.shape[1], x.low.tolist(), x.high.tolist()) for x in (first, other))
         if ours != theirs:
@@ -115,8 +120,8 @@ def load_minari(dataset_id: str) -> Dataset:
             with contextlib.suppress(Exception):  # whatever it raises: --env may name another one
                 spec = gym.envs.registration.EnvSpec.from_json(json.dumps(stored))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
-        again = "delete its directory to have it made or downloaded again"
-        raise UsageError(f"{dataset_id} cannot be read from {data} ({one_line(error)}); if damaged, {again}") from None
+        again = "if it is damaged and not of your own making, delete its directory to have it made or downloaded again"
+        raise UsageError(f"{dataset_id} cannot be read from {data} ({one_line(error)}); {again}") from None
     return Dataset(dataset_id, check(dataset_id, arrays, *bounds), spec, *bounds)
 
 
@@ -147,7 +152,8 @@ def _append(columns: dict[str, list[np.ndarray]], episode: Any, space: dict[str,
     if odd := [field for field, x in (values | {"observations": observations[1:]}).items() if len(x) != steps]:
         raise UsageError(f"{name} is malformed: {odd[0]} has not one row for each of {steps} rewards, or one more")
     if steps:
-        values["truncations"][-1] |= not values["terminations"][-1]
+        if not values["terminations"][-1]:
+            values["truncations"][-1] = 1
         values |= {"observations": observations[:-1], "next_observations": observations[1:]}
         for field, value in values.items():
             columns[field].append(value)

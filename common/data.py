@@ -72,10 +72,13 @@ def spaces_of(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Recorded:
-    """The arrays as float32 transitions with actions rescaled to [-1, 1]; UsageError in one line if they are unfit."""
+    """The arrays as float32 transitions with actions rescaled to [-1, 1]; UsageError in one line if they are unfit.
+
+    Without `truncations`, an episode was cut where the next observation is not that of the following row.
+    """
     out, size = {}, arrays["rewards"].size
     for field in Transitions._fields:
-        array, rank = arrays[field], 1 + field.endswith(("observations", "actions"))
+        array, rank = arrays.get(field, np.zeros(size)), 1 + field.endswith(("observations", "actions"))
         if array.dtype.kind not in "fiub" or array.ndim != rank or len(array) != size or not array.size:
             wanted = f"numbers [{size or 'rows'}{', width' * (rank - 1)}]"
             raise UsageError(f"{name}: {field} is {array.dtype} {list(array.shape)}, it must be {wanted}")
@@ -98,7 +101,15 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
         raise UsageError(f"{name}: actions are out of bounds, first {found}; {how}")
     if np.any(low != -1.0) or np.any(high != 1.0):
         actions = 2.0 * (actions - low) / (high - low) - 1.0
-    return record(Transitions(**out | {"actions": np.clip(actions, -1.0, 1.0).astype(np.float32, copy=False)}))
+    found = record(Transitions(**out | {"actions": np.clip(actions, -1.0, 1.0).astype(np.float32, copy=False)}))
+    cut = (found.successors >= size) & ~np.logical_or(found.terminations, found.truncations)
+    if "truncations" not in arrays:
+        found = found._replace(truncations=cut.astype(np.float32))
+        print(f"{name} has no truncations: {cut.sum()} found, where rows do not follow each other", file=sys.stderr)
+    elif wrong := cut[:-1].sum():
+        what = "rows are not followed by their next observation, and neither terminate nor are truncated"
+        print(f"{name}: {wrong} {what}; episodes, and their returns, run on there", file=sys.stderr)
+    return found
 
 
 def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,20 +119,8 @@ def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def load_npz(path: str, env: str | None) -> Dataset:
-    """Read an .npz: the arrays of `Transitions` by their names, and perhaps a text `env`.
-
-    Without `truncations`, an episode was cut where the next observation is not that of the following row.
-    """
+    """Read an .npz: the arrays of `Transitions` by their names, perhaps without `truncations`, and a text `env`."""
     arrays = read_npz(path, needed=Transitions._fields[:-1])
     env = env or (str(arrays["env"]) if "env" in arrays else None)
     bounds = bounds_of(env, arrays["actions"])
-    found = check(path, {"truncations": np.zeros(arrays["rewards"].shape)} | arrays, *bounds)
-    flagged = np.logical_or(found.terminations, found.truncations)
-    cut = (found.successors >= len(found.rewards)) & ~flagged
-    if "truncations" not in arrays:
-        found = found._replace(truncations=cut.astype(np.float32))
-        print(f"{path} has no truncations: {cut.sum()} found, where rows do not follow each other", file=sys.stderr)
-    elif wrong := cut[:-1].sum():
-        what = "rows are not followed by their next observation, and neither terminate nor are truncated"
-        print(f"{path}: {wrong} {what}; episodes, and their returns, run on there", file=sys.stderr)
-    return Dataset(path, found, env, *bounds)
+    return Dataset(path, check(path, arrays, *bounds), env, *bounds)

@@ -214,6 +214,16 @@ def test_spaces_that_do_not_fit(name: str) -> None:
     assert words in message and "test/odd-v0" in message
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_minari_flags_may_be_numbers(dtype: type) -> None:
+    """As of sets made from one's own buffers; an episode without a flag at its end is cut there."""
+    flags = ("terminations", "truncations")
+    episodes = [one | {name: one[name].astype(dtype) for name in flags} for one in TWO_ENDINGS]
+    write_minari("test/numbers-v0", episodes)
+    found = load("test/numbers-v0", "Any1-v0").transitions
+    assert found.terminations.tolist() == [0, 0, 1, 0, 0, 0] and found.truncations.tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_minari_malformed_episodes() -> None:
     write_minari("test/short-v0", [TWO_ENDINGS[0], episode(column(0, 1), [1, 2], True)])
     message = usage_error("test/short-v0", "Any1-v0")
@@ -438,6 +448,13 @@ def test_d4rl_with_next_observations(tmp_path: Path) -> None:
     assert data.terminations.tolist() == [0, 1, 0, 0] and data.truncations.tolist() == [0, 0, 0, 1]
 
 
+def test_d4rl_rows_that_break_off_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where two files with next_observations were joined in the middle of an episode."""
+    arrays = d4rl_arrays([0, 0, 0, 0], [0, 0, 0, 1]) | {"next_observations": column(1, 7, 3, 4)}
+    assert not read_d4rl(write_d4rl(tmp_path / "a.hdf5", **arrays)).truncations[1]
+    assert "1 rows are not followed by their next observation" in capsys.readouterr().err
+
+
 def test_d4rl_files_without_timeouts_are_refused(tmp_path: Path) -> None:
     """Those of version 0: where their episodes were cut is not on record."""
     path = write_d4rl(tmp_path / "walker2d_medium.hdf5", **d4rl_arrays([0] * 9 + [1], None))
@@ -573,6 +590,10 @@ def test_sets_are_joined(tmp_path: Path) -> None:
     whole = one | {name: np.zeros(5) for name in ("terminations", "truncations")}  # one episode, without an end
     for name, flags in (("a", whole), ("b", whole | {"terminations": np.eye(5)[4]})):
         np.savez(tmp_path / f"{name}.npz", **flags, env="Any1-v0")
+    clipped = gym.wrappers.ClipReward(gym.make("Pendulum-v1"), -1, 1).spec
+    for name, spec in (("plain", gym.spec("Pendulum-v1")), ("clipped", clipped)):
+        write_minari(f"test/{name}-v0", TWO_ENDINGS, env=spec)
+    assert "in other wrappers: none, and ClipReward" in usage_error("test/plain-v0+test/clipped-v0")
     found = load(f"{tmp_path / 'a.npz'}+{tmp_path / 'b.npz'}").transitions
     assert found.truncations.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0], "none goes on in the next set"
     np.savez(tmp_path / "a+b.npz", **one, env="Any1-v0")
@@ -588,9 +609,10 @@ def test_an_exported_set_is_the_same(tmp_path: Path) -> None:
     gym.register("Wide-v0", entry_point=Wide, max_episode_steps=9)
     recorded = episode(column(*range(4)), [1, 2, 3], True, actions=np.float32([[-2], [0], [6]]))
     write_minari("test/wide-v0", [recorded], action_space=space)
-    whole = load("test/wide-v0", "Wide-v0")
+    whole = replace(load("test/wide-v0", "Wide-v0"), env_spec=gym.spec("Wide-v0"))
     exported = load(str(write_npz(whole, tmp_path / "wide.npz")))
-    assert (exported.env_spec, exported.low.tolist(), exported.high.tolist()) == ("Wide-v0", [-2], [6])
+    named = (f"{__name__.partition('.')[0]}:Wide-v0", [-2], [6])  # with the module to import
+    assert (exported.env_spec, exported.low.tolist(), exported.high.tolist()) == named
     for ours, theirs in zip(exported.transitions, whole.transitions, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     with pytest.raises(UsageError, match="is a directory; name the file"):
@@ -607,8 +629,12 @@ def test_an_export_names_no_environment_whose_options_the_id_has_not(
     spec.kwargs["use_contact_forces"] = True
     assert plain_id(spec) is None
     exported = write_npz(replace(whole, env_spec=spec), tmp_path / "ant.npz")
-    assert "load it with --env" in capsys.readouterr().out
+    assert "Ant-v4 has options here" in capsys.readouterr().err
     assert "pass --env ID" in usage_error(str(exported), None)
+    wrapped = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1)).spec
+    write_npz(replace(whole, env_spec=wrapped), tmp_path / "wrapped.npz")
+    assert "Pendulum-v1 has RescaleAction here" in capsys.readouterr().err
+    assert "pass --env ID" in usage_error(str(tmp_path / "wrapped.npz"), None)
     assert len(load(str(exported), "Any32-v0").transitions.rewards) == len(whole.transitions.rewards)
 
 
