@@ -45,7 +45,7 @@ import numpy as np
 import optax
 
 from common import networks, replay
-from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
+from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, parse_grid, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, join, keep_finite, make_members, repeat
@@ -104,6 +104,9 @@ class Args(RunArgs):
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the form of the weights does not use."""
         super().validate()
+        discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
+        if self.least_reward is not None and max(discounts) >= 1.0:
+            raise UsageError("--discount 1: must be below 1 with --least-reward")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be within its limits")
         unused = (

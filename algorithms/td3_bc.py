@@ -182,8 +182,9 @@ def actor_loss(
 
 
 def imitation_weight(online_step: jax.Array, args: Args, hp: Hyperparameters) -> jax.Array:
-    """Weight of the imitation: 1 before the first online update, then less by the share of the phase that is over."""
-    return jnp.maximum(1.0 - online_step / max(args.online_steps, 1), hp.online_bc_weight)
+    """Weight of the imitation: 1 before the first online update, then less by the share of these that were made."""
+    updates = args.online_steps - (0 if args.num_updates else args.random_steps)
+    return jnp.maximum(1.0 - online_step / max(updates, 1), hp.online_bc_weight)
 
 
 def update(

@@ -49,16 +49,19 @@ def ranking(members: Sequence[dict[str, Any]]) -> str:
 
 
 def with_worst(members: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """The last figures of each setting's seeds; a seed without one, as it diverged, has the lowest of all."""
+    """The last figures of each setting's seeds; a seed without one, as it diverged, has the lowest; [] if none has."""
     column = f"{figure_of(members)}_mean"
-    worst = min((member[column] for member in members if member[column] is not None), default=0.0)
-    groups = by_setting(members).values()
+    if not (found := [member[column] for member in members if member[column] is not None]):
+        return []
+    worst, groups = min(found), by_setting(members).values()
     return [[worst if member[column] is None else member[column] for member in group] for group in groups]
 
 
 def tuning(members: Sequence[dict[str, Any]]) -> str:
     """A table of the expected best of k settings (Expected Online Performance), for k = 1, 2, 4, ... and all."""
-    mean, deviation = expected_best(with_worst(members))
+    if not (groups := with_worst(members)):
+        return "every member diverged: there is no best setting"
+    mean, deviation = expected_best(groups)
     budgets = [k for k in range(1, len(mean) + 1) if k == len(mean) or k & (k - 1) == 0]
     rows = [[k, float(mean[k - 1]), float(deviation[k - 1])] for k in budgets]
     return aligned(["settings tried", f"expected {figure_of(members)} of the best", "deviation"], rows)

@@ -11,9 +11,9 @@ from common.runs import Run
 def keep(run: Run, rows: list[dict[str, Any]]) -> None:
     """Copy the members whose returns are their largest so far from the checkpoint, which is of this very step.
 
-    `rows` are those of this evaluation; `run.evaluations` has those of the earlier ones.
+    `rows` are those of this evaluation; `run.evaluations` has those of the earlier ones. NaN is no return.
     """
-    returns = {row["member"]: row["return_mean"] for row in rows}
+    returns = {row["member"]: row["return_mean"] for row in rows if np.isfinite(row["return_mean"])}
     beaten = {r["member"] for r in run.evaluations if r["return_mean"] >= returns.get(r["member"], -np.inf)}
     if better := [i for i, index in enumerate(run.members.indices) if index in returns.keys() - beaten]:
         path, arrays = run.checkpoint.with_name("best.npz"), read_npz(run.checkpoint)

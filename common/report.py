@@ -146,9 +146,9 @@ def script_of(module: Any) -> dict[str, str]:
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
     """The trained policy: raw, flat observations `[obs_dim]` or `[batch, obs_dim]` to the environment's own actions.
 
-    It acts as in the final evaluation, to the last digit, or with `sample` as to collect data; `best` is what
-    --keep-best kept. It imports the algorithm's file, and says so if that has changed or is another's. UsageError
-    without a checkpoint or such a member.
+    It acts as in the final evaluation, to the last digit if it draws nothing, or with `sample` as to collect data;
+    `best` is what --keep-best kept. It imports the algorithm's file, and says so if that has changed or is another's.
+    UsageError without a checkpoint or such a member.
     """
     from gymnasium.spaces import Box
     from gymnasium.wrappers.utils import rescale_box

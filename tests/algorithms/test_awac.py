@@ -773,6 +773,13 @@ def test_presets_name_real_settings() -> None:
     assert (mine.value, mine.hp.softmax_temperature, mine.squash_mean) == ("sample", 9.0, True)
 
 
+@pytest.mark.parametrize("flags", [["--discount", "1"], ["--grid", "discount=0.9,1"]])
+def test_a_least_reward_for_ever_needs_a_discount_below_1(flags: list[str]) -> None:
+    cli.parse(awac.Args, awac.PRESETS, flags)
+    with pytest.raises(UsageError, match="--discount 1: must be below 1 with --least-reward"):
+        cli.parse(awac.Args, awac.PRESETS, [*flags, "--least-reward", "-1"])
+
+
 @pytest.mark.slow
 def test_a_population_runs_with_the_authors_settings(
     tmp_path: Path, small_run: list[str], monkeypatch: pytest.MonkeyPatch

@@ -526,6 +526,8 @@ def test_the_imitation_weighs_linearly_less_online(least: float) -> None:
     weights = [float(td3_bc.imitation_weight(jnp.asarray(step), args, hp)) for step in range(0, 131, 10)]
     np.testing.assert_allclose(weights[:11], [max(1 - tenth / 10, least) for tenth in range(11)], atol=1e-6)
     assert weights[0] == 1.0 and weights[11:] == pytest.approx([least] * 3)
+    scratch = replace(args, num_updates=0, random_steps=60)  # of whose steps 40 make an update
+    assert float(td3_bc.imitation_weight(jnp.asarray(20), scratch, hp)) == pytest.approx(max(0.5, least))
 
 
 def test_the_imitation_weighs_1_offline_at_any_step() -> None:

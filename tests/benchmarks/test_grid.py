@@ -123,6 +123,8 @@ def test_what_tuning_gains_counts_the_diverged_at_the_worst() -> None:
     assert " ".join(header) == "settings tried expected score of the best deviation"
     assert [row[0] for row in rows] == ["1", "2", "4"]
     # Means 1.5, 15, 15.5 and 51.5; of two draws they are the best in 1, 3, 5 and 7 of 16.
+    lost = [entry({"beta": value}, 0, None, diverged=True) for value in (1.0, 2.0)]
+    assert "every member diverged" in grid.tuning(lost)
     assert rows[0][1] == "20.9" and rows[1][1] == f"{(1.5 + 45 + 77.5 + 360.5) / 16:.1f}"
 
 
