@@ -105,8 +105,10 @@ class Args(RunArgs):
         """UsageError for a number out of range, or a sweep of what the form of the weights does not use."""
         super().validate()
         discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
-        if self.least_reward is not None and max(discounts) >= 1.0:
+        if self.least_reward is not None and np.float32(max(discounts)) >= 1.0:
             raise UsageError("--discount 1: must be below 1 with --least-reward")
+        if self.nonpositive_targets and (self.least_reward or 0.0) > 0.0:
+            raise UsageError(f"--least-reward {self.least_reward}: must not be above 0 with --nonpositive-targets True")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be within its limits")
         unused = (
@@ -116,7 +118,7 @@ class Args(RunArgs):
 
 
 # CORL's, and the authors' script for human demonstrations with rewards of 0 and -1. OGBench's are
-# ours: the networks and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC.
+# ours: the networks' sizes and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC.
 PRESETS = {
     "locomotion": {"temperature": 1 / 3},
     "antmaze": {"temperature": 0.1, "reward_shift": -1.0},

@@ -103,7 +103,7 @@ class Args(RunArgs):
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""
         super().validate()
         discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
-        if self.scale_values and max(discounts) >= 1.0:
+        if self.scale_values and np.float32(max(discounts)) >= 1.0:
             raise UsageError("--discount 1: must be below 1, or pass --scale-values False")
         if self.value_share.numerator * self.policy_updates >= 2**31:
             raise UsageError(f"--value-updates {self.value_updates}: too many beside --policy-updates for 32 bits")

@@ -27,7 +27,8 @@ sampled from the policy (CORL).
 
     python algorithms/cql.py --dataset offax/hopper/medium-expert-v1
 
-The settings are for an accelerator. Fewer actions and smaller networks for a CPU, whatever the domain: `--preset cpu`.
+The settings are for an accelerator. Fewer actions and smaller networks for a CPU, in place of the domain's settings:
+`--preset cpu`.
 """
 
 import math
@@ -97,7 +98,7 @@ class Args(RunArgs):
 
 
 # CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the
-# first Q-function with five layers. OGBench's are ours: its weight of AntMaze, with the networks of the baselines in
+# first Q-function with five layers. OGBench's are ours: its weight of AntMaze, with the sizes of the baselines in
 # FQL's code (Park et al., 2025), which has no CQL.
 PRESETS = {
     "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
@@ -409,7 +410,7 @@ def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
     updates = args.num_updates + args.online_steps
     hours = count * updates * 2 * args.batch_size * (pi * 5 + q * passes) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
-        advice = "" if args.preset == "cpu" else "; --preset cpu has smaller networks and fewer actions"
+        advice = "" if args.preset == "cpu" else "; --preset cpu, in place of the domain's, is smaller"
         print(f"without an accelerator this takes roughly {hours:.0f} hours on two cores{advice}", file=sys.stderr)
 
 

@@ -124,7 +124,9 @@ class Args(RunArgs):
         if not self.behavior_updates + self.online_steps:
             refuse_sweep(self, {"behavior_learning_rate"}, "with --behavior-updates 0")
         if self.num_critics == 1:
-            refuse_sweep(self, {"ensemble_weight"}, "with --num-critics 1")
+            refuse_sweep(self, {"ensemble_weight", "exploration_bonus"}, "with --num-critics 1")
+        if self.num_proposals == 1:
+            refuse_sweep(self, {"softmax_scale", "exploration_bonus"}, "with --num-proposals 1")
         if self.behavior_checkpoint is not None and not self.num_updates:
             raise UsageError("--behavior-checkpoint has no effect with --num-updates 0")
 
@@ -219,7 +221,8 @@ class AutoregressivePolicy(nn.Module):
         actions, bins = jnp.zeros((*shape, 0), jnp.float32), []
         for i, head in enumerate(self.heads):
             bin_key, place_key = jax.random.split(jax.random.fold_in(key, i))
-            probs = jax.nn.softmax(head(embedding, actions) / temperature)  # of the first [1, ...]: it has no prefix
+            prefixes = actions if i else actions[:1]  # the first dimension has none: once for all samples
+            probs = jax.nn.softmax(head(embedding, prefixes) / temperature)
             # By the distribution function: a random number for each sample, where jax.random.categorical takes one for
             # each bin. XLA is slow at cumsum on a CPU.
             below = jax.lax.associative_scan(jnp.add, probs, axis=-1)
@@ -542,7 +545,7 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     Members take that of their seed (of the first combination, if that run had a grid), and those with other seeds take
     them in turn. UsageError for a run that went wrong, has no such networks, or other `data`: hash, and if normalised.
     """
-    arrays, about = read_tree(file := Path(path, "checkpoint", "state.npz"))
+    arrays, about = read_tree(file := Path(path).expanduser() / "checkpoint" / "state.npz")
     try:
         identity, theirs, done = about["identity"], about["seeds"], about["done"]
         places = [theirs.index(seed) if seed in theirs else seed % len(theirs) for seed in seeds.tolist()]

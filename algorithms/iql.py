@@ -74,8 +74,9 @@ class Args(RunArgs):
         return self.num_updates if self.actor_decay_updates is None else self.actor_decay_updates
 
 
-# From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), which has a constant
-# standard deviation besides, and discount 0.995 on humanoid, giant and soccer mazes.
+# From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), whose networks have
+# these sizes, but GELU, then layer normalisation, and other initial weights; it has a constant standard deviation
+# besides, and discount 0.995 on humanoid, giant and soccer mazes.
 PRESETS = {
     "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
     "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},

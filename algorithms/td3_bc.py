@@ -78,8 +78,8 @@ class Args(RunArgs):
             refuse_sweep(self, {"online_bc_weight", "exploration_noise"}, "with --online-steps 0")
 
 
-# CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the
-# networks are those of ReBRAC in FQL's code (Park et al., 2025); the weight is ours.
+# CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the sizes
+# are those of ReBRAC in FQL's code (Park et al., 2025), which has GELU, then layer normalisation; the weight is ours.
 PRESETS = {
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},

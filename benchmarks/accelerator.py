@@ -7,7 +7,8 @@ Small populations come first, and every measurement is a row of the CSV as soon 
 cut off keeps what it has; after `--minutes` no new one begins. The page beside the CSV, rates.md for rates.csv, ends
 with text of your own from rates.notes.md. A row has
 
-* `updates_per_second`, of all members together, over at least `--seconds`, after the first call;
+* `updates_per_second`, of all members together, over at least `--seconds`, after the first call; EMaQ's pool is drawn
+  before, and not anew;
 * `first_seconds`, from the start of a population to the end of its first update: initialising and compiling;
 * `flops`, floating-point operations of one member's update by XLA's own count, and `share_of_peak`, what the rate makes
   of the device's peak (PEAKS), where it is known: JAX's default on NVIDIA's GPUs are products in TF32;
@@ -39,7 +40,7 @@ from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, markdown, write_text
-from common.cli import Count, NonNegative, check_ranges, exit_status, read_flags
+from common.cli import Count, NonNegative, Positive, check_ranges, exit_status, read_flags
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
 
@@ -74,7 +75,7 @@ class Args:
     obs_dim: Count = 11  # Numbers in an observation.
     action_dim: Count = 3  # Numbers in an action.
     hidden_dim: int | None = None  # Width of the layers. Default: the algorithm's own.
-    seconds: NonNegative = 3.0  # Least time of a measurement.
+    seconds: Positive = 3.0  # Least time of a measurement.
     minutes: NonNegative = 8.0  # Time after which no new measurement begins.
     batched: bool = False  # Vmap the members on a CPU too.
 

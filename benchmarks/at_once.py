@@ -108,8 +108,8 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
         for step in steps:
             file = snapshot(args, step)
             while not file.exists():
-                if trainer and not trainer.is_alive():
-                    sys.exit(1)  # killed, with what it had to hand over
+                if run.stopping() or (trainer and not trainer.is_alive()):
+                    sys.exit(1)  # it failed or was killed, with what it had to hand over
                 time.sleep(0.1)
             with turns:
                 arrays, about = read_tree(file)

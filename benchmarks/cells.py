@@ -12,8 +12,8 @@ from common.cli import UsageError
 from common.report import read_json
 from common.runs import FREE, LENGTHS
 
-NOT_SETTINGS = (FREE - {"max_episode_steps"}) | LENGTHS
-NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint"}
+NOT_SETTINGS = FREE | LENGTHS - {"max_episode_steps"}
+NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint", "keep_best"}
 """Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
 MEASURED = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
 """What an evaluation says of a member."""
@@ -137,15 +137,23 @@ def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
 
 
 def of_full_length(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that are as long as the longest one: only these are averaged over datasets, and compared."""
+    """The cells that are as long as the longest one: only these are averaged over datasets, and compared.
+
+    Those that were to be, and whose members all diverged, among them.
+    """
     longest = max((cell.length for cell in cells), key=sum)
-    return [cell for cell in cells if cell.length == longest]
+
+    def counts(cell: Cell) -> bool:
+        flags, all_lost = cell.config["flags"], len(cell.lost) == len(cell.members)
+        return cell.length == longest or (all_lost and (flags["num_updates"], flags["online_steps"]) == longest)
+
+    return [cell for cell in cells if counts(cell)]
 
 
 def common_datasets(cells: Sequence[Cell]) -> list[str]:
-    """The datasets on which every algorithm has a score."""
+    """The datasets on which every algorithm has a score, or diverged."""
     algorithms = {cell.algorithm for cell in cells}
-    scored = {(cell.dataset, cell.algorithm) for cell in cells if cell.values("score_mean")}
+    scored = {(cell.dataset, cell.algorithm) for cell in cells if cell.values("score_mean") or cell.lost}
     return [name for name in unique([c.dataset for c in cells]) if all((name, a) in scored for a in algorithms)]
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -171,9 +171,16 @@ def write_page(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     write_text(path, "\n".join(lines))
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose usage errors are a line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without a command it lists. SystemExit(2), with one line on stderr, for what does not work."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.datasets", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.datasets", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="the datasets that need no network, and all of Minari's on this disk (default)")
     build = commands.add_parser("build", help="collect offax/... and ogbench/... sets ahead of their first use")
@@ -188,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_argument("id", help="dataset id or D4RL .hdf5 path")
     export.add_argument("path", nargs="?", type=Path, help="default: the id with dashes or the file's name, here")
     export.add_argument("--env", help="the environment, for files that do not name it")
-    args = parser.parse_args(argv)
     with exit_status():
+        args = parser.parse_args(argv)
         if args.command == "build":
             known = {name: offax_sets.parse(name) for name in offax_sets.ids()}
             for name in args.ids or [name for name, of in known.items() if not of.size]:

@@ -417,7 +417,7 @@ def ensure(dataset_id: str) -> Path:
         return path
     _package()
     try:
-        building.mkdir(parents=True, exist_ok=True)
+        building.parent.mkdir(parents=True, exist_ok=True)
         with lock(building.with_suffix(".lock"), f"another process is collecting {name}"):
             if not is_current(folder, recipe):
                 _build(name, recipe, building, folder)
@@ -432,7 +432,7 @@ def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> N
     versions = {package: importlib.metadata.version(package) for package in ("ogbench", "mujoco", "numpy", "scipy")}
     made_by, note = json.dumps({"recipe": recipe, "versions": versions}), building / "made_by.json"
     if not note.exists() or note.read_text() != made_by:  # left by a build with other settings or versions
-        shutil.rmtree(building)
+        shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         note.write_text(made_by)
     parts = [building / f"{i:04}.npz" for i in range(recipe["trajectories"])]

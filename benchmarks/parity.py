@@ -22,13 +22,14 @@ import io
 import math
 import multiprocessing
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -350,6 +351,14 @@ def main(args: Args) -> int:
     return 0 if any("q" in row for row in rows) else 1
 
 
+def stop(number: int, _: Any) -> NoReturn:
+    """Ends the processes of `apart` too."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     with exit_status():
         sys.exit(main(read_flags(Args)))

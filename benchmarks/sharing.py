@@ -13,6 +13,7 @@ Rows go to `<out>.csv`, the table of the medians to `<out>.md`.
 
 import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, write_text
-from common.cli import Count, NonNegative, UsageError, check_ranges, exit_status, read_flags
+from common.cli import Count, Positive, UsageError, check_ranges, exit_status, read_flags
 from common.members import usable_cores
 
 SCRIPT = Path(__file__).resolve().with_name("accelerator.py")
@@ -35,7 +36,7 @@ class Args:
     processes: tuple[int, ...] = (1, 2, 4)  # How many runs at once.
     threads: tuple[int, ...] = ()  # XLA's threads in each. Default: as many as there are cores, and 1.
     rounds: Count = 3  # Measurements of each, in turn.
-    seconds: NonNegative = 10.0  # Least time of each.
+    seconds: Positive = 10.0  # Least time of each.
     cgroup: Path | None = None  # A cgroup that the runs are put into.
     out: Path = Path("results/sharing")  # Where results go, without suffix; a CSV that exists is gone on with.
 
@@ -99,5 +100,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the runs too
     with exit_status():
         main(read_flags(Args, description=__doc__))

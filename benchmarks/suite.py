@@ -104,7 +104,10 @@ def plan(args: Args) -> list[Job]:
     for flag, name in (("name", args.name), ("label", args.label or "none")):
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise UsageError(f'--{flag} "{name}": letters, digits, "_", "-" and "." only')
-    extra = shlex.split(args.extra)
+    try:
+        extra = shlex.split(args.extra)
+    except ValueError as error:  # a quotation without its end
+        raise UsageError(f"--extra {args.extra}: {error}") from None
     for word in extra:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and flag in OURS:
@@ -158,9 +161,10 @@ def run(job: Job) -> int:
 
         def forward(number: int, _: Any) -> None:
             received.append(number)
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-        handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: its terminal was closed
+        handlers = {number: signal.signal(number, forward) for number in signals}
         try:
             status = process.wait()
         finally:

@@ -85,7 +85,7 @@ class Range(NamedTuple):
     high: float = sys.float_info.max
 
 
-Count = Annotated[int, Range("at least 1", 1)]
+Count = Annotated[int, Range("at least 1, below 2^31", 1, 2**31 - 1)]
 Share = Annotated[float, Range("from 0 to 1", 0, 1)]
 NonNegative = Annotated[float, Range("finite and at least 0", 0)]
 Positive = Annotated[float, Range("finite and above 0", sys.float_info.min)]
@@ -96,7 +96,8 @@ def check_ranges(flags: Any) -> None:
     hints = get_type_hints(type(flags), include_extras=True)
     for name, value in (flags._asdict() if isinstance(flags, tuple) else vars(flags)).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            free = Range("at least 0", 0) if isinstance(value, int) else Range("finite", -sys.float_info.max)
+            whole = Range("at least 0, below 2^31", 0, 2**31 - 1)  # JAX counts with 32 bits
+            free = whole if isinstance(value, int) else Range("finite", -sys.float_info.max)
             marks = getattr(hints[name], "__metadata__", ())
             words, low, high = next((mark for mark in marks if isinstance(mark, Range)), free)
             if not low <= value <= high:
@@ -221,9 +222,9 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
     args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
-    switches, given = {f"--{name}" for name, field in fields.items() if field.type is bool}, []
+    switches, given = {name for name, field in fields.items() if field.type is bool}, []
     for word, following in zip(argv, [*argv[1:], "--"], strict=False):  # --track by itself is --track True
-        alone = following.startswith("--") and "--" + word[2:].replace("-", "_") in switches and word.startswith("--")
+        alone = following.startswith(("--", "-h")) and word[:2] == "--" and word[2:].replace("-", "_") in switches
         given += [word, "True"] if alone else [word]
     chosen = read_flags(args_type, [word for word in given if word not in ("-h", "--help")], default=plain)
     if chosen.preset not in ("auto", "none", *presets):

@@ -132,7 +132,7 @@ class Evaluator:
             while running:
                 if stopping():
                     return None
-                keys = evaluation_keys(self.members.seeds, done, wave * 1_000_000 + step)
+                keys = evaluation_keys(self.members.seeds, done, (wave * 1_000_000 + step) % 2**31)
                 actions = np.asarray(policy(self.transform.observations(observations), keys))
                 going, step = [], step + 1
                 for m, j in running:

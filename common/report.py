@@ -178,7 +178,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     state = fill_tree(path, {name: x[row : row + 1] for name, x in arrays.items()}, like, "['state']")
     seed, steps = entries[member]["seed"], about["done"]["offline"] + about["done"]["online"]
     width, count = width_of(args.final_eval_episodes, config["population"]), itertools.count()
-    act = jax.jit(jax.vmap(lambda s, x, key: script.act(s, hp, x, key, args, len(low), sample)))
+    act = jax.jit(jax.vmap(lambda s, x, key: script.act(s, hp, x, key, args, len(low), sample).clip(-1.0, 1.0)))
     to_environment = rescale_box(Box(low, high), np.float32(-1.0), np.float32(1.0))[2]
 
     def policy(observations: np.ndarray) -> np.ndarray:

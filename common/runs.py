@@ -179,7 +179,7 @@ class Run:
         sys.exit(128 + self.signal)
 
     def rate(self, phase: str, members: int | None = None) -> float | None:
-        """Updates (online: environment steps, each with an update) per second, summed over the living members."""
+        """Updates (online: environment steps and updates) per second of all living members, evaluations included."""
         (start, began), (stop, ended) = self.clock.get(phase, [(0, 0.0), (0, 0.0)])
         return (members or int(self.alive.sum())) * (stop - start) / (ended - began) if stop > start else None
 

@@ -363,6 +363,7 @@ def test_the_loaded_policy_repeats_the_returns_of_the_last_evaluation(through: P
     still, noisy = policy(batch), load_policy(through, 1, sample=True)
     assert still.shape == (5, 3) and np.abs(still).max() <= 1
     assert name == "td3_bc" or (noisy(batch) != noisy(batch)).any()
+    assert max(np.abs(noisy(batch)).max() for _ in range(50)) <= 1, "within the environment's bounds"
 
 
 @pytest.mark.slow

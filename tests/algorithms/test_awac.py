@@ -773,11 +773,17 @@ def test_presets_name_real_settings() -> None:
     assert (mine.value, mine.hp.softmax_temperature, mine.squash_mean) == ("sample", 9.0, True)
 
 
-@pytest.mark.parametrize("flags", [["--discount", "1"], ["--grid", "discount=0.9,1"]])
+@pytest.mark.parametrize("flags", [["--discount", "1"], ["--discount", "0.99999999999"], ["--grid", "discount=0.9,1"]])
 def test_a_least_reward_for_ever_needs_a_discount_below_1(flags: list[str]) -> None:
     cli.parse(awac.Args, awac.PRESETS, flags)
     with pytest.raises(UsageError, match="--discount 1: must be below 1 with --least-reward"):
         cli.parse(awac.Args, awac.PRESETS, [*flags, "--least-reward", "-1"])
+
+
+def test_bounds_of_the_targets_that_contradict_each_other_are_refused() -> None:
+    cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "1"])
+    with pytest.raises(UsageError, match="must not be above 0 with --nonpositive-targets True"):
+        cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "1", "--nonpositive-targets", "True"])
 
 
 @pytest.mark.slow

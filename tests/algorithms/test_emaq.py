@@ -637,6 +637,9 @@ def test_of_a_single_bin_the_policy_is_behavior_cloning() -> None:
         ({"behavior_checkpoint": "run"}, "behavior_learning_rate"),
         ({"behavior_updates": 0}, "behavior_learning_rate"),
         ({"num_critics": 1}, "ensemble_weight"),
+        ({"num_critics": 1, "online_steps": 10}, "exploration_bonus"),
+        ({"num_proposals": 1, "online_steps": 10}, "exploration_bonus"),
+        ({"num_proposals": 1, "backup": "soft"}, "softmax_scale"),
     ],
 )
 def test_a_sweep_without_effect_is_refused(flags: dict[str, Any], name: str) -> None:

@@ -109,7 +109,14 @@ def test_plan_runs_all_algorithms_on_the_first_dataset_first():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"algorithms": ("nothing",)}, {"extra": "--num_updates 3"}, {"name": "a/b"}, {"datasets": ("x", "x")}]
+    "changes",
+    [
+        {"algorithms": ("nothing",)},
+        {"extra": "--num_updates 3"},
+        {"extra": '--grid "beta=1'},
+        {"name": "a/b"},
+        {"datasets": ("x", "x")},
+    ],
 )
 def test_plan_refuses(changes):
     with pytest.raises(UsageError):
@@ -147,7 +154,8 @@ def test_suite_keeps_going_after_a_failure_and_skips_what_is_done(folder, monkey
 
 
 @pytest.mark.slow
-def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # the latter: the terminal was closed
+def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder, number):
     args = suite_args(num_updates=30_000, extra=EXTRA + " --batch-size 2")
     run_dir = suite.plan(args)[0].run_dir
     words = [sys.executable, str(ROOT / "benchmarks" / "suite.py"), "--name", args.name, "--algorithms", "bc"]
@@ -157,9 +165,9 @@ def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder):
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    assert process.returncode == 128 + number, errors
     assert "start the suite again" in errors
     assert (run_dir / "checkpoint" / "state.npz").exists()
     assert not (run_dir / "final.json").exists()
@@ -185,7 +193,7 @@ def write_run(folder, algorithm, dataset, scores, average=30.0, environment="Har
     """Files of a run as a suite keeps them; a score of None is a member that diverged. `others` are flags."""
     run = folder / "_".join([algorithm, dataset, *(f"{name}-{value}" for name, value in others.items())])
     run.mkdir(parents=True)
-    flags = {"dataset": dataset, "num_updates": 100, "run_dir": str(run)} | others
+    flags = {"dataset": dataset, "num_updates": 100, "online_steps": 0, "run_dir": str(run)} | others
     about = {"mean": 1000.0, "min": 10.0, "max": 2000.0, "episodes": 7, "score_mean": average}
     config = {"algorithm": algorithm, "flags": flags, "dataset_returns": about, "git_commit": "abc123"}
     config |= {
@@ -219,7 +227,7 @@ def write_run(folder, algorithm, dataset, scores, average=30.0, environment="Har
     ):
         (run / f"{name}.json").write_text(json.dumps(content))
     with open(run / "evaluations.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["phase"])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -470,6 +478,30 @@ def test_diverged_seeds_are_counted_and_may_stand_at_the_worst(tmp_path):
     assert row[4].startswith("22.0 [4.0, ") and row[5] == "4.0"  # of 4 | 4 40 | 50
     compared = cells_of(page[page.index("P(row") :], "iql")
     assert compared[1].startswith("0.62 [")  # two of four are above both; the lost ones equal 4 and lose to 10
+
+
+def test_a_run_whose_seeds_all_diverged_loses_every_comparison(tmp_path):
+    """It ended early, and the dataset on which it did still counts."""
+    write_run(tmp_path, "iql", "easy", [91.0, 91.0])
+    write_run(tmp_path, "iql", "hard", [None, None])
+    final = tmp_path / "iql_hard" / "final.json"
+    final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 42}))
+    for name in ("easy", "hard"):
+        write_run(tmp_path, "bc", name, [52.0, 52.0])
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page[page.index("P(row") :], "iql")[1].startswith("0.75 [")  # 1 on easy; on hard a tie at the worst
+    assert cells_of(page, "all 2, after 100 updates")[2:] == ["52.0 [52.0, 52.0]", "-"]
+
+
+def test_a_cut_of_the_episodes_is_a_setting_and_keeping_the_best_is_none(tmp_path):
+    for number, flags in enumerate(({}, {"max_episode_steps": 200}, {"keep_best": True})):
+        plain = {"max_episode_steps": 0, "keep_best": False}
+        write_run(tmp_path / str(number), "iql", "easy", [1.0], **plain | flags)
+        shutil.move(next((tmp_path / str(number)).iterdir()), tmp_path / f"iql_easy{'_' * number}")
+    shutil.rmtree(tmp_path / "iql_easy__")
+    assert [cell.algorithm for cell in cells.read(tmp_path)] == ["iql", "iql max_episode_steps=200"]
+    assert "keep_best" in cells.NOT_SETTINGS
 
 
 def test_the_best_of_k_settings_is_over_the_runs_of_one_algorithm(tmp_path, monkeypatch):

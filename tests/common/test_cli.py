@@ -82,6 +82,8 @@ def test_a_switch_by_itself_is_meant() -> None:
     args = chosen("--track", "--wandb-group", "resume", "--normalize_returns", "--quiet", "False", "--keep-best")
     assert (args.track, args.wandb_group, args.normalize_returns) == (True, "resume", True)
     assert (args.quiet, args.keep_best, args.resume) == (False, True, False)
+    with pytest.raises(SystemExit, match="0"):
+        chosen("--quiet", "-h")
 
 
 def test_presets_follow_the_names_and_flags_win() -> None:
@@ -171,6 +173,8 @@ def test_unknown_presets_are_refused() -> None:
         (["--checkpoint-every", "-1"], "--checkpoint-every -1"),
         (["--max-episode-steps", "-1"], "--max-episode-steps -1"),
         (["--num-critics", "0"], "--num-critics 0"),
+        (["--num-updates", "10000000000"], "--num-updates 10000000000: must be at least 0, below 2^31"),
+        (["--actor-decay-updates", "10000000000"], "--actor-decay-updates 10000000000: must be"),
         (["--expectile", "1.5"], "--expectile 1.5: must be from 0 to 1"),
         (["--grid", "expectile=0.7,-0.1"], "--expectile -0.1: must be from 0 to 1"),
         (["--weight-clip", "0"], "--weight-clip 0.0: must be finite and above 0"),
