@@ -574,7 +574,7 @@ def test_own_sets_are_listed_and_described_without_their_environment(
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
     assert rows.keys() == {RANDOM, "mine/unmade-v0", "pictures-v1"}
     assert rows["pictures-v1"] == ["Nowhere-v0", "77", "3", "3.0"]
-    assert error.startswith("pictures-v1: pictures-v1 cannot be read") and error.count("\n") == 1
+    assert error.startswith("pictures-v1 cannot be read") and error.count("\n") == 1
     assert rows[RANDOM][:2] == ["Hopper-v5", str(TRANSITIONS)]
     without_score = [*rows[RANDOM][1:6], "-", *rows[RANDOM][7:-1]]
     assert rows["mine/unmade-v0"][:-1] == ["Nowhere-v0", *without_score]

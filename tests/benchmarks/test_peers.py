@@ -257,7 +257,7 @@ def test_flags_are_refused(changes, message, tmp_path):
 def test_bad_flags_end_with_status_2_and_one_line(spawn):
     process = spawn(peers.__file__, "--corl", ".", "--rounds", "0")
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (2, "", "error: --rounds 0: must be at least 1\n")
+    assert (process.returncode, out, err) == (2, "", "error: --rounds 0: must be at least 1, below 2^31\n")
 
 
 # Peers
