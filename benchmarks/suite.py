@@ -163,7 +163,9 @@ def run(job: Job) -> int:
             received.append(number)
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: its terminal was closed
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # its terminal may be closed; under nohup it goes on
+            signals.append(signal.SIGHUP)
         handlers = {number: signal.signal(number, forward) for number in signals}
         try:
             status = process.wait()

@@ -186,6 +186,30 @@ def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder, numb
     assert (run_dir / "log.txt").read_text().count("$ python benchmarks/bc.py") == 2
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_suite_goes_on_under_nohup_when_its_terminal_closes(folder, monkeypatch, ignored):
+    received = []
+
+    class Training:
+        def __init__(self, *_, **__):
+            pass
+
+        def send_signal(self, number):
+            received.append(number)
+
+        def wait(self):
+            signal.raise_signal(signal.SIGHUP)
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Training)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        status = suite.run(suite.plan(suite_args())[0])
+        assert (status, received) == ((0, []) if ignored else (128 + signal.SIGHUP, [signal.SIGTERM]))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # The report
 
 
