@@ -125,9 +125,8 @@ def plain_id(spec: Any) -> str | None:
     if isinstance(spec, str):
         return spec
     known, options = gym.registry.get(spec.id), {k: v for k, v in spec.kwargs.items() if k != "original"}
-    if known is None or (options, spec.max_episode_steps) != (known.kwargs, known.max_episode_steps):
-        return None
-    if wrappers_of(spec):
+    own = (options, spec.max_episode_steps, wrappers_of(spec))
+    if known is None or own != (known.kwargs, known.max_episode_steps, ()):
         return None
     entry = known.entry_point
     package = re.split(r"[.:]", entry if isinstance(entry, str) else entry.__module__)[0]  # which registers the id

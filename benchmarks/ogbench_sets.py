@@ -432,7 +432,8 @@ def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> N
     versions = {package: importlib.metadata.version(package) for package in ("ogbench", "mujoco", "numpy", "scipy")}
     made_by, note = json.dumps({"recipe": recipe, "versions": versions}), building / "made_by.json"
     if not note.exists() or note.read_text() != made_by:  # left by a build with other settings or versions
-        shutil.rmtree(building, ignore_errors=True)
+        if building.exists():
+            shutil.rmtree(building)
         building.mkdir()
         note.write_text(made_by)
     parts = [building / f"{i:04}.npz" for i in range(recipe["trajectories"])]

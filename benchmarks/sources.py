@@ -39,10 +39,10 @@ def load(id_or_path: str, env: str | None) -> Dataset:
     first, *others = (_load(os.path.expanduser(name), env) for name in names)
     if not others:
         return first
-    ids = [getattr(x.env_spec, "id", x.env_spec) for x in (first, *others) if x.env_spec is not None]
+    specs = [x.env_spec for x in (first, *others) if x.env_spec is not None]
+    ids, wrappers = [getattr(spec, "id", spec) for spec in specs], [wrappers_of(spec) for spec in specs]
     if unlike := [other for other in ids if env_name(other) != env_name(ids[0])]:
         raise UsageError(f"{id_or_path} joins sets of {ids[0]} and {unlike[0]}; if they are of one, name it by --env")
-    wrappers = [wrappers_of(x.env_spec) for x in (first, *others) if x.env_spec is not None]
     if unlike := [other for other in wrappers if other != wrappers[0]]:
         lists = [", ".join(x.name for x in some) or "none" for some in (wrappers[0], unlike[0])]
         raise UsageError(f"{id_or_path} joins sets of environments in other wrappers: {lists[0]}, and {lists[1]}")

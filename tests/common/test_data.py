@@ -629,7 +629,8 @@ def test_an_export_names_no_environment_whose_options_the_id_has_not(
     spec.kwargs["use_contact_forces"] = True
     assert plain_id(spec) is None
     exported = write_npz(replace(whole, env_spec=spec), tmp_path / "ant.npz")
-    assert "Ant-v4 has options here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Ant-v4 has options here" in said and "load it with --env" in said
     assert "pass --env ID" in usage_error(str(exported), None)
     wrapped = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1)).spec
     write_npz(replace(whole, env_spec=wrapped), tmp_path / "wrapped.npz")
