@@ -11,25 +11,26 @@ with target networks Q', and the paper's lambda as the temperature.
 Published code computes the weights w(A) in two ways, and each needs a temperature of its own (`--weights`):
 * exp: min(exp(A / temperature), weight_clip), as CORL, which has the strong published offline scores;
 * softmax: batch size * softmax over the batch of min(A, advantage_clip) / softmax_temperature, as the authors' code. A
-  constant added to all advantages that the limit spares changes nothing: V(s) matters by its differences only.
+  constant added to all advantages changes nothing below the limit: only differences of V(s) matter.
 
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
 mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip, weight decay,
-batch size and normalised observations, and the policy is updated with the new critic (in the authors' code with the old
-one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which differs
-from the paper's table 1 too. In that script batches have 128 transitions before the online phase, and it then collects
-and updates by turns of 1,000. In place of its clamp of Q at 0, where the gradient vanishes, `--nonpositive-targets`
-keeps the targets at or below 0, which returns of such rewards never exceed; with positive rewards it would erase them.
-`--least-reward r` (ours) keeps them at or above r / (1 - discount), what a reward of r for ever is worth, below which
-the minimum of Q-functions drags Q; r is of the rewards after `--reward-scale` and `--reward-shift`. Two more (ours) are
-for few demonstrations of a task where a policy succeeds or fails by little: `--actor-average` acts by a mean of
-successive policies, which there differ much, and `--observation-noise` blurs the states that the policy learns from
-(for Q-functions: Sinha et al., 2021, arXiv:2103.06326).
+batch size, length and normalised observations, and the policy is updated with the new critic (in the authors' code with
+the old one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which
+differs from the paper's table 1 too. In that script batches have 128 transitions before the online phase, and it then
+collects and updates by turns of 1,000. In place of its clamp of Q at 0, where the gradient vanishes,
+`--nonpositive-targets` keeps the targets at or below 0, which returns of such rewards never exceed; positive rewards it
+would erase. `--least-reward r` (ours) keeps them at or above r / (1 - discount), what a reward of r for ever is worth,
+below which the minimum of Q-functions drags Q; r is of the rewards after `--reward-scale` and `--reward-shift`. Two
+more (ours) are for few demonstrations of a task where a policy succeeds or fails by little: `--actor-average` acts by a
+mean of successive policies, which there differ much, and `--observation-noise` blurs the states that the policy learns
+from (for Q-functions: Sinha et al., 2021, arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
-truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero, targets
-as copies; the log standard deviation is clipped to its limits (in the authors' code it is a sigmoid between them).
-Fine-tuning goes on with the same update, on the union of the dataset and the policy's own samples.
+truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero (CORL's
+do not), last layers as the others (in the authors' code near zero), targets as copies; the log standard deviation is
+clipped to its limits (in the authors' code it is a sigmoid between them). Fine-tuning goes on with the same update, on
+the union of the dataset and the policy's own samples.
 
     python algorithms/awac.py --dataset offax/hopper/medium-expert-v1
 """
@@ -110,7 +111,7 @@ class Args(RunArgs):
         if self.nonpositive_targets and (self.least_reward or 0.0) > 0.0:
             raise UsageError(f"--least-reward {self.least_reward}: must not be above 0 with --nonpositive-targets True")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
-            raise UsageError(f"--initial-log-std {self.initial_log_std}: must be within its limits")
+            raise UsageError(f"--initial-log-std {self.initial_log_std}: must be from --min-log-std to --max-log-std")
         unused = (
             {"temperature", "weight_clip"} if self.weights == "softmax" else {"softmax_temperature", "advantage_clip"}
         )
@@ -268,7 +269,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     advantages = q[-1] - q[:-1].mean(axis=0)
 
     observations = batch.observations
-    if args.observation_noise > 0.0:  # else XLA shares this pass through the policy with the one above
+    if args.observation_noise > 0.0:  # without it XLA shares this pass with the one above
         noise = jax.random.normal(jax.random.fold_in(value_key, 1), observations.shape)
         observations = observations + args.observation_noise * observations.std(axis=0) * noise
 

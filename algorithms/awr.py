@@ -24,11 +24,13 @@ whose beginning is overwritten the rest stays: its returns need nothing of the b
 
 Where the paper and the authors' code differ, or say too little:
 * Step size of the value function: 1e-4 in the paper, 1e-2 in the code. 1e-2 is the default: online on Hopper-v5 one of
-  three seeds with 1e-4 had not left its first plateau after 300,000 steps, and the others fared alike
+  three seeds with 1e-4 had not left its first plateau after 300,000 steps, and the others were as with 1e-2
   (results/awr-hopper).
 * lambda = 0.95, the policy's fixed standard deviation, and the penalty on means outside the actions' bounds are the
   code's. Sampled actions are regressed on as drawn, also outside the bounds; the environment clips them.
-Without the clip of the weights runs end in numbers that are not finite, as the paper says (results/awr-hopper).
+
+Without the clip of the weights some of the paper's runs, and all three of ours, ended in numbers that are not finite
+(results/awr-hopper).
 
 Ours: minibatches are drawn with replacement; the normaliser takes in the new states before the updates of an iteration
 rather than after them, so that a policy acts with the one that it was trained with; the environments of a member go on
@@ -91,7 +93,7 @@ class Args(RunArgs):
     samples_per_iteration: Count = 2048
     buffer_size: Count = 50_000  # Transitions that are kept of the online phase (paper, appendix C).
     num_environments: Count = 2  # Environments of each member in the online phase (ours).
-    # States from which mean and standard deviation are taken; 0: states as they are (authors' code).
+    # Mean and standard deviation stay once they are of so many states or more; 0: states as they are (authors' code).
     normalizer_samples: int = 300_000
     scale_values: bool = True  # The network's output is V (1 - discount) (paper, Eq. 59).
     normalize_advantages: bool = True  # Centre and scale advantages over all rows (paper, Eq. 57).
@@ -119,7 +121,7 @@ class Args(RunArgs):
 
 
 # The defaults, for each family. The authors' settings differ by environment instead: the policy's step size (Hopper
-# 1e-4, Walker2d 2.5e-5, Humanoid 1e-5; elsewhere the paper's) and the deviation on Ant, see `std`.
+# 1e-4, Walker2d 2.5e-5, Humanoid 1e-5; on Ant and HalfCheetah the paper's) and the deviation on Ant, see `std`.
 PRESETS = {"locomotion": {}, "antmaze": {}, "adroit": {}}
 
 

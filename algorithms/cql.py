@@ -14,12 +14,13 @@ integral 3n times, so the gap is log(3n) too large; that has no gradient, but `-
 `--lagrange` the weight has a learned factor, which rises while the gap is above `--target-gap` (Eq. 30).
 
 As in the authors' code and in CORL, whose settings are the defaults: the squared error lacks the paper's 1/2; the
-target has no entropy term; every loss is that of the parameters before the update; the temperature learns at the
-policy's rate. With `--max-backup` the target takes n actions at s' and, of their smallest values over the ensemble, the
-largest (CORL, JaxCQL; the authors' code maximises each Q-function on its own first). In the first `--bc-updates`, the
-policy maximises log pi(a|s) of the dataset in place of Q. The start is CORL's: the Q-functions' layers are orthogonal,
-the last of gain 1e-2; the policy's are PyTorch's, the last Xavier's of gain 1e-2, and its log standard deviation has
-a learned scale and offset, from 1 and -1 (JaxCQL: the same scalars, last layers of variance 1e-2 / inputs).
+target has no entropy term; every loss is that of the parameters before the update (the authors' policy loss has the new
+temperature); the temperature learns at the policy's rate. With `--max-backup` the target takes n actions at s' and, of
+their smallest values over the ensemble, the largest (CORL, JaxCQL; the authors' code maximises each Q-function on its
+own first). In the first `--bc-updates`, the policy maximises log pi(a|s) of the dataset in place of Q. The start is
+CORL's: the Q-functions' layers are orthogonal, the last of gain 1e-2; the policy's are PyTorch's, the last Xavier's of
+gain 1e-2, and its log standard deviation has a learned scale and offset, from 1 and -1 (JaxCQL: the same scalars, last
+layers of variance 1e-2 / inputs).
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
@@ -65,7 +66,7 @@ class Hyperparameters(NamedTuple):
     target_entropy: float = -1.0
     discount: Share = 0.99  # Discount factor (authors' code, CORL).
     polyak: Share = 0.005  # Share of the critic that moves into its target at every update (authors' code, CORL).
-    # Adam's rate for policy and temperature (CORL: 3e-5 locomotion, 1e-4 elsewhere; authors' code: 1e-4).
+    # Adam's rate for policy and temperature (CORL: 3e-5 locomotion, 1e-4 AntMaze, Adroit; authors' code: 1e-4).
     actor_learning_rate: NonNegative = 3e-5
     # Adam's rate for the Q-functions and the penalty's factor (authors' code, CORL).
     critic_learning_rate: NonNegative = 3e-4
@@ -79,10 +80,10 @@ class Args(RunArgs):
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (authors' code, CORL: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (authors' code, CORL).
     num_layers: Count = 3  # Hidden layers of the policy (authors' code, CORL).
-    critic_layers: Count = 3  # Hidden layers of every Q-function (authors' code, CORL: 3, on AntMaze 5).
+    critic_layers: Count = 3  # Hidden layers of every Q-function (authors' code, CORL: 3; CORL on AntMaze: 5).
     layer_norm: bool = False  # Layer normalisation in the Q-functions (ours).
     num_actions: Count = 10  # The n of the gap and of --max-backup (authors' code, CORL: 10).
-    lagrange: bool = False  # Learn a factor of the weight that holds the gap at --target-gap (CORL: on AntMaze).
+    lagrange: bool = False  # Learn a factor of the weight that holds the gap at --target-gap (CORL: on mazes).
     # Bound below which a state's gap is not lowered further; default: none (CORL: -200 on AntMaze).
     gap_floor: float | None = None
     max_backup: bool = False  # Bootstrap from the best of n actions instead of one (CORL: on AntMaze).
@@ -98,7 +99,7 @@ class Args(RunArgs):
 
 
 # CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the
-# first Q-function with five layers. OGBench's are ours: its weight of AntMaze, with the sizes of the baselines in
+# first Q-function with five layers. OGBench's are ours: CORL's weight for AntMaze, with the sizes of the baselines in
 # FQL's code (Park et al., 2025), which has no CQL.
 PRESETS = {
     "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
@@ -302,7 +303,7 @@ def factor_loss(log_factor: jax.Array, gap: jax.Array, hp: Hyperparameters) -> j
 def data_log_prob(actions: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
     """Log-density `[batch]` of given `actions [batch, action_dim]` under the squashed Gaussian.
 
-    The actions are moved within 0.999 of the bounds (JaxCQL), where the squashing has an inverse.
+    The actions are clipped to [-0.999, 0.999] (JaxCQL), where the squashing has an inverse.
     """
     actions = jnp.clip(actions, -0.999, 0.999)
     log_det = jnp.sum(jnp.log1p(-(actions**2)), axis=-1)

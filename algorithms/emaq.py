@@ -19,15 +19,16 @@ Two things are done faster than in the paper:
 * mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and anew after `--pool-uses`
   uses of a state. The places within the bins are drawn at each use, so later dimensions' bins were drawn given other
   places in the earlier ones' bins than those used: an error of the width of a bin.
-* with lambda = 1 the target is max_n min_k. A minimum over some of the Q-functions bounds that over all: a proposal
-  whose bound is not above the best minimum found so far cannot win, and skips the others. Targets are the same.
+* with lambda = 1 the target is max_n min_k. A minimum over some of the Q-functions is never below that over all: a
+  proposal where it is not above the best minimum found so far cannot win, and skips the others. Targets are the same.
 
-Open in the paper, ours: discount, length of mu's training, initialisation, no normalisation; online, targets use mu
-without tau, and each update of the Q-functions comes with one of mu on the same minibatch. Slips of the paper: the soft
-backup lacks the discount (Eq. 68, 70), the test ensemble runs over N instead of K. The vae's loss sums over dimensions,
-where BRAC's code, which the paper used, averages.
+Open in the paper: discount and initialisation, here those of BRAC's code, in which it was written; length of mu's
+training, no normalisation (ours); online, targets use mu without tau, and each update of the Q-functions comes with one
+of mu on the same minibatch (ours). Slips of the paper: the soft backup lacks the discount (Eq. 68, 70, 71), the test
+ensemble runs over N instead of K. The vae's loss sums over dimensions. BRAC's code averages, so that its divergence,
+which has twice as many, weighs half as much.
 
-The settings of the domains are the paper's, for an accelerator. Smaller ones for a CPU:
+The settings of the domains are the paper's, but OGBench's, for an accelerator. Smaller ones for a CPU:
 
     python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v1
 """
@@ -89,9 +90,9 @@ class Args(RunArgs):
     behavior_updates: int = 200_000  # Updates of the behaviour model before the Q-functions' (ours).
     # Run directory whose behaviour models to use in place of training them (ours).
     behavior_checkpoint: str | None = None
-    # Width of the state's embedding and its hidden layers (paper, appendix G.1); of the vae's (appendix H: 1024).
+    # Width of the state's embedding and its hidden layers (paper, appendix G.1); or of the vae's layers (H.1: 1024).
     embedding_dim: Count = 750
-    # Hidden layers of the state's embedding (paper, appendix G.1); of the vae's two networks (appendix H: 3).
+    # Hidden layers of the state's embedding (paper, appendix G.1); or of the vae's networks (H.1: 3).
     embedding_layers: Count = 2
     head_dim: Count = 256  # Width of the hidden layers of each action dimension (paper, appendix G.1).
     head_layers: Count = 3  # Hidden layers of each action dimension (paper, appendix G.1).
@@ -103,7 +104,7 @@ class Args(RunArgs):
     proposal_pool: int = 1
     # The pool is drawn anew when a state of the dataset has been used this often on average (ours).
     pool_uses: Count = 8
-    # On a CPU, where lambda is 1: leave out Q-functions of proposals that cannot be the best (ours).
+    # On a CPU, where lambda is 1: skip Q-functions for proposals that cannot be the best (ours).
     screening: bool = True
     # The paper's M: online, environment steps in a row, then as many updates; a signal cuts them (appendix F).
     steps_per_iteration: Count = 1
@@ -241,7 +242,7 @@ class AutoregressivePolicy(nn.Module):
 
 
 class VAEPolicy(nn.Module):
-    """Variational autoencoder of actions given states, as Wu et al. (2019) have it (BRAC's code).
+    """Variational autoencoder of actions given states (Wu et al., 2019; their code, BRAC, clips log std to [-4, 15]).
 
     A Gaussian latent of twice the actions' dimensions; the decoder's Gaussian has mean tanh(v) and unit variance.
     """

@@ -6,14 +6,14 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) V(s'))^2                           (Eq. 6)
     L_pi = -mean min(exp(beta (q - V(s))), 100) log pi(a|s)                                          (Eq. 7)
 
-Settings are the paper's (appendix B) unless a flag says otherwise. From the authors' code, not the paper: returns are
-scaled to a range of 1000, the policy's mean passes through tanh and its log standard deviation is clipped to [-5, 2],
-kernels start orthogonal. The authors scale returns on D4RL's locomotion sets, where they span thousands and rewards
-shrink (CORL: on Hopper's medium and replay sets alone); where returns span less than 1000, rewards grow, most weights
-end at the clip (actor/clipped_fraction), and a run warns. Ours: terminations alone cut the bootstrap, and the truncated
-last step of an episode is kept and bootstraps; the ensemble may have any size; the policy's rate decays by a cosine
-over the offline phase and is constant at its full value online, so that fine-tuning may start from any offline
-checkpoint (the authors' code does not decay it at all in a run that will be fine-tuned).
+Settings are the paper's (appendix B) unless a flag says otherwise. The paper divides rewards by the span of returns;
+from the authors' code alone: the factor of 1000 on that, the policy's mean passes through tanh and its log standard
+deviation is clipped to [-5, 2], kernels start orthogonal. Both do so on D4RL's locomotion sets, where returns span
+thousands and rewards shrink (CORL: on Hopper's medium and replay sets alone); where returns span less than 1000,
+rewards grow, most weights end at the clip (actor/clipped_fraction), and a run warns. Ours: terminations alone cut the
+bootstrap, and the truncated last step of an episode is kept and bootstraps; the ensemble may have any size; the
+policy's rate decays by a cosine over the offline phase and is constant at its full value online, so that fine-tuning
+may start from any offline checkpoint (the authors' code does not decay it at all in a run that will be fine-tuned).
 
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v1
 """
@@ -51,7 +51,7 @@ class Hyperparameters(NamedTuple):
     actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy, before the cosine (paper, appendix B).
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (paper, appendix B).
     value_learning_rate: NonNegative = 3e-4  # Adam's rate for the value function (paper, appendix B).
-    weight_clip: Positive = 100.0  # Largest weight of a transition in the policy's loss (authors' code).
+    weight_clip: Positive = 100.0  # Largest weight of a transition in the policy's loss (paper, appendix B).
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Args(RunArgs):
 
 
 # From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), whose networks have
-# these sizes, but GELU, then layer normalisation, and other initial weights; it has a constant standard deviation
-# besides, and discount 0.995 on humanoid, giant and soccer mazes.
+# these sizes, but GELU, then layer normalisation, and other initial weights; besides, its advantages are the critic's
+# own, its standard deviation is constant, and its discount 0.995 on humanoidmaze, antmaze-giant and antsoccer.
 PRESETS = {
     "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
     "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},

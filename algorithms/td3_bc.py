@@ -12,9 +12,9 @@ standard deviation (Eq. 4), in the environment too. From the authors' code, not 
 policy's actions, not the dataset's; the squares of L_pi are averaged over the batch and over the action's dimensions.
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
-ensemble may have any size; biases start at zero. The paper has no fine-tuning: online, as CORL's ReBRAC does, the
-weight of the imitation falls linearly with the online updates until it reaches `--online-bc-weight` (offline it is 1),
-and actions are explored with TD3's noise.
+ensemble may have any size; biases start at zero. The paper has no fine-tuning: online, as in CORL's ReBRAC, the
+weight of the imitation falls from 1 towards 0, linearly, but not below `--online-bc-weight`. Actions are explored with
+TD3's noise (ReBRAC: none).
 
     python algorithms/td3_bc.py --dataset offax/hopper/medium-expert-v1
 """
@@ -51,7 +51,7 @@ class Hyperparameters(NamedTuple):
     noise_clip: NonNegative = 0.5  # Largest size of that noise (authors' code).
     actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (authors' code).
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (authors' code).
-    # Where the weight of the imitation, which falls from 1 to 0 over the online phase, stops (CORL's ReBRAC: 0.5).
+    # Least weight of the imitation, which falls from 1 towards 0 over the online phase (CORL's ReBRAC: 0.5).
     online_bc_weight: Share = 0.5
     # Standard deviation of the noise on actions while collecting data (TD3's paper: 0.1).
     exploration_noise: NonNegative = 0.1
@@ -182,7 +182,7 @@ def actor_loss(
 
 
 def imitation_weight(online_step: jax.Array, args: Args, hp: Hyperparameters) -> jax.Array:
-    """Weight of the imitation: 1 before the first online update, then less by the share of these that were made."""
+    """Weight of the imitation: 1 less the share of the online updates that were made, at least `online_bc_weight`."""
     updates = args.online_steps - (0 if args.num_updates else args.random_steps)
     return jnp.maximum(1.0 - online_step / max(updates, 1), hp.online_bc_weight)
 

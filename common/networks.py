@@ -1,6 +1,6 @@
 """Network parts shared by the algorithms: MLP, vmapped ensemble, Gaussian density, gradient steps.
 
-Shapes are written `[batch, dim]`. Every module takes unbatched leading axes as they come, so the same parameters
+Shapes are written `[batch, dim]`. Every module takes leading axes as they come, so the same parameters
 act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
 """
 
@@ -39,7 +39,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32,
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, so that of TD3+BC, CORL and CleanRL.
 uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
-# U(-sqrt(6 / (fan_in + fan_out)), ...): the default of TensorFlow's layers, so that of the authors of AWR and EMaQ.
+# U(-sqrt(6 / (fan_in + fan_out)), ...): the default of TensorFlow's layers, so that of the authors of AWR and BRAC.
 glorot = nn.initializers.glorot_uniform()
 
 
