@@ -18,6 +18,7 @@ Where episodes are slow, `--parts N` evaluates each run by N processes, each som
 fill `part-I` of the run directory, which are merged as they finish.
 """
 
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -44,7 +46,7 @@ from common.data import load
 from common.environments import Evaluator, Returns, make_environment
 from common.members import is_key, keep_finite, make_members, usable_cores
 from common.replay import Recorded, Replay, fit_transform
-from common.report import claim, fill_tree, read_json, read_tree, save_tree, write_json
+from common.report import fill_tree, read_json, read_tree, save_tree, write_json
 from common.runs import Run
 
 TRANSFORMS = ("normalize_observations", "normalize_returns", "reward_scale", "reward_shift")
@@ -128,8 +130,10 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
                         job.keep()  # what there is, should the rest be cut off
                 file.unlink()
     file.parent.rmdir()
-    if args.shard and merge.merge(job.run_dir):  # others are not done
-        return
+    if args.shard:
+        with merge.merging(job.run_dir):
+            if merge.merge(job.run_dir):  # others are not done
+                return
     diverged = all(member["diverged"] for member in read_json(job.run_dir / "final.json")["members"])
     record = {"command": command, "exit_status": suite.DIVERGED if diverged else 0, "seconds": time.time() - started}
     write_json(job.run_dir / "command.json", record)
@@ -272,12 +276,22 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
     return jobs, settings, steps
 
 
+def refuse_busy(run_dir: Path) -> None:
+    """UsageError if a process is writing to the directory."""
+    with suppress(FileNotFoundError), open(run_dir / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is writing to {run_dir}; use another --name or --label") from None
+
+
 def train(algorithm: str, args: Args) -> list[str]:
     """Train all jobs of one algorithm, and wait for their evaluations; the names of those that failed."""
     jobs, settings, steps = plan(algorithm, args)
     population = Population(algorithm, settings)  # first: it may refuse, and what there was stays
-    for path in {snapshot(one, 0).parents[1] for one in settings}:
-        claim(path, resume=True).close()  # UsageError if a process is at it
+    for job in jobs:
+        for path in (job.run_dir, *job.run_dir.glob("part-*")):
+            refuse_busy(path)
     for job in jobs:
         shutil.rmtree(job.run_dir, ignore_errors=True)
     command = shlex.join(["python", "benchmarks/at_once.py", *sys.argv[1:]])

@@ -182,14 +182,16 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     The evaluation after the last of them may be that at the online phase's first step. A member that has no evaluation
     there, beside others that have one, had diverged. UsageError if no cell has any.
     """
-    found = []
+    found, evaluated = [], False
     for cell in cells:
         places = {("offline", updates)} | ({("online", 0)} if cell.final["updates"] == updates else set())
         here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) in places)
-        if rows := {row["member"]: row for row in here}:
+        rows = {row["member"]: row for row in here}
+        if rows or (len(cell.lost) == len(cell.members) and cell.final["updates"] <= updates):  # all had diverged
+            evaluated |= bool(rows)
             members = [measured(member, rows, lost=member["diverged"]) for member in cell.members]
             found.append(replace(cell, members=members, final=cell.final | {"updates": updates, "online_steps": 0}))
-    if not found:
+    if not evaluated:
         raise UsageError(f"--at {updates}: no run was evaluated after so many offline updates")
     return found
 
@@ -238,4 +240,5 @@ def short_length(cell: Cell, cells: Sequence[Cell]) -> str:
     for name, unit in (("updates", ""), ("online_steps", " steps")):
         if 0 < cell.final[name] < max(other.final[name] for other in cells):
             return f"{cell.final[name]:,}{unit}"
-    return ""
+    longest = max(sum(other.length) for other in cells)
+    return length_in_words(cell.length) if sum(cell.length) < longest else ""

@@ -135,8 +135,8 @@ def plain_id(spec: Any) -> str | None:
 
 def write_npz(dataset: Dataset, path: Path) -> Path:
     """Write the set as `load` reads it again: its actions in the environment's own range, the environment by its id."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory; name the file to write")
+    if path.is_dir() or path.suffix.lower() != ".npz":
+        raise UsageError(f"{path} is {'a directory' if path.is_dir() else 'no .npz'}; name an .npz file to write")
     columns = {name: getattr(dataset.transitions, name) for name in Transitions._fields}
     columns["actions"] = dataset.low + (columns["actions"] + 1.0) * (dataset.high - dataset.low) / 2.0
     if (env := plain_id(dataset.env_spec)) is not None:

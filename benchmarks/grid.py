@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.figures import data_line, draw_expected_best, panels
 from benchmarks.intervals import aggregate, expected_best, interquartile_mean, summarise
 from benchmarks.tables import aligned
+from common.report import write_atomically
 
 
 def figure_of(members: Sequence[dict[str, Any]]) -> str:
@@ -142,7 +143,7 @@ def plot(path: Path, members: Sequence[dict[str, Any]], title: str, level: float
         data_line(all_axes[-1].axhline, level)
         all_axes[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}: last policies, coloured by seed", fontsize=10)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def plot_sweep(axes: Any, panel: Sweep, seeds: Sequence[int]) -> None:

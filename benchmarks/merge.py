@@ -5,6 +5,7 @@ of the parts that have finished. Merging again, when more parts have come, repla
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,20 @@ def parts_of(run_dir: Path) -> dict[int, Path]:
     return {int(number): path for number, path in found.items() if number.isdecimal()}
 
 
+def merging(run_dir: Path) -> AbstractContextManager[None]:
+    """Hold it around `merge` and what is made of its results: of the parts that end together, the last has all."""
+    return lock(run_dir / ".merge.lock", f"another process is merging {run_dir}")
+
+
 def merge(run_dir: Path) -> list[str]:
     """Write the tables, config.json and final.json of `run_dir` from its parts; what is missing, in words.
 
     UsageError for parts that are not of one run.
     """
-    with lock(run_dir / ".merge.lock", f"another process is merging {run_dir}"):  # then this one takes what it left out
-        return _merge(run_dir)
-
-
-def _merge(run_dir: Path) -> list[str]:
     parts = dict(sorted(parts_of(run_dir).items()))
     configs = {part: read_json(path / "config.json") for part, path in parts.items()}
+    if alone := [part for part, config in configs.items() if not config["flags"]["shard"]]:
+        raise UsageError(f"{parts[alone[0]]} is a run by itself, without --shard; it and others cannot be merged")
     first = next(iter(configs))
     total = int(configs[first]["flags"]["shard"].partition("/")[2])
     for part, config in configs.items():

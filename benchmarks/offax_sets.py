@@ -394,18 +394,25 @@ def ensure(dataset_id: str) -> Path:
     directory = root / dataset_id
     if is_current(directory, recipe):
         return directory
-    building = root / ".offax-building" / dataset_id.removeprefix("offax/").replace("/", "-")
     try:
-        building.parent.mkdir(parents=True, exist_ok=True)
-        with lock(building.with_name(f"{building.name}.lock"), f"another process is collecting {dataset_id}"):
+        with building_place(dataset_id, "collecting") as place:
             if not is_current(directory, recipe):  # else another process made it while this one waited
-                _build(dataset_id, recipe, building, directory)
+                _build(dataset_id, recipe, place, directory)
     except OSError as error:
         raise UsageError(
             f"cannot write {dataset_id} under {root}: {error.strerror or error}; "
             "make room or set MINARI_DATASETS_PATH to another directory"
         ) from None
     return directory
+
+
+@contextmanager
+def building_place(dataset_id: str, doing: str) -> Iterator[Path]:
+    """A directory for a set that is made, and no other process at it meanwhile."""
+    place = datasets_root() / ".offax-building" / dataset_id.removeprefix("offax/").replace("/", "-")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with lock(place.with_name(f"{place.name}.lock"), f"another process is {doing} {dataset_id}"):
+        yield place
 
 
 @contextmanager

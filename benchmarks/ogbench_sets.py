@@ -36,7 +36,7 @@ import gymnasium as gym
 import numpy as np
 
 from benchmarks.families import quiet_mujoco
-from benchmarks.offax_sets import NETWORK_SECONDS, datasets_root, is_current, lock, progress_bar
+from benchmarks.offax_sets import NETWORK_SECONDS, building_place, datasets_root, is_current, progress_bar
 from common.cli import UsageError, one_line
 from common.data import Dataset, check
 from common.environments import action_bounds, make_raw
@@ -231,6 +231,9 @@ def transitions(name: str, arrays: Mapping[str, np.ndarray], goal: Goal) -> dict
     width = max((at.stop for at, _, _ in goal.places), default=0)
     if arrays["qpos"].ndim != 2 or arrays["qpos"].shape[1] < width:
         raise UsageError(f"{name} has {arrays['qpos'].shape[-1]} columns of qpos; the task looks at {width}")
+    if goal.buttons is not None and arrays["button_states"].shape[1:] != goal.buttons.shape:
+        there = list(arrays["button_states"].shape[1:])
+        raise UsageError(f"{name} has {there} buttons; the task looks at {list(goal.buttons.shape)}")
     rows = np.flatnonzero(~last)
     buttons = None if goal.buttons is None else arrays["button_states"][rows]
     rewards, terminations = relabel(goal, arrays["qpos"][rows], buttons)
@@ -412,15 +415,14 @@ def ensure(dataset_id: str) -> Path:
     recipe = _recipe(dataset_id)
     name = re.sub("-task[1-5]", "", dataset_id)
     folder = datasets_root() / name
-    path, building = folder / f"{folder.name}.npz", datasets_root() / ".offax-building" / folder.name
+    path = folder / f"{folder.name}.npz"
     if is_current(folder, recipe):
         return path
     _package()
     try:
-        building.parent.mkdir(parents=True, exist_ok=True)
-        with lock(building.with_suffix(".lock"), f"another process is collecting {name}"):
+        with building_place(name, "collecting") as place:
             if not is_current(folder, recipe):
-                _build(name, recipe, building, folder)
+                _build(name, recipe, place, folder)
     except OSError as error:
         hint = "make room or set MINARI_DATASETS_PATH to another directory"
         raise UsageError(f"cannot write {name} under {datasets_root()}: {error.strerror or error}; {hint}") from None

@@ -23,6 +23,7 @@ stratified bootstrap interval (Agarwal et al., 2021): the strata are the dataset
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -384,7 +385,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         parts += [f"## {heading}\n", f"{meaning(scored)}\n", scores]
         if then := [cell for cell in then if cell.dataset in with_score]:
             episodes = {int(member["episodes"]) for cell in then for member in cell.members if member["episodes"]}
-            counts = " to ".join(str(n) for n in sorted({min(episodes), max(episodes)}))
+            counts = " to ".join(str(n) for n in sorted({min(episodes, default=0), max(episodes, default=0)}))
             parts += [
                 f"### After {at:,} updates\n",
                 f"By the evaluation at that point, {counts} episodes for each seed.\n",
@@ -433,7 +434,11 @@ def is_run(folder: Path) -> bool:
 
 def of_run(run_dir: Path) -> None:
     """Merge the parts, draw the figures, print the last evaluation. UsageError where nothing was evaluated."""
-    shared = bool(merge.parts_of(run_dir))
+    with merge.merging(run_dir) if (shared := bool(merge.parts_of(run_dir))) else nullcontext():
+        _of_run(run_dir, shared)
+
+
+def _of_run(run_dir: Path, shared: bool) -> None:
     for line in merge.merge(run_dir) if shared else []:
         print(f"{run_dir}: {line}", file=sys.stderr)
     curves.draw(run_dir)

@@ -88,14 +88,24 @@ def ensure(dataset_id: str) -> Path:
         datasets_root() / dataset_id,
         "offax/... sets need no network: python -m benchmarks.datasets list",
     )
-    if not (directory / "data" / "metadata.json").exists():
-        if not _server_answers():
-            raise UsageError(f"{dataset_id} is not in {datasets_root()} and cannot be had from here; {advice}")
-        try:
-            minari.download_dataset(dataset_id)
-        except Exception as error:  # Minari's, its storage backends' and the system's
-            raise UsageError(f"cannot download {dataset_id}: {one_line(error)}; {advice}") from None
+    if _is_whole(directory):
+        return directory
+    if not _server_answers():
+        raise UsageError(f"{dataset_id} is not in {datasets_root()} and cannot be had from here; {advice}")
+    try:
+        with offax_sets.building_place(dataset_id, "downloading"):
+            if not _is_whole(directory):  # else another process downloaded it while this one waited
+                # Unless forced, Minari takes what a download that was cut off left for the set.
+                minari.download_dataset(dataset_id, force_download=directory.exists())
+    except Exception as error:  # Minari's, its storage backends' and the system's
+        raise UsageError(f"cannot download {dataset_id}: {one_line(error)}; {advice}") from None
     return directory
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether all files of a Minari set are there, which are downloaded one by one."""
+    metadata, rows = (directory / "data" / name for name in ("metadata.json", "main_data.hdf5"))
+    return metadata.exists() and (rows.exists() or '"arrow"' in metadata.read_text())
 
 
 def load_minari(dataset_id: str) -> Dataset:

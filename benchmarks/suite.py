@@ -82,9 +82,10 @@ class Job:
         return record if same and (self.run_dir / "final.json").exists() else None
 
     def keep(self) -> None:
-        """Copy the small files to the results."""
+        """Copy the small files to the results, in place of those of an earlier run."""
         self.results_dir.mkdir(parents=True, exist_ok=True)
         for name in (*KEPT, "command.json"):
+            (self.results_dir / name).unlink(missing_ok=True)
             if (self.run_dir / name).exists():  # no evaluation where every member diverged before the first
                 shutil.copyfile(self.run_dir / name, self.results_dir / name)
 

@@ -30,7 +30,8 @@ class Tracker:
         if self.swept:
             configs, names = configs[:1], [label]
         kept, ids = Path(config["run_dir"]) / "wandb.json", {}
-        if args.resume and kept.exists() and not self.swept:
+        saved = Path(config["run_dir"]) / "checkpoint" / "state.npz"  # without it the run starts anew
+        if args.resume and saved.exists() and kept.exists() and not self.swept:
             record = read_json(kept)
             ids, label = record["ids"], record["group"]
         elif args.shard:

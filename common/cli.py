@@ -143,10 +143,8 @@ class RunArgs:
             check_ranges(flags)
         if self.seed + self.num_seeds > 2**31:
             raise UsageError(f"--seed {self.seed}: seeds must be less than 2^31")
-        if self.num_updates + self.online_steps == 0:
-            raise UsageError("--num-updates 0 and --online-steps 0: nothing to do")
-        if not self.num_updates and 0 < self.online_steps <= self.random_steps:
-            raise UsageError(f"--online-steps {self.online_steps}: not above --random-steps, nothing would be trained")
+        if not self.num_updates and self.online_steps <= self.random_steps:
+            raise UsageError(f"--num-updates 0: --online-steps must be above --random-steps, {self.random_steps}")
         if (self.resume or self.shard) and not self.run_dir:
             raise UsageError(f"{'--resume True' if self.resume else '--shard'} needs --run-dir, the run's directory")
 
@@ -251,7 +249,7 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
 
     0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
     """
-    with suppress(AttributeError):  # closed from the start
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without a letter of a path must not end a run
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # neither a closed terminal nor one without a letter ends a run
     with exit_status():
         main(parse(args_type, presets))

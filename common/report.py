@@ -59,10 +59,10 @@ def claim(path: Path, resume: bool) -> Any:
         raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
-    begun, tables = (path / "config.json").exists(), any(path.glob("*.csv"))
-    if not resume and (begun or tables):
+    begun, saved = ((path / name).exists() for name in ("config.json", "checkpoint/state.npz"))
+    if not resume and (begun or saved or any(path.glob("*.csv"))):
         raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
-    if tables and not (path / "checkpoint" / "state.npz").exists() and (not begun or (path / "final.json").exists()):
+    if any(path.glob("*.csv")) and not saved and (not begun or (path / "final.json").exists()):
         raise UsageError(f"{path} has results and no checkpoint to go on from; use another --run-dir")
     return lock
 
@@ -162,7 +162,8 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     entries, name = {entry["member"]: entry for entry in config["members"]}, config.get("script", config["algorithm"])
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
-    if not (script := optional(name) or optional(f"algorithms.{name}") or optional(f"benchmarks.{name}")):
+    found = map(optional, (name, f"algorithms.{name}", f"benchmarks.{name}"))
+    if not (script := next((x for x in found if hasattr(x, "Hyperparameters")), None)):  # no folder of that name
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
     if any(config.get(key, value) != value for key, value in script_of(script).items()):
         say(f"{script.__file__} is not the file that trained {path}, or was edited since", sys.stderr)

@@ -52,7 +52,8 @@ class Run:
         self.label = f"{name} {slug} {now}"
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
         self.path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
-        if (path / "checkpoint").exists() if args.shard else any(path.glob("part-*")):
+        parts = any(path.glob("part-*"))
+        if (path / "config.json").exists() and not parts if args.shard else parts:
             raise UsageError(f"{path} holds a run {'without' if args.shard else 'with'} --shard; use another --run-dir")
         self.lock = claim(self.path, args.resume)
         self.checkpoint = self.path / "checkpoint" / "state.npz"
@@ -116,8 +117,6 @@ class Run:
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
             trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
-        for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
-            os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
         hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)
         members = [self.members.who(i) | {"swept": x, "hyperparameters": hp | x} for i, x in swept]
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
@@ -127,11 +126,13 @@ class Run:
         config |= {"population": self.members.total, "members": members}
         config |= script_of(sys.modules[type(self.args).__module__])
         self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
-        (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on
-        write_json(self.path / "config.json", config)
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
             self.tracker = optional("benchmarks.tracking", "--track True").Tracker(self.args, config, names, self.label)
+        for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
+            os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
+        (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on
+        write_json(self.path / "config.json", config)
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         where += f", resumed at {self.done}" if found else ""

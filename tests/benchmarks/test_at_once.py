@@ -9,7 +9,7 @@ from conftest import arrays_of, hopper_like, rows_of, smaller
 
 from benchmarks import at_once
 from common.cli import UsageError
-from common.report import load_policy, read_json
+from common.report import claim, load_policy, read_json
 
 VARIANTS = {
     "iql": ("", "slow:--polyak 0.5 --normalize-observations True"),
@@ -169,6 +169,19 @@ def test_datasets_of_other_sizes_are_refused(tmp_path, sets):
     _, settings, _ = at_once.plan("iql", arguments(tmp_path, [sets[0], str(tmp_path / "short.npz")], "iql"))
     with pytest.raises(UsageError, match="different numbers of rows"):
         at_once.Population("iql", settings)
+
+
+@pytest.mark.parametrize(("parts", "busy"), [(3, ""), (1, "part-1")])
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path, sets, parts, busy):
+    """Whether that one is in parts or this one."""
+    args = arguments(tmp_path, sets[:1], "iql", variants=("",), parts=parts)
+    run_dir = at_once.plan("iql", args)[0][0].run_dir / busy
+    lock = claim(run_dir, resume=False)
+    (run_dir / "metrics.csv").write_text("kept")
+    with pytest.raises(UsageError, match="another process is writing to"):
+        at_once.train("iql", args)
+    lock.close()
+    assert (run_dir / "metrics.csv").read_text() == "kept"
 
 
 def test_what_is_refused_leaves_the_runs_that_there_were(tmp_path, sets):

@@ -452,6 +452,35 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
     assert not (tmp_path / "scores.csv").exists(), "nothing is half-written"
 
 
+def test_a_run_that_diverged_before_the_point_of_comparison_is_in_it(tmp_path):
+    write_run(tmp_path, "bc", "easy", [60.0])
+    write_run(tmp_path, "iql", "easy", [None, None])
+    final = tmp_path / "iql_easy" / "final.json"
+    final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 3}))
+    report.main([str(tmp_path), "--at", "100"])
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page[page.index("### After 100 updates") :], "easy")[2:] == ["60.0 [60.0, 60.0]", "-, 2 diverged"]
+
+
+def test_a_run_without_an_online_phase_has_its_length_beside_those_that_have_one(tmp_path):
+    write_run(tmp_path, "bc", "easy", [60.0])
+    write_run(tmp_path, "iql", "easy", [70.0], online_steps=50)
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "60.0 [60.0, 60.0], after 100 updates" in cells_of(page, "easy")
+
+
+def test_results_have_nothing_of_the_run_that_was_there_before(tmp_path):
+    """As where the new one was cut off before its end."""
+    job = suite.plan(suite_args(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results"))[0]
+    for folder, names in ((job.results_dir, (*suite.KEPT, "command.json")), (job.run_dir, ("config.json",))):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(folder.parts[-3])
+    job.keep()
+    assert {path.name: path.read_text() for path in job.results_dir.iterdir()} == {"config.json": "runs"}
+
+
 def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path, capsys):
     write_run(tmp_path, "bc", "easy", [60.0])
     write_run(tmp_path, "iql", "easy", [60.0, 70.0, None])

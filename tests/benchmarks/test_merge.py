@@ -1,6 +1,7 @@
 """Runs in parts: put together they are the files of one process, and what is missing is said."""
 
 import csv
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -145,8 +146,32 @@ def test_a_merge_that_waited_takes_what_ended_meanwhile(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(merge, "lock", lock)
     write_part(tmp_path, 0, {0: 1.0})
-    assert merge.merge(tmp_path) == []
+    with merge.merging(tmp_path):
+        assert merge.merge(tmp_path) == []
     assert len(json.loads((tmp_path / "final.json").read_text())["members"]) == 2
+
+
+def test_no_other_process_draws_the_figures_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that end together each report on the whole run."""
+    for part in (0, 1):
+        write_part(tmp_path, part, {part: 1.0})
+    drawn = []
+
+    def draw(run_dir: Path) -> None:
+        with open(run_dir / ".merge.lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        drawn.append(run_dir)
+
+    monkeypatch.setattr(report.curves, "draw", draw)
+    report.of_run(tmp_path)
+    assert drawn == [tmp_path]
+
+
+def test_a_run_by_itself_is_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_part(tmp_path, 1, {0: 1.0}, shard="")
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "part-1 is a run by itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

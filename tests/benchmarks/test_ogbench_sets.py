@@ -407,6 +407,13 @@ def test_what_does_not_fit_is_refused(name: str, env: str | None, message: str, 
         ogbench_sets.load(name, env)
 
 
+def test_the_buttons_of_another_task_are_refused() -> None:
+    arrays = two_trajectories()
+    arrays["button_states"] = np.zeros((len(arrays["terminals"]), 2))
+    with pytest.raises(UsageError, match=r"x has \[2\] buttons; the task looks at \[9\]"):
+        transitions("x", arrays, Goal([], np.zeros(9)))
+
+
 def test_a_file_without_a_manifest_is_left_alone(package: Any, root: Path) -> None:
     (root / MAZE).mkdir(parents=True)
     with pytest.raises(UsageError, match="move it away"):

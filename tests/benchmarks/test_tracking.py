@@ -167,19 +167,25 @@ def test_a_resumed_run_goes_on_in_wandb_and_parts_share_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb, names = fake(monkeypatch), ["first", "second"]
+    checkpoint = tmp_path / "run" / "checkpoint" / "state.npz"
     Tracker(RunArgs(), config_of(tmp_path / "run"), names, "label 1")
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
     Tracker(RunArgs(resume=True), config_of(tmp_path / "run"), names, "label 2")
     begun, resumed = wandb.runs[:2], wandb.runs[2:]
     assert [run.id for run in resumed] == [run.id for run in begun] == ["id-first", "id-second"]
     assert all("id" not in run.options for run in begun)
     assert {run.options["resume"] for run in resumed} == {"allow"}
     assert {run.options["group"] for run in wandb.runs} == {"label 1"}
+    checkpoint.unlink()  # then it starts anew, perhaps with other members
+    Tracker(RunArgs(resume=True), config_of(tmp_path / "run", (5,)), names, "label 3")
+    assert "id" not in wandb.runs[-1].options and wandb.runs[-1].options["group"] == "label 3"
     for part in (0, 1):
         config = config_of(tmp_path / "parts" / f"part-{part}")
         config["flags"]["run_dir"] = str(tmp_path / "parts")
         Tracker(RunArgs(shard=f"{part}/2"), config, names, f"label {part}")
         assert (tmp_path / "parts" / f"part-{part}" / "wandb.json").exists()
-    assert {run.options["group"] for run in wandb.runs[4:]} == {str(tmp_path / "parts")}
+    assert {run.options["group"] for run in wandb.runs[5:]} == {str(tmp_path / "parts")}
 
 
 @pytest.fixture

@@ -242,6 +242,7 @@ def test_an_mp4(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     pytest.importorskip("imageio_ffmpeg")
     watch.main([str(run), "--out", str(tmp_path / "film.mp4")])
     assert b"ftyp" in (tmp_path / "film.mp4").read_bytes()[:16]
+    assert [path.name for path in tmp_path.iterdir() if "film" in path.name] == ["film.mp4"]
 
 
 def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:

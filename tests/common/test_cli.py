@@ -163,7 +163,7 @@ def test_unknown_presets_are_refused() -> None:
         (["--num-seeds", "0"], "--num-seeds 0"),
         (["--num-seeds", "-1"], "--num-seeds -1"),
         (["--num-updates", "-5"], "--num-updates -5"),
-        (["--num-updates", "0"], "nothing to do"),
+        (["--num-updates", "0"], "must be above --random-steps, 5000"),
         (["--online-steps", "-1"], "--online-steps -1"),
         (["--num-updates", "0", "--online-steps", "5000"], "--random-steps"),
         (["--batch-size", "0"], "--batch-size 0"),

@@ -5,11 +5,13 @@ import io
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -554,7 +556,7 @@ def test_no_network_is_said_within_seconds(root: Path, monkeypatch: pytest.Monke
 def test_failed_download_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import minari
 
-    def download(dataset_id: str) -> None:
+    def download(dataset_id: str, force_download: bool) -> None:
         raise ValueError("Couldn't find any version\nof it")
 
     monkeypatch.setattr(sources, "_server_answers", lambda: True)
@@ -566,9 +568,31 @@ def test_what_is_missing_is_downloaded(root: Path, monkeypatch: pytest.MonkeyPat
     import minari
 
     monkeypatch.setattr(sources, "_server_answers", lambda: True)
-    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_minari(dataset_id, TWO_ENDINGS))
+    monkeypatch.setattr(minari, "download_dataset", lambda name, force_download: write_minari(name, TWO_ENDINGS))
     assert len(load("far/away-v0", "Any1-v0").transitions.rewards) == 6
     assert list(minari.list_local_datasets()) == ["far/away-v0"]
+
+
+def test_of_processes_that_miss_a_set_one_downloads_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files come one by one, and those of a download that was cut off are completed."""
+    import minari
+
+    write_minari("near/by-v0", TWO_ENDINGS)
+    far, calls = root / "far" / "away-v0" / "data", []
+    far.mkdir(parents=True)  # what an earlier download left
+
+    def download(dataset_id: str, force_download: bool) -> None:
+        calls.append((dataset_id, force_download))
+        for name in ("metadata.json", "main_data.hdf5"):
+            shutil.copyfile(root / "near" / "by-v0" / "data" / name, far / name)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(sources, "_server_answers", lambda: True)
+    monkeypatch.setattr(minari, "download_dataset", download)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(load, ["far/away-v0"] * 3, ["Any1-v0"] * 3))
+    assert [len(x.transitions.rewards) for x in found] == [6, 6, 6]
+    assert calls == [("far/away-v0", True)], "unforced, Minari takes a directory for the set"
 
 
 def test_sets_are_joined(tmp_path: Path) -> None:
@@ -615,8 +639,10 @@ def test_an_exported_set_is_the_same(tmp_path: Path) -> None:
     assert (exported.env_spec, exported.low.tolist(), exported.high.tolist()) == named
     for ours, theirs in zip(exported.transitions, whole.transitions, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    with pytest.raises(UsageError, match="is a directory; name the file"):
+    with pytest.raises(UsageError, match=r"is a directory; name an \.npz"):
         write_npz(whole, tmp_path)
+    with pytest.raises(UsageError, match=r"mine is no \.npz"):  # which nothing would read
+        write_npz(whole, tmp_path / "mine")
 
 
 def test_an_export_names_no_environment_whose_options_the_id_has_not(

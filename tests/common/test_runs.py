@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from conftest import (
 
 from algorithms.iql import PRESETS, Args, main
 from common import environments, members, report, runs
-from common.cli import UsageError, parse
+from common.cli import UsageError, optional, parse
 from common.runs import Run
 
 IQL = ROOT / "algorithms" / "iql.py"
@@ -464,7 +465,7 @@ def test_the_best_policy_of_each_member_is_kept_beside_the_last(
 def test_a_whole_run_and_parts_do_not_share_a_directory(tmp_path: Path, first: str, then: str, word: str) -> None:
     args = Args(run_dir=str(tmp_path / "run"), num_seeds=2, shard=first)
     begun = Run("iql", args, members.make_members(args))
-    report.save_tree(begun.checkpoint, {}, {})
+    report.write_json(begun.path / "config.json", {})  # and no checkpoint yet, or any more
     begun.lock.close()
     args = Args(run_dir=str(tmp_path / "run"), num_seeds=2, shard=then, resume=True)
     with pytest.raises(UsageError, match=f"holds a run {word} --shard"):
@@ -495,6 +496,17 @@ def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         report.load_policy(run)
+
+
+def test_a_folder_named_as_the_algorithm_is_no_algorithm(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `runs/iql` is, seen from `runs`."""
+    (tmp_path / "iql").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "iql", raising=False)
+    assert report.load_policy(finished)(np.zeros(11)).shape == (3,)
+    assert sys.modules.pop("iql").__file__ is None, "it was found first"
 
 
 def test_a_policy_of_an_edited_copy_is_not_that_of_the_file_at_hand(finished: Path, tmp_path: Path) -> None:
@@ -731,6 +743,28 @@ def test_a_run_directory_is_not_overwritten(small_run: list[str], iql: Any, take
     before = snapshot(taken)
     assert_refused(iql(*small_run, *LONG, "--run-dir", taken), str(taken))
     assert snapshot(taken) == before
+    for path in taken.glob("*.*"):
+        path.unlink()
+    before = snapshot(taken)
+    assert [path.name for path in taken.iterdir()] == ["checkpoint"]
+    assert_refused(iql(*small_run, *LONG, "--run-dir", taken), "--resume True", str(taken))
+    assert snapshot(taken) == before | {str(taken / ".lock"): b""}
+
+
+def test_what_a_copy_lacks_is_said_before_a_finished_run_loses_anything(
+    small_run: list[str], iql: Any, taken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "optional", partial(without, "benchmarks.tracking"))
+    before = snapshot(taken)
+    assert_refused(iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True", "--track", "True"), "copy it too")
+    assert snapshot(taken) == before
+
+
+def without(missing: str, module: str, needed_for: str = "") -> Any:
+    """`optional` where a module was not copied."""
+    if module == missing:
+        raise UsageError(f"{needed_for} needs {module}; copy it too")
+    return optional(module, needed_for)
 
 
 @pytest.mark.parametrize(
