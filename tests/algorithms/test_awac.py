@@ -461,6 +461,14 @@ def test_noise_on_the_states_reaches_the_policys_likelihood_alone() -> None:
     assert trees_equal(*pair)
 
 
+def test_noise_on_the_states_is_drawn_anew_at_every_update() -> None:
+    """The likelihood depends on the update's key with noise, and not without."""
+    batch, args = random_batch(), replace(ARGS, observation_noise=0.5)
+    for noisy, number in ((args, 4), (ARGS, 1)):
+        keys = [fresh()._replace(key=jax.random.key(i)) for i in range(4)]
+        assert len({float(update(state, batch, HP, noisy)[1]["actor/log_prob"]) for state in keys}) == number
+
+
 def test_losses_do_not_broadcast() -> None:
     with pytest.raises(AssertionError):
         awac.critic_loss(jnp.zeros((2, 4)), jnp.zeros((4, 1)))

@@ -15,7 +15,7 @@ from test_iql import numpy_mlp, random_batch
 
 from algorithms import emaq
 from common.cli import UsageError
-from common.replay import Replay, Transitions, empty_ring
+from common.replay import Replay, Transitions, empty_ring, insert
 
 OBS, ACT, BATCH, NUM, BINS = 4, 2, 16, 6, 5
 SIZES = {"embedding_dim": 8, "embedding_layers": 1, "head_dim": 6, "head_layers": 2, "num_bins": BINS}
@@ -221,6 +221,27 @@ def test_behavior_loss_and_its_update(kind: str) -> None:
     assert bits_equal(
         after._replace(behavior=0, behavior_opt=0, key=0), state._replace(behavior=0, behavior_opt=0, key=0)
     )
+
+
+def test_the_behavior_model_learns_online_and_not_offline() -> None:
+    """With each update of the Q-functions, on the same minibatch: Adam's steps are at most its rate."""
+    state, data = fresh(), jax.tree.map(jnp.asarray, random_batch(size=64))
+    ring = jax.tree.map(lambda x: jnp.asarray(x)[None], insert(empty_ring(8, OBS, ACT), random_batch(1, 8)))
+    hp = HP._replace(behavior_learning_rate=2e-3)
+    for replay, steps in ((Replay(data), 0), (Replay(data, ring, jnp.int32(0)), 3)):
+        after, metrics = train(state, hp, replay, 3, PLAIN)
+        moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), after.behavior, state.behavior)
+        assert max(jax.tree.leaves(moved)) == pytest.approx(2e-3 * steps, rel=0.3)
+        assert (int(after.behavior_opt.count), int(after.step)) == (steps, 3)
+        assert int(metrics.counts["behavior/loss"]) == steps
+
+
+def test_targets_use_the_behavior_model_without_the_temperature_and_bonus_of_exploration() -> None:
+    """Nor does the behaviour model learn otherwise: both are of `act` alone."""
+    state, batch, bold = fresh(), random_batch(), HP._replace(temperature=20.0, exploration_bonus=7.0)
+    for function in (update, update_behavior):
+        one, other = (function(state, batch, hp, PLAIN)[0] for hp in (HP, bold))
+        assert bits_equal(one._replace(key=0), other._replace(key=0))
 
 
 def test_members_are_screened_by_their_own_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,6 +564,17 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
         assert (np.abs(found - exact) <= 5 * np.sqrt(exact * (1 - exact) / len(drawn))).all()
 
 
+def test_rows_of_different_blocks_of_the_pool_have_draws_of_their_own() -> None:
+    """Two blocks of 500 rows, of one state: a row agrees with that at its place in the other block by chance alone."""
+    args = replace(TABULAR, num_proposals=10, proposal_pool=2)
+    state = state_of(behavior_by_hand(over_bins(MU)), critics_by_hand(np.zeros((2, STATES, 3))))
+    pool = np.asarray(
+        draw_pool(state, HP, Replay(tabular_batch(np.zeros(1000, int), np.zeros(1000))), jax.random.key(1), args)
+    )
+    agree, chance = (pool[:500] == pool[500:]).mean(), (MU[0] ** 2).sum()
+    assert agree == pytest.approx(chance, abs=5 * np.sqrt(chance * (1 - chance) / 10_000))
+
+
 def test_bins_of_fresh_proposals_give_the_same_update() -> None:
     """Where the Q-functions are level within each bin of the support, the place in it plays no part."""
     args = replace(TABULAR, num_proposals=4, batch_size=9)
@@ -608,6 +640,19 @@ def test_the_action_is_the_best_proposal() -> None:
         assert all((wanted != one).any() for one in best if one is not wanted)
         choices.append(proposals)
     assert (choices[0] != choices[1]).any(), "the temperature plays a part"
+
+
+def test_the_action_is_the_best_by_the_weight_of_the_minimum_against_the_maximum() -> None:
+    """Each of three weights chooses otherwise in some of the 40 states."""
+    state, key, states = fresh(), jax.random.key(6), random_batch(7, 40).observations
+    state = state._replace(critic=jax.tree.map(lambda x: 3.0 * x, state.critic))
+    proposals = np.asarray(propose(state.behavior, states, key, CHOOSE, ACT))
+    q, choices = q_of(state.critic, states, proposals), []
+    for weight in (1.0, 0.5, 0.0):
+        choices.append((weight * q.min(axis=0) + (1.0 - weight) * q.max(axis=0)).argmax(axis=0))
+        found = np.asarray(act(state, HP._replace(ensemble_weight=weight), states, key, CHOOSE, ACT, False))
+        np.testing.assert_array_equal(found, proposals[choices[-1], np.arange(40)])
+    assert all((choices[i] != choices[i - 1]).any() for i in range(3))
 
 
 def test_of_a_single_bin_the_policy_is_behavior_cloning() -> None:

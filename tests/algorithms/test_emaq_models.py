@@ -157,3 +157,19 @@ def test_vae_loss_by_hand() -> None:
     np.testing.assert_allclose(divergence, np.sum(-np.log(std) + (std**2 + mean**2) / 2 - 0.5), rtol=1e-5)
     samples = vae.apply(zero, STATES[:2], jax.random.key(2), 3, method="sample")
     np.testing.assert_allclose(samples, np.full((3, 2, 1), np.tanh(0.7)), rtol=1e-5)
+
+
+def test_latents_of_the_vaes_samples_are_normal_and_clipped_at_a_half() -> None:
+    """A decoder by hand, tanh of the first latent: 61.7 % of them are beyond a half standard deviation."""
+    policy, many = VAEPolicy(action_dim=1, hidden_dim=2, num_layers=1), 20_000
+    kernel = np.zeros((STATES.shape[1] + 2, 2), np.float32)
+    kernel[STATES.shape[1]] = [1.0, -1.0]
+    layers = [{"kernel": kernel, "bias": np.zeros(2, np.float32)}]
+    layers += [{"kernel": np.float32([[1], [-1]]), "bias": np.zeros(1, np.float32)}]
+    decoder = {f"Dense_{i}": layer for i, layer in enumerate(layers)}
+    samples = policy.apply({"params": {"decoder": decoder}}, STATES[:1], jax.random.key(0), many, method="sample")
+    latent = np.arctanh(np.asarray(samples, np.float64)).ravel()
+    assert len(latent) == many and np.abs(latent).max() == pytest.approx(0.5, rel=1e-5)
+    outside, inside = np.abs(latent) > 0.4999, latent[np.abs(latent) < 0.4999]
+    assert outside.mean() == pytest.approx(0.617, abs=0.015) and latent.mean() == pytest.approx(0.0, abs=0.02)
+    assert (np.abs(inside) < 0.25).mean() == pytest.approx(0.1974 / 0.3829, abs=0.03)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
@@ -97,6 +98,26 @@ def test_interrupted_in_both_phases_and_in_other_chunks_it_ends_the_same(
     assert done_in(run)["offline"] == 25
     assert emaq(*again).status == 0
     assert_same_arrays(run, through)
+
+
+def test_the_pool_is_drawn_anew_whenever_its_states_have_been_used(
+    tmp_path: Path, emaq: Emaq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that tells pools apart, in place of training; after 25 and 50 updates of 60 there is another one."""
+
+    def number(state: Any, hp: Any, data: Any, num_updates: Any, **_: Any) -> tuple[Any, members.Metrics]:
+        pool, n = data.extra[data.member].astype(jnp.float32), jnp.int32(num_updates)
+        weights = jnp.linspace(0.0, 1.0, pool.size).reshape(pool.shape)
+        return state, members.Metrics({"pool": n * (pool * weights).mean()}, {"pool": n})
+
+    monkeypatch.setattr("algorithms.emaq.train", number)
+    assert emaq(*LENGTH, "--checkpoint-every", "5", "--run-dir", tmp_path / "run").status == 0
+    found: dict[str, list[str]] = {}
+    for row in rows_of(tmp_path / "run/metrics.csv"):
+        found.setdefault(row["seed"], []).append(row["pool"])
+    pools = [[set(x[:5]), set(x[5:10]), set(x[10:])] for x in found.values()]
+    assert [len(x) for x in found.values()] == [12, 12] and all(len(x) == 1 for three in pools for x in three)
+    assert len(set().union(*pools[0], *pools[1])) == 6, "each member draws its own"
 
 
 def test_the_behavior_models_of_another_run(

@@ -13,7 +13,7 @@ from scipy import stats
 
 from algorithms import iql
 from common import cli
-from common.replay import Replay, Transitions
+from common.replay import Replay, Transitions, empty_ring, insert
 
 OBS, ACT, BATCH = 4, 2, 16
 ARGS = iql.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, actor_decay_updates=0)
@@ -270,6 +270,16 @@ def test_actor_rate_follows_the_cosine_offline_and_is_whole_online() -> None:
         online, _ = jax.jit(partial(iql.update, args=args, online=True))(state, batch, HP)
         whole, _ = update(state._replace(step=jnp.asarray(0)), batch, HP, args)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), online.actor, whole.actor)
+
+
+def test_training_with_a_ring_is_online() -> None:
+    """Long after the cosine's end: a first step of Adam is as large as its rate, and without a ring there is none."""
+    args, data = replace(ARGS, actor_decay_updates=10), jax.tree.map(jnp.asarray, random_batch(size=64))
+    state, ring = fresh(args)._replace(step=jnp.asarray(99)), insert(empty_ring(8, OBS, ACT), random_batch(1, 8))
+    for online, rate in ((None, 0.0), (ring, HP.actor_learning_rate)):
+        after, _ = jax.jit(partial(iql.train, args=args))(state, HP, Replay(data, online), 1)
+        moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), after.actor, state.actor)
+        assert max(jax.tree.leaves(moved)) == pytest.approx(rate, rel=1e-3)
 
 
 def test_losses_do_not_broadcast() -> None:

@@ -44,6 +44,15 @@ def test_members_are_combinations_times_seeds() -> None:
     assert six.label(4) == "member 4 (seed 8, beta=2)"
 
 
+def test_members_start_from_their_own_seed_and_hyperparameters() -> None:
+    four = members.make_members(iql.Args(grid="beta=3,0.5", num_seeds=2, seed=5))
+    state = four.start(lambda key, hp: {"beta": jnp.float32(hp.beta), "drawn": jax.random.normal(key)})
+    assert np.asarray(state["beta"]).tolist() == [3.0, 3.0, 0.5, 0.5]
+    drawn = [float(jax.random.normal(jax.random.key(seed))) for seed in (5, 6, 5, 6)]
+    np.testing.assert_allclose(state["drawn"], drawn, rtol=1e-6)
+    assert drawn[0] != drawn[1]
+
+
 def test_a_shard_is_every_nth_member() -> None:
     args = iql.Args(grid="beta=1,2", seed=7, num_seeds=3, run_dir="x")
     found = {}

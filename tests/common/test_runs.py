@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
@@ -36,6 +37,9 @@ from conftest import (
 from algorithms.iql import PRESETS, Args, main
 from common import environments, members, report, runs
 from common.cli import UsageError, optional, parse
+from common.data import load
+from common.members import Metrics
+from common.replay import fit_transform
 from common.runs import Run
 
 IQL = ROOT / "algorithms" / "iql.py"
@@ -155,6 +159,52 @@ def test_final_json_follows_from_its_members(finished: Path) -> None:
         assert member["return_mean"] == pytest.approx(np.mean(own), rel=1e-5)
     assert final["updates"] == 50 and final["online_steps"] == 0
     assert final["wall_clock_seconds"] > 0 and final["updates_per_second"] > 0
+
+
+def test_rows_are_of_their_members_and_of_those_that_have_not_diverged(tmp_path: Path, tiny: Path) -> None:
+    """Without any training: half of six members on two devices; the first of them breaks in the second stretch."""
+    shape = {"num_updates": 30, "eval_every": 10, "num_seeds": 6, "seed": 4, "shard": "1/2"}
+    args = Args(dataset=str(tiny), env="Hopper-v5", quiet=True, run_dir=str(tmp_path), **shape)
+    population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5")
+    places = np.arange(len(population.seeds))
+    returns = np.float64([[1, 3], [10, 30], [100, 300]])
+    result = environments.Returns(returns, np.float64([[0, 1], [1, 1], [0, 0]]))
+    with Run("iql", args, population) as run:
+        run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
+        for start, stop in run.chunks("offline", args.num_updates):
+            if run.evaluation_due():
+                run.record_evaluation(result)
+            sums = {"often": 60.0 + 10 * places + start, "seldom": 6.0 + places}
+            counts = {"often": np.full_like(places, 10), "seldom": np.full_like(places, 2)}
+            run.record(stop, Metrics(sums, counts), np.array(places != 0) | (start != 10))
+        run.clock["offline"] = [(10, 100.0), (30, 105.0)]
+        run.finish(result)
+    part, who = tmp_path / "part-1", [("1", "5"), ("3", "7"), ("5", "9")]
+    rows = [
+        (int(row["step"]), (row["member"], row["seed"]), float(row["often"]), float(row["seldom"]))
+        for row in rows_of(part / "metrics.csv")
+    ]
+    of_step = {
+        step: [(step, who[i], 6.0 + i + (step - 10) / 10, 3.0 + i / 2) for i in range(3)] for step in (10, 20, 30)
+    }
+    assert rows == [*of_step[10], *of_step[20], *of_step[30][1:]]
+    found = [
+        (
+            row["step"],
+            (row["member"], row["seed"]),
+            *(float(row[x]) for x in ("return_mean", "return_std", "success_mean")),
+        )
+        for row in rows_of(part / "evaluations.csv")
+    ]
+    values = [(2.0, 1.0, 0.5), (20.0, 10.0, 1.0), (200.0, 100.0, 0.0)]
+    living = {"0": (0, 1, 2), "10": (0, 1, 2), "20": (1, 2), "30": (1, 2)}
+    assert found == [(step, who[i], *values[i]) for step, alive in living.items() for i in alive]
+    final = json.loads((part / "final.json").read_text())
+    assert [(x["member"], x["return_mean"]) for x in final["members"]] == [(1, None), (3, 20.0), (5, 200.0)]
+    assert [x["diverged"] and x["diverged"]["step"] for x in final["members"]] == [10, None, None]
+    episodes = [(row["member"], row["episode"], float(row["return"])) for row in rows_of(part / "returns.csv")]
+    assert episodes == [("3", "0", 10.0), ("3", "1", 30.0), ("5", "0", 100.0), ("5", "1", 300.0)]
+    assert final["updates_per_second"] == 2 * 20 / 5, "of both that live"
 
 
 # Interruption and resuming
@@ -320,6 +370,26 @@ def test_where_chunks_end_does_not_matter(tmp_path: Path, small_run: list[str], 
     assert [row["step"] for row in rows_of(run / "evaluations.csv")] == ["120", "120"]
 
 
+def edit_metadata(run: Path, **changes: Any) -> None:
+    path = run / "checkpoint" / "state.npz"
+    arrays, metadata = report.read_tree(path)
+    np.savez(path, **arrays, metadata=np.frombuffer(json.dumps(metadata | changes).encode(), np.uint8))
+
+
+def test_the_time_before_a_resumption_counts(small_run: list[str], iql: Any, taken: Path) -> None:
+    edit_metadata(taken, seconds=10_000.0)
+    assert iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True").status == 0
+    assert 10_000 < json.loads((taken / "final.json").read_text())["wall_clock_seconds"] < 11_000
+
+
+def test_once_an_online_step_was_made_lengths_are_fixed(small_run: list[str], iql: Any, taken: Path) -> None:
+    """As a slow test shows of a whole run: here the checkpoint says so."""
+    edit_metadata(taken, done={"pretraining": 0, "offline": 120, "online": 3})
+    for flag, value in (("--online-steps", 9), ("--num-updates", 130), ("--max-episode-steps", 3)):
+        outcome = iql(*small_run, *LONG, flag, value, "--run-dir", taken, "--resume", "True")
+        assert_refused(outcome, flag, f"not {value}")
+
+
 def test_resuming_a_finished_run_changes_nothing(
     tmp_path: Path, small_run: list[str], iql: Any, uninterrupted: Path
 ) -> None:
@@ -481,6 +551,29 @@ def test_a_policy_that_is_not_there_is_one_line(finished: Path, tmp_path: Path) 
         with pytest.raises(UsageError) as caught:
             call()
         assert words in str(caught.value)
+
+
+def test_a_policy_has_the_hyperparameters_of_its_member(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the grid, which the finished run swept in combinations with three seeds."""
+
+    def act(state: Any, hp: Any, observations: Any, *_: Any) -> Any:
+        return jnp.full((len(observations), 3), hp.beta / 10)
+
+    monkeypatch.setattr(sys.modules["algorithms.iql"], "act", act)
+    for member in range(6):
+        np.testing.assert_allclose(report.load_policy(finished, member)(np.zeros(11)), 0.1 if member < 3 else 0.2)
+
+
+def test_a_policy_gives_actions_between_the_bounds_of_its_environment(finished: Path, tmp_path: Path) -> None:
+    run, raw = shutil.copytree(finished, tmp_path / "run"), np.random.default_rng(0).normal(size=(50, 11))
+    low, high = np.array([-3.0, 0.0, 1.0]), np.array([5.0, 0.5, 2.0])
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"action_low": low.tolist(), "action_high": high.tolist()}))
+    inner = report.load_policy(finished)(raw)  # Hopper's bounds are -1 and 1
+    assert np.ptp(inner) > 0.1
+    for rows in (slice(None), 7):
+        outer = low + (high - low) * (inner[rows] + 1.0) / 2.0
+        np.testing.assert_allclose(report.load_policy(run)(raw[rows]), outer, rtol=1e-5)
 
 
 def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
