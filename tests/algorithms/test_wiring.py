@@ -121,7 +121,7 @@ def test_a_policy_that_draws_repeats_its_last_evaluation(run: Path, name: str) -
         assert np.min(taken) >= 0.15 and np.max(taken) <= 0.3 and len(np.unique(taken, axis=0)) == LIMIT
 
 
-@EACH_MAIN
+@pytest.mark.parametrize("name", ["awr", pytest.param("emaq", marks=pytest.mark.slow), "iql"])
 def test_an_evaluation_that_fails_in_the_online_phase_leaves_a_checkpoint_to_go_on_from(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
