@@ -190,21 +190,21 @@ def film(path: Path, env: gym.Env, moments: Iterator[None]) -> None:
     every = math.ceil(rate / SMOOTH)
     frames = (picture(env) for i, _ in enumerate(moments) if i % every == 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        kept, n = thin(frames)
-        imageio.mimwrite(path, kept, fps=rate / every / n, loop=0)
-        every, count = every * n, len(kept)
-    else:
-        count, unfinished = 0, path.with_stem(f".{path.stem}.tmp")
-        try:
+    count, unfinished = 0, path.with_stem(f".{path.stem}.tmp")
+    try:
+        if path.suffix == ".gif":
+            kept, n = thin(frames)
+            imageio.mimwrite(unfinished, kept, fps=rate / every / n, loop=0)
+            every, count = every * n, len(kept)
+        else:
             with warnings.catch_warnings(), imageio.get_writer(unfinished, fps=rate / every) as writer:
                 warnings.filterwarnings("ignore", r"os\.fork")  # JAX's; the fork becomes ffmpeg at once
                 for frame in frames:
                     writer.append_data(frame)
                     count += 1
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     skipped = f", one of {every} steps" if every > 1 else ""
     print(f"{path}: {count} frames at {rate / every:.3g} a second{skipped}, {path.stat().st_size / 1e6:.1f} MB")
 

@@ -186,6 +186,21 @@ def test_a_gif_keeps_every_nth_frame(count: int, most: int, n: int) -> None:
     assert found == n and [int(frame) for frame in kept] == list(range(0, count, n)) and len(kept) <= most
 
 
+def test_a_film_that_is_cut_off_leaves_the_one_before(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"GIF")
+        raise KeyboardInterrupt
+
+    (tmp_path / "film.gif").write_bytes(b"old")
+    monkeypatch.setattr("imageio.v2.mimwrite", half)
+    with pytest.raises(SystemExit) as stop:
+        watch.main([str(run), "--out", str(tmp_path / "film.gif")])
+    assert stop.value.code == 130
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if "film" in path.name} == {"film.gif": b"old"}
+
+
 def test_a_long_film_plays_in_real_time(
     tmp_path: Path, filmed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
