@@ -166,6 +166,16 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
         assert word in outcome.err
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Signals as at a terminal: a background job of a shell ignores SIGINT, nohup SIGHUP, and children inherit that."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @contextmanager
 def signalled_after(stretch: int, number: int = signal.SIGTERM) -> Iterator[None]:
     """Runs in this context are signalled after the updates of their n-th stretch, before it is recorded."""

@@ -219,6 +219,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("forward", "signals"), [(True, [signal.SIGTERM]), (False, [signal.SIGINT, signal.SIGINT])], ids=str
 )

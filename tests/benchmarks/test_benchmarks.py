@@ -154,6 +154,7 @@ def test_suite_keeps_going_after_a_failure_and_skips_what_is_done(folder, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # the latter: the terminal was closed
 def test_suite_stops_at_a_signal_with_a_checkpoint_and_then_resumes(folder, number):
     args = suite_args(num_updates=30_000, extra=EXTRA + " --batch-size 2")
