@@ -50,6 +50,11 @@ class Cell:
         """The members that diverged, as the tables name them."""
         return {str(member["member"]) for member in self.members if member["diverged"]}
 
+    @property
+    def all_lost(self) -> bool:
+        """Whether every member diverged."""
+        return len(self.lost) == len(self.members)
+
     def curves(self, phase: str, column: str) -> Curves:
         """By member, what the evaluations of the phase have in the column, against the steps."""
         return curves_of((row for row in self.evaluations if row["phase"] == phase), column)
@@ -144,8 +149,8 @@ def of_full_length(cells: Sequence[Cell]) -> list[Cell]:
     longest = max((cell.length for cell in cells), key=sum)
 
     def counts(cell: Cell) -> bool:
-        flags, all_lost = cell.config["flags"], len(cell.lost) == len(cell.members)
-        return cell.length == longest or (all_lost and (flags["num_updates"], flags["online_steps"]) == longest)
+        flags = cell.config["flags"]
+        return cell.length == longest or (cell.all_lost and (flags["num_updates"], flags["online_steps"]) == longest)
 
     return [cell for cell in cells if counts(cell)]
 
@@ -187,7 +192,7 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
         places = {("offline", updates)} | ({("online", 0)} if cell.final["updates"] == updates else set())
         here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) in places)
         rows = {row["member"]: row for row in here}
-        if rows or (len(cell.lost) == len(cell.members) and cell.final["updates"] <= updates):  # all had diverged
+        if rows or (cell.all_lost and cell.final["updates"] <= updates):
             evaluated |= bool(rows)
             members = [measured(member, rows, lost=member["diverged"]) for member in cell.members]
             found.append(replace(cell, members=members, final=cell.final | {"updates": updates, "online_steps": 0}))

@@ -59,10 +59,10 @@ def claim(path: Path, resume: bool) -> Any:
         raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
     except OSError as error:
         raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
-    begun, saved = ((path / name).exists() for name in ("config.json", "checkpoint/state.npz"))
-    if not resume and (begun or saved or any(path.glob("*.csv"))):
+    begun, tables, saved = (any(path.glob(x)) for x in ("config.json", "*.csv", "checkpoint/state.npz"))
+    if not resume and (begun or tables or saved):
         raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
-    if any(path.glob("*.csv")) and not saved and (not begun or (path / "final.json").exists()):
+    if tables and not saved and (not begun or (path / "final.json").exists()):
         raise UsageError(f"{path} has results and no checkpoint to go on from; use another --run-dir")
     return lock
 

@@ -136,6 +136,14 @@ def arrays_of(directory: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files if name != "metadata"}
 
 
+def edit_metadata(directory: Path, **changes: Any) -> None:
+    """Change what a run's checkpoint says beside its arrays."""
+    path = directory / "checkpoint" / "state.npz"
+    with np.load(path, allow_pickle=False) as file:
+        metadata = json.loads(file["metadata"].tobytes()) | changes
+    np.savez(path, **arrays_of(directory), metadata=np.frombuffer(json.dumps(metadata).encode(), np.uint8))
+
+
 def assert_same_arrays(one: Path, other: Path) -> None:
     """The checkpoints of two runs hold the same, to the last bit."""
     first, second = arrays_of(one), arrays_of(other)

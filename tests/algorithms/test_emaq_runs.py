@@ -3,7 +3,7 @@
 All runs have two members of the same sizes, so that few programs are compiled.
 """
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from conftest import (
     assert_refused,
     assert_same_arrays,
     done_in,
+    edit_metadata,
     hopper_like,
     rows_of,
     signalled_after,
@@ -25,7 +26,6 @@ from conftest import (
 )
 
 from common import members
-from common.report import read_tree
 from common.runs import Run
 
 SIZES = ["--num-layers", "1", "--num-critics", "3", "--num-bins", "4", "--behavior-learning-rate", "0.05"]
@@ -196,10 +196,8 @@ def test_behavior_models_that_do_not_fit_are_refused(
 def test_behavior_models_of_a_run_that_went_wrong_are_refused(
     tmp_path: Path, emaq: Emaq, through: Path, changes: dict[str, Any], words: str
 ) -> None:
-    file = tmp_path / "source/checkpoint/state.npz"
-    file.parent.mkdir(parents=True)
-    arrays, metadata = read_tree(through / "checkpoint/state.npz")
-    np.savez(file, **arrays, metadata=np.frombuffer(json.dumps(metadata | changes).encode(), np.uint8))
+    shutil.copytree(through / "checkpoint", tmp_path / "source" / "checkpoint")
+    edit_metadata(tmp_path / "source", **changes)
     outcome = emaq("--num-updates", "5", "--run-dir", tmp_path / "run", "--behavior-checkpoint", tmp_path / "source")
     assert_refused(outcome, words)
 

@@ -44,6 +44,21 @@ def draw(state: Any, hp: Any, observations: Any, key: Any, args: Any, action_dim
     return jax.random.uniform(key, (len(observations), action_dim), jnp.float32, 0.5 * size, size)
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Put the two in the places of the algorithm's own."""
+    module = importlib.import_module(f"algorithms.{name}")
+    monkeypatch.setattr(module, "train", count_rows)
+    monkeypatch.setattr(module, "act", draw)
+    if name == "emaq":
+        monkeypatch.setattr(module, "main", partial(module.main, act=draw))
+
+
+def leaf(run: Path, ending: str) -> np.ndarray:
+    """The array of a run's checkpoint whose name ends so."""
+    (array,) = (array for name, array in arrays_of(run).items() if name.endswith(ending))
+    return array
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wiring")
@@ -54,14 +69,10 @@ def run(
     finished: Path, name: str, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A run of two members through both phases, of the stand-ins; the policies that it leaves are stand-ins too."""
-    module, run = importlib.import_module(f"algorithms.{name}"), finished / name
-    monkeypatch.setattr(module, "train", count_rows)
-    monkeypatch.setattr(module, "act", draw)
-    if name == "emaq":
-        monkeypatch.setattr(module, "main", partial(module.main, act=draw))
+    stand_in(monkeypatch, name)
+    run = finished / name
     if not run.exists():
-        arrays = hopper_like()
-        arrays = {key: 5 * x + 3 if "observations" in key else x for key, x in arrays.items()}
+        arrays = {key: 5 * x + 3 if "observations" in key else x for key, x in hopper_like().items()}
         np.savez(finished / "data.npz", **arrays)
         flags = [*small_run, *smaller(name), *LENGTHS, *TRANSFORMS, "--num-seeds", "2", "--run-dir", run]
         flags[flags.index("--dataset") + 1] = str(finished / "data.npz")
@@ -84,7 +95,7 @@ def test_the_data_are_transformed_and_used_in_both_phases(run: Path, name: str) 
 def test_a_member_learns_after_every_online_step_and_explores_with_a_new_key_each_time(run: Path, name: str) -> None:
     arrays = arrays_of(run)
     ring = {key.rpartition(".")[2]: array for key, array in arrays.items() if "'ring'" in key}
-    (steps,) = (array.tolist() for key, array in arrays.items() if key.endswith(".step"))
+    steps = leaf(run, ".step").tolist()
     assert ring["written"].tolist() == [24, 24]
     assert steps == [10 + (10 if name == "awr" else 24)] * 2, "of AWR two iterations of 5 updates after 12 steps"
     if name != "awr":
@@ -141,7 +152,7 @@ def test_an_evaluation_that_fails_in_the_online_phase_leaves_a_checkpoint_to_go_
         script(name, *flags)
     done = done_in(run)
     assert (done["offline"], done["online"]) == (10, 12 if name == "awr" else 8)
-    (written,) = (array.tolist() for key, array in arrays_of(run).items() if key.endswith("['ring'].written"))
+    written = leaf(run, "['ring'].written").tolist()
     assert written == [8]
     outcome = script(name, *flags)
     assert (outcome.status, outcome.err) == (0, "")
@@ -176,7 +187,7 @@ def test_a_member_stays_as_it_was_before_the_stretch_that_broke_it(
     assert outcome.status == 0 and outcome.err.count("diverged") == 1 and f"as it was at {kept}" in outcome.err
     assert done_in(run) | {"pretraining": 0} == {"pretraining": 0, "offline": 10, "online": 24}
     arrays = arrays_of(run)
-    (steps,) = (array.tolist() for key, array in arrays.items() if key.endswith(".step"))
+    steps = leaf(run, ".step").tolist()
     assert steps == [kept, 10 + 24]
     assert all(np.isfinite(array).all() for key, array in arrays.items() if key.startswith("['state']"))
 
@@ -191,17 +202,13 @@ def test_from_scratch_the_first_steps_are_uniform_and_without_updates(
     more: list[str],
 ) -> None:
     """Seven of twelve: the policies draw from 0.45 on. Each later step has its update, also where rounds cut them."""
-    module, run = importlib.import_module(f"algorithms.{name}"), tmp_path / "run"
-    monkeypatch.setattr(module, "train", count_rows)
-    monkeypatch.setattr(module, "act", draw)
-    if name == "emaq":
-        monkeypatch.setattr(module, "main", partial(module.main, act=draw))
+    stand_in(monkeypatch, name)
+    run = tmp_path / "run"
     flags = [*small_run, *smaller(name), *more, "--num-updates", "0", "--online-steps", "12", "--random-steps", "7"]
     outcome = script(name, *flags, "--eval-every", "0", "--max-episode-steps", str(LIMIT), "--run-dir", run)
     assert (outcome.status, outcome.err) == (0, "")
-    arrays = arrays_of(run)
-    (steps,) = (array.tolist() for key, array in arrays.items() if key.endswith(".step"))
-    (actions,) = (array[0] for key, array in arrays.items() if key.endswith("data.actions") and "'ring'" in key)
+    steps = leaf(run, ".step").tolist()
+    actions = leaf(run, "['ring'].data.actions")[0]
     assert steps == [12 - 7]
     assert -1 <= actions[:7].min() < -0.5 and 0.9 < actions[:7].max() <= 1 and (actions[:7] < 0.45).sum() > 10
     assert actions[7:].min() >= 0.45 and actions[7:].max() <= 0.9 and len(np.unique(actions)) == 36
@@ -211,15 +218,14 @@ def test_iterations_of_awr_have_their_share_of_updates_and_a_ring_of_the_given_s
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 12, 12 and 6 steps in two environments, with 5, 5 and half as many updates, rounded up."""
+    run = tmp_path / "run"
     monkeypatch.setattr(importlib.import_module("algorithms.awr"), "train", count_rows)
     flags = [*small_run, *smaller("awr"), "--num-updates", "0", "--online-steps", "30", "--buffer-size", "20"]
-    flags += ["--eval-every", "0", "--max-episode-steps", str(LIMIT), "--run-dir", tmp_path / "run"]
+    flags += ["--eval-every", "0", "--max-episode-steps", str(LIMIT), "--run-dir", run]
     outcome = script("awr", *flags)
     assert (outcome.status, outcome.err) == (0, "")
-    assert [row["step"] for row in rows_of(tmp_path / "run/metrics.csv")] == ["12", "24", "30"]
-    arrays = arrays_of(tmp_path / "run")
-    (steps,) = (array.tolist() for key, array in arrays.items() if key.endswith(".step"))
-    (written,) = (array.tolist() for key, array in arrays.items() if key.endswith(".written"))
-    (rewards,) = (array for key, array in arrays.items() if key.endswith("data.rewards"))
+    assert [row["step"] for row in rows_of(run / "metrics.csv")] == ["12", "24", "30"]
+    steps = leaf(run, ".step").tolist()
+    written, rewards = leaf(run, "['ring'].written").tolist(), leaf(run, "['ring'].data.rewards")
     assert (steps, written) == ([5 + 5 + 3], [24]), "15 steps of each are three episodes of 4, and 3 steps"
     assert rewards.shape == (1, 20) and rewards.all()

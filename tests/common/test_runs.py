@@ -28,6 +28,7 @@ from conftest import (
     assert_same_arrays,
     assert_same_tables,
     done_in,
+    edit_metadata,
     hopper_like,
     rows_of,
     signalled_after,
@@ -368,12 +369,6 @@ def test_where_chunks_end_does_not_matter(tmp_path: Path, small_run: list[str], 
     final = [json.loads((path / "final.json").read_text())["members"] for path in (run, uninterrupted)]
     assert final[0] == final[1]
     assert [row["step"] for row in rows_of(run / "evaluations.csv")] == ["120", "120"]
-
-
-def edit_metadata(run: Path, **changes: Any) -> None:
-    path = run / "checkpoint" / "state.npz"
-    arrays, metadata = report.read_tree(path)
-    np.savez(path, **arrays, metadata=np.frombuffer(json.dumps(metadata | changes).encode(), np.uint8))
 
 
 def test_the_time_before_a_resumption_counts(small_run: list[str], iql: Any, taken: Path) -> None:
