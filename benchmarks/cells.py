@@ -1,6 +1,7 @@
 """The results of a suite, read from its folder: cells of members that differ by their seeds only."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,11 @@ def unique(values: Sequence[Any]) -> list[Any]:
 
 
 def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
-    """Interquartile mean over all strata and its interval; None if a stratum is empty."""
+    """Interquartile mean over all strata and its interval, NaN of single seeds; None if a stratum is empty."""
     if not strata or not all(len(values) for values in strata):
         return None
-    low, high = bootstrap_interval(strata)
+    several = any(len(values) > 1 for values in strata)
+    low, high = bootstrap_interval(strata) if several else (math.nan, math.nan)
     return {"iqm": float(interquartile_mean([x for values in strata for x in values])), "low": low, "high": high}
 
 
@@ -162,11 +164,13 @@ def common_datasets(cells: Sequence[Cell]) -> list[str]:
     return [name for name in unique([c.dataset for c in cells]) if all((name, a) in scored for a in algorithms)]
 
 
-def aggregate(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, float] | None]]:
+def aggregate(
+    cells: Sequence[Cell], scores_of: Callable[[Cell], list[float]] = lambda cell: cell.values("score_mean")
+) -> tuple[list[str], dict[str, dict[str, float] | None]]:
     """Of the cells of full length: the datasets that every algorithm has, and the summary of each over them."""
     full = of_full_length(cells)
     common = common_datasets(full)
-    scores = {(cell.dataset, cell.algorithm): cell.values("score_mean") for cell in full}
+    scores = {(cell.dataset, cell.algorithm): scores_of(cell) for cell in full}
     return common, {one: summary([scores[name, one] for name in common]) for one in unique([c.algorithm for c in full])}
 
 

@@ -20,6 +20,7 @@ Scores are those of the last policy, never of the best one. A number over seeds 
 stratified bootstrap interval (Agarwal et al., 2021): the strata are the datasets, seeds are drawn within each.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -82,7 +83,8 @@ class Args:
 
 def show(value: dict[str, float] | None, lost: int = 0, length: str = "") -> str:
     """`mean [low, high]`, how many seeds it lacks, and the run's length where it is to be named."""
-    text = "-" if value is None else f"{value['iqm']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+    text = "-" if value is None else f"{value['iqm']:.1f}"
+    text += f" [{value['low']:.1f}, {value['high']:.1f}]" if value and not math.isnan(value["low"]) else ""
     return text + (f", {lost} diverged" if lost else "") + (f", after {length}" if length else "")
 
 
@@ -112,6 +114,10 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
             lengths = unique([cell.length for cell in cells])
             name += f", after {length_in_words(max(lengths, key=sum))}" if len(lengths) > 1 else ""
             rows.append([name, *[""] * len(heads), *(show(totals.get(one)) for one in algorithms)])
+            if all(len(x) == LAST for cell in of_full_length(cells) for x in last_evaluations(cell, LAST).values()):
+                name = f"the same {len(datasets)}, mean of the last {LAST} evaluations"
+                totals = aggregate(cells, last_means)[1]
+                rows.append([name, *[""] * len(heads), *(show(totals.get(one)) for one in algorithms)])
     return markdown(["dataset", *heads, *algorithms], rows)
 
 
@@ -126,13 +132,18 @@ def fine_tuning(cells: Sequence[Cell]) -> str:
     return markdown(["run", "offline updates", "environment steps", "before", "after", "regret"], rows)
 
 
+def last_means(cell: Cell) -> list[float]:
+    """Of each seed that is left, the mean score of its last ten evaluations."""
+    return [sum(values) / len(values) for values in last_evaluations(cell, LAST).values()]
+
+
 def last_and_best(cells: Sequence[Cell]) -> str:
     """The last evaluation, the mean of the last ten, and the best one."""
     rows = []
     for cell in cells:
         last, every = last_evaluations(cell, LAST), last_evaluations(cell, sys.maxsize)
         count = max(map(len, last.values()), default=0)
-        means = show(summary([[sum(values) / len(values) for values in last.values()]]))
+        means = show(summary([last_means(cell)]))
         best = show(summary([[max(values) for values in every.values()]]))
         texts = [
             show(summary([cell.values("score_mean")])),
@@ -326,7 +337,7 @@ def evaluation_practice(folder: Path, cells: Sequence[Cell]) -> list[str]:
             lost,
         ]
     strata = strata_of(cells)
-    if len(strata) > 1:
+    if len(strata) > 1 and all(len(x) > 1 for tasks in strata.values() for x in tasks):  # one seed compares nothing
         count = len(next(iter(strata.values())))
         figures.plot_profiles(folder / "profiles.png", strata)
         parts += [
@@ -363,8 +374,8 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         f"Made from the files beside it by `{command}`.\n",
         "The figures are those of the last policy, not of the best one: interquartile mean over the seeds [95 % "
         "stratified bootstrap interval]. A quarter of the seeds, rounded down, is cut at each end, so with fewer than "
-        "four it is the mean; with fewer than about ten, the interval is narrower than its name says. Each seed by "
-        "itself: [scores.csv](scores.csv).\n",
+        "four it is the mean; with fewer than about ten, the interval is narrower than its name says, and a single "
+        "seed has none. Each seed by itself: [scores.csv](scores.csv).\n",
     ]
     with_score = {cell.dataset for cell in cells if cell.values("score_mean")}
     scored = [cell for cell in cells if cell.dataset in with_score]  # with those that diverged there

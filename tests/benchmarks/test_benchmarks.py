@@ -382,7 +382,7 @@ def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_n
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert cells_of(page, "Hard-v5")[1] == "-", "a dataset that was not trained on has no average to beat"
-    assert cells_of(page, "Hard-v5")[2] == "10.0 [10.0, 10.0], after 900 steps"
+    assert cells_of(page, "Hard-v5")[2] == "10.0, after 900 steps", "one seed has no interval"
     assert "| awr rate=0.0001, Hard-v5 |" in page
     write_run(tmp_path, "awr", "hard", [30.0], rate=1e-4, hidden_dim=16, seed=7)
     with pytest.raises(UsageError, match="awr on hard twice"):
@@ -390,9 +390,9 @@ def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_n
 
 
 def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
-    write_run(tmp_path, "bc", "easy", [10.0])
+    write_run(tmp_path, "bc", "easy", [10.0, 10.0])
     write_run(tmp_path, "bc", "hard", [2.0])
-    write_run(tmp_path, "iql", "easy", [30.0])
+    write_run(tmp_path, "iql", "easy", [30.0, 30.0])
     datasets, totals = report.aggregate(report.read(tmp_path))
     assert datasets == ["easy"]
     assert totals == {"bc": {"iqm": 10.0, "low": 10.0, "high": 10.0}, "iql": {"iqm": 30.0, "low": 30.0, "high": 30.0}}
@@ -410,7 +410,7 @@ def test_runs_of_other_lengths_are_left_out_of_averages_and_comparisons(tmp_path
         ("iql", "hard", 90.0, 7),
         ("cql", "easy", 99.0, 7),
     ):
-        write_run(tmp_path, algorithm, dataset, [score], num_updates=updates)
+        write_run(tmp_path, algorithm, dataset, [score, score], num_updates=updates)
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: drawn.append((path.stem, self)))
     report.write(tmp_path)
@@ -446,7 +446,7 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
     part = page[page.index("### After 40 updates") :]
     assert "4 episodes for each seed" in part
     assert cells_of(part, "dataset") == ["dataset", "data", "bc", "iql"], "the other had ended by then"
-    assert cells_of(part, "easy")[2:] == ["1.5 [1.0, 2.0]", "3.0 [3.0, 3.0], 1 diverged"]
+    assert cells_of(part, "easy")[2:] == ["1.5 [1.0, 2.0]", "3.0, 1 diverged"]
     (tmp_path / "scores.csv").unlink()
     with pytest.raises(SystemExit):
         report.main([str(tmp_path), "--at", "41"])
@@ -460,7 +460,7 @@ def test_a_run_that_diverged_before_the_point_of_comparison_is_in_it(tmp_path):
     final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 3}))
     report.main([str(tmp_path), "--at", "100"])
     page = (tmp_path / "README.md").read_text()
-    assert cells_of(page[page.index("### After 100 updates") :], "easy")[2:] == ["60.0 [60.0, 60.0]", "-, 2 diverged"]
+    assert cells_of(page[page.index("### After 100 updates") :], "easy")[2:] == ["60.0", "-, 2 diverged"]
 
 
 def test_a_run_without_an_online_phase_has_its_length_beside_those_that_have_one(tmp_path):
@@ -468,7 +468,7 @@ def test_a_run_without_an_online_phase_has_its_length_beside_those_that_have_one
     write_run(tmp_path, "iql", "easy", [70.0], online_steps=50)
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "60.0 [60.0, 60.0], after 100 updates" in cells_of(page, "easy")
+    assert "60.0, after 100 updates" in cells_of(page, "easy")
 
 
 def test_results_have_nothing_of_the_run_that_was_there_before(tmp_path):
@@ -519,7 +519,32 @@ def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
     table.write_text(table.read_text().splitlines()[0] + "\n" + "".join(lines) + "offline,100,1,1,0,0,500,0,10\n")
     report.write(tmp_path)
     row = cells_of((tmp_path / "README.md").read_text(), "iql, easy")
-    assert row[1:] == ["7.0 [7.0, 7.0]", "13.3 [13.3, 13.3]", "80.0 [80.0, 80.0]"]  # (10 + ... + 18 + 7) / 10
+    assert row[1:] == ["7.0", "13.3", "80.0"]  # (10 + ... + 18 + 7) / 10
+
+
+def test_the_mean_of_the_last_ten_is_averaged_over_datasets_where_every_run_has_ten(tmp_path):
+    head = "phase,step,member,seed,return_mean,return_std,score_mean,score_std,episodes\n"
+    for name, level in (("easy", 10.0), ("hard", 20.0)):
+        write_run(tmp_path, "bc", name, [1.0, 1.0])
+        rows = [f"offline,{10 * i},{m},{m},0,0,{level + m},0,10\n" for i in range(1, 11) for m in range(2)]
+        (tmp_path / f"bc_{name}" / "evaluations.csv").write_text(head + "".join(rows))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "all 2")[2] == "1.0 [1.0, 1.0]"
+    # Of 10, 11, 20, 21 the middle two.
+    assert cells_of(page, "the same 2, mean of the last 10 evaluations")[2].startswith("15.5 [")
+    table = tmp_path / "bc_easy" / "evaluations.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-2]))
+    report.write(tmp_path)
+    assert "the same 2" not in (tmp_path / "README.md").read_text(), "one run has nine"
+
+
+def test_single_seeds_are_not_compared(tmp_path):
+    write_run(tmp_path, "bc", "easy", [10.0])
+    write_run(tmp_path, "iql", "easy", [30.0, 40.0])
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "easy")[2:] == ["10.0", "35.0 [30.0, 40.0]"] and "P(row > column)" not in page
 
 
 def test_diverged_seeds_are_counted_and_may_stand_at_the_worst(tmp_path):
@@ -588,8 +613,8 @@ def test_report_against_a_setting_has_a_line_for_what_the_runs_share(tmp_path, c
     page = (tmp_path / "README.md").read_text()
     assert cells_of(page, "num_proposals") == ["num_proposals", "5", "50", "100"]
     rows = [cells_of(page, label)[1:] for label in ("emaq, easy", "emaq model=b, easy")]
-    assert rows[0] == ["3.0 [3.0, 3.0]", "not run", "7.0 [7.0, 7.0]"]
-    assert rows[1] == ["not run", "9.0 [9.0, 9.0], 1 diverged", "not run"]
+    assert rows[0] == ["3.0", "not run", "7.0"]
+    assert rows[1] == ["not run", "9.0, 1 diverged", "not run"]
     assert "report.py results/" in page and "--against num_proposals`" in page
     assert (tmp_path / "against_num_proposals.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit, match="2"):
