@@ -118,8 +118,8 @@ class Args(RunArgs):
         refuse_sweep(self, unused, f"with --weights {self.weights}")
 
 
-# CORL's, and the authors' script for human demonstrations with rewards of 0 and -1. OGBench's are
-# ours: the networks' sizes and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC.
+# CORL's, and the authors' script for human demonstrations with rewards of 0 and -1. OGBench's are ours: the networks'
+# sizes and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC.
 PRESETS = {
     "locomotion": {"temperature": 1 / 3},
     "antmaze": {"temperature": 0.1, "reward_shift": -1.0},
@@ -349,7 +349,7 @@ def main(args: Args) -> None:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():

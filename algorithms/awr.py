@@ -58,7 +58,7 @@ from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, keep_finite, make_members, repeat
 from common.networks import descend
-from common.replay import Recorded, Replay, Transitions, empty_ring, fit_transform, insert
+from common.replay import Recorded, Replay, Ring, Transitions, empty_ring, fit_transform
 from common.runs import Run
 
 
@@ -153,27 +153,26 @@ class Part(NamedTuple):
     data: Recorded | Transitions
     start: jax.Array | int
     written: jax.Array | int
-    phase: str
+    number: int  # 0 offline, 1 online
 
 
 def parts(data: Replay) -> list[Part]:
     """Offline data and ring, whichever are there, in the order of the row numbers."""
     offline, ring, member, _ = data
-    found = [] if offline is None else [Part(offline, 0, len(offline.rewards), "offline")]
+    found = [] if offline is None else [Part(offline, 0, len(offline.rewards), 0)]
     if ring is not None:
         own = ring if member is None else jax.tree.map(lambda x: x[member], ring)
-        found.append(Part(own.data, own.written % own.capacity, own.written, "online"))
+        found.append(Part(own.data, own.written % own.capacity, own.written, 1))
     return found
 
 
 class Normalizer(NamedTuple):
-    """Mean and sum of squared deviations, `[obs_dim]` each, of `count` states; how many rows of each part they are."""
+    """Mean and sum of squared deviations, `[obs_dim]` each, of `count` states; how many rows of each part were seen."""
 
     count: jax.Array
     mean: jax.Array
     squares: jax.Array
-    seen_offline: jax.Array
-    seen_online: jax.Array
+    seen: jax.Array  # [2] by the part's number
 
 
 # Eq. (58)
@@ -181,8 +180,8 @@ def observe(normalizer: Normalizer, data: Replay, limit: jax.Array | int) -> Nor
     """The normaliser with the states that came since it was last called, until it has `limit` of them."""
 
     def add(normalizer: Normalizer) -> Normalizer:
-        for rows, start, written, phase in parts(data):
-            not_seen = written - getattr(normalizer, f"seen_{phase}")
+        for rows, start, written, number in parts(data):
+            not_seen = written - normalizer.seen[number]
             age = (start - 1 - jnp.arange(len(rows.rewards))) % len(rows.rewards)
             new = (age < not_seen)[:, None].astype(jnp.float32)
             count = jnp.minimum(not_seen, len(rows.rewards)).astype(jnp.float32)
@@ -194,7 +193,7 @@ def observe(normalizer: Normalizer, data: Replay, limit: jax.Array | int) -> Nor
                 count=total,
                 mean=normalizer.mean + change * share,
                 squares=normalizer.squares + squares + change**2 * normalizer.count * share,
-                **{f"seen_{phase}": jnp.asarray(written, jnp.int32)},
+                seen=normalizer.seen.at[number].set(written),
             )
         return normalizer
 
@@ -233,7 +232,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     """Fresh networks and optimisers, and a normaliser that has seen nothing."""
     actor, value = modules(args, action_dim)
     actor_key, value_key, key = jax.random.split(key, 3)
-    observations, none = jnp.zeros((1, obs_dim)), jnp.zeros((), jnp.int32)
+    observations, none = jnp.zeros((1, obs_dim)), jnp.zeros(2, jnp.int32)
     actor_params = {"mean": actor.init(actor_key, observations)}
     if args.learn_std:
         actor_params["log_std"] = jnp.full(action_dim, jnp.log(hp.std))
@@ -241,7 +240,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     return State(
         actor=actor_params,
         value=value_params,
-        normalizer=Normalizer(jnp.zeros(()), observations[0], observations[0], none, none),
+        normalizer=Normalizer(jnp.zeros(()), observations[0], observations[0], none),
         actor_opt=optimizer(hp, args).init(actor_params),
         value_opt=optimizer(hp, args).init(value_params),
         step=jnp.zeros((), jnp.int32),
@@ -281,8 +280,7 @@ def lambda_returns(
     return jax.lax.associative_scan(compose, (a, b), reverse=True)[0]
 
 
-BLOCK = 8192
-"""Rows whose values are computed at once: of a million rows, the hidden layers would fill gigabytes."""
+BLOCK = 8192  # rows whose values are computed at once: of a million, the hidden layers would fill gigabytes
 
 
 def values_and_returns(state: State, data: Replay, hp: Hyperparameters, args: Args) -> tuple[jax.Array, ...]:
@@ -424,8 +422,7 @@ def train(
     return state, Metrics(*(one | other for one, other in zip(of_value, of_actor, strict=True)))
 
 
-EPISODE_BLOCK = 1024
-"""Episodes are inserted in blocks of a multiple of so many rows, so that few sizes are compiled."""
+EPISODE_BLOCK = 1024  # episodes are inserted in blocks of a multiple of so many rows, so that few sizes are compiled
 
 
 class Episodes:
@@ -460,6 +457,14 @@ class Episodes:
         return ended, counts
 
 
+def insert(ring: Ring, block: Transitions, count: jax.Array) -> Ring:
+    """Write the first `count` rows of the block, no more than the ring has, after the newest and over the oldest."""
+    i = jnp.arange(len(block.rewards))
+    places = jnp.where(i < count, (ring.written + i) % ring.capacity, ring.capacity)  # beyond the end: dropped
+    data = jax.tree.map(lambda old, new: jnp.asarray(old).at[places].set(new, mode="drop"), ring.data, block)
+    return Ring(data, ring.written + count)
+
+
 def main(args: Args) -> None:
     """The run: load, initialise, iterate on the dataset, then on collected episodes; evaluate, log and checkpoint."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
@@ -484,7 +489,7 @@ def main(args: Args) -> None:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         for start, stop in run.chunks("offline", args.num_updates, every=args.policy_updates, whole=True):
             if run.evaluation_due():

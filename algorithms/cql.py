@@ -412,7 +412,9 @@ def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
     hours = count * updates * 2 * args.batch_size * (pi * 5 + q * passes) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
         advice = "" if args.preset == "cpu" else "; --preset cpu, in place of the domain's, is smaller"
-        print(f"without an accelerator this takes roughly {hours:.0f} hours on two cores{advice}", file=sys.stderr)
+        print(
+            f"without an accelerator this takes roughly {hours:.0f} hours in all on two cores{advice}", file=sys.stderr
+        )
 
 
 def main(args: Args) -> None:
@@ -444,7 +446,7 @@ def main(args: Args) -> None:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():

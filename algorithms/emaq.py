@@ -16,11 +16,11 @@ vae` takes a variational autoencoder for mu (appendix H). Online (appendix F) th
 logits divided by tau, takes the action of largest mean_k Q_k + beta std_k Q_k (Eq. 67), and mu is refitted.
 
 Two things are done faster than in the paper:
-* mu is frozen, so its proposals for the dataset's next states are drawn ahead, as bins, and anew after `--pool-uses`
-  uses of a state. The places within the bins are drawn at each use, so later dimensions' bins were drawn given other
-  places in the earlier ones' bins than those used: an error of the width of a bin.
-* with lambda = 1 the target is max_n min_k. A minimum over some of the Q-functions is never below that over all: a
-  proposal where it is not above the best minimum found so far cannot win, and skips the others. Targets are the same.
+* mu is frozen, so its proposals for the dataset's next states are drawn ahead, into a pool, and anew after
+  `--pool-uses` uses of a state. The pool holds bins; the place within a bin is drawn at each use. So a later dimension
+  was drawn given other places in the earlier dimensions' bins than those used: off by a bin's width at most.
+* with lambda = 1 the target is max_n min_k. The minimum over some of the Q-functions bounds that over all of them from
+  above: a proposal whose bound is not above the best full minimum so far skips the others. Targets are the same.
 
 Open in the paper: discount and initialisation, here those of BRAC's code, in which it was written; length of mu's
 training, no normalisation (ours); online, targets use mu without tau, and each update of the Q-functions comes with one
@@ -46,12 +46,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import replay
+from common import networks, replay
 from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, join, keep_finite, make_members, repeat
-from common.networks import MLP, QEnsemble, descend, glorot
+from common.networks import descend
 from common.replay import Replay, Transitions, empty_ring, fit_transform, insert
 from common.report import fill_tree, read_tree
 from common.runs import Run
@@ -162,7 +162,7 @@ class SplitDense(nn.Module):
     @nn.compact
     def __call__(self, states: jax.Array, actions: jax.Array) -> jax.Array:
         split = states.shape[-1]
-        kernel = self.param("kernel", glorot, (split + actions.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", networks.glorot, (split + actions.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return (states @ kernel[:split] + bias) + actions @ kernel[split:]
 
@@ -178,11 +178,11 @@ class BinHead(nn.Module):
     @nn.compact
     def __call__(self, embedding: jax.Array, prefix: jax.Array) -> jax.Array:
         if self.prefix_dim and prefix.shape[-1]:
-            prefix = nn.Dense(self.prefix_dim, kernel_init=glorot)(prefix)
+            prefix = nn.Dense(self.prefix_dim, kernel_init=networks.glorot)(prefix)
         x = nn.relu(SplitDense(self.hidden_dim)(embedding, prefix))
         for _ in range(self.num_layers - 1):
-            x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=glorot)(x))
-        return nn.Dense(self.num_bins, kernel_init=glorot)(x)
+            x = nn.relu(nn.Dense(self.hidden_dim, kernel_init=networks.glorot)(x))
+        return nn.Dense(self.num_bins, kernel_init=networks.glorot)(x)
 
 
 class AutoregressivePolicy(nn.Module):
@@ -201,7 +201,7 @@ class AutoregressivePolicy(nn.Module):
     prefix_dim: int = 0
 
     def setup(self) -> None:
-        self.embed = MLP(self.hidden_dim, self.num_layers, self.hidden_dim, glorot)
+        self.embed = networks.MLP(self.hidden_dim, self.num_layers, self.hidden_dim, networks.glorot)
         sizes = (self.num_bins, self.head_dim, self.head_layers, self.prefix_dim)
         self.heads = [BinHead(*sizes) for _ in range(self.action_dim)]
 
@@ -252,8 +252,8 @@ class VAEPolicy(nn.Module):
     num_layers: int
 
     def setup(self) -> None:
-        self.encoder = MLP(self.hidden_dim, self.num_layers, 4 * self.action_dim, glorot)
-        self.decoder = MLP(self.hidden_dim, self.num_layers, self.action_dim, glorot)
+        self.encoder = networks.MLP(self.hidden_dim, self.num_layers, 4 * self.action_dim, networks.glorot)
+        self.decoder = networks.MLP(self.hidden_dim, self.num_layers, self.action_dim, networks.glorot)
 
     def __call__(self, observations: jax.Array, actions: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Squared error of the reconstruction and KL divergence of the latent from the prior, `[batch]` each."""
@@ -286,14 +286,15 @@ class State(NamedTuple):
 ADAM = optax.scale_by_adam()
 
 
-def modules(args: Args, action_dim: int) -> tuple[AutoregressivePolicy | VAEPolicy, QEnsemble]:
+def modules(args: Args, action_dim: int) -> tuple[AutoregressivePolicy | VAEPolicy, networks.QEnsemble]:
     """The behaviour model and the Q-functions."""
     sizes, heads = (args.embedding_dim, args.embedding_layers), (args.head_dim, args.head_layers, args.prefix_dim)
     is_vae = args.behavior == "vae"
     behavior = (
         VAEPolicy(action_dim, *sizes) if is_vae else AutoregressivePolicy(action_dim, args.num_bins, *sizes, *heads)
     )
-    return behavior, QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, glorot, args.layer_norm)
+    q = networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.glorot, args.layer_norm)
+    return behavior, q
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -304,9 +305,15 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     inputs = (observations, actions, behavior_key) if args.behavior == "vae" else (observations, actions)
     behavior_params = behavior.init(behavior_key, *inputs)
     critic_params = critic.init(critic_key, observations, actions)
-    opts = {"behavior_opt": ADAM.init(behavior_params), "critic_opt": ADAM.init(critic_params)}
-    target = jax.tree.map(jnp.copy, critic_params)
-    return State(behavior_params, critic_params, target, **opts, step=jnp.zeros((), jnp.int32), key=key)
+    return State(
+        behavior=behavior_params,
+        critic=critic_params,
+        target_critic=jax.tree.map(jnp.copy, critic_params),
+        behavior_opt=ADAM.init(behavior_params),
+        critic_opt=ADAM.init(critic_params),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
 
 
 # Maximum likelihood of Eq. (62); for the vae appendix H.1
@@ -361,7 +368,7 @@ def ensemble(q: jax.Array, weight: jax.Array | float) -> jax.Array:
     return weight * q.min(axis=0) + (1.0 - weight) * q.max(axis=0)
 
 
-def max_of_min(params: Any, critic: QEnsemble, states: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def max_of_min(params: Any, critic: nn.Module, states: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """max_n min_k Q_k(s, a_n) `[batch]`, and the share of all evaluations Q_k(s, a_n) that were done for it.
 
     `states [batch, obs_dim]`, `actions [n, batch, action_dim]`. One Q-function is evaluated for all actions, then 1, 2,
@@ -405,7 +412,7 @@ def max_of_min(params: Any, critic: QEnsemble, states: jax.Array, actions: jax.A
     return jnp.maximum(best, bounds.max(axis=0)), evaluations / (num_critics * num_pairs)
 
 
-def widened(critic: QEnsemble, params: Any, states: jax.Array, actions: jax.Array) -> tuple[QEnsemble, Any]:
+def widened(critic: nn.Module, params: Any, states: jax.Array, actions: jax.Array) -> tuple[nn.Module, Any]:
     """The same Q-functions with hidden layers of a whole number of 8 units; those added are always zero.
 
     NVIDIA's library multiplies at half the rate and less where the rows of a matrix are no whole 16 bytes, as with the
@@ -581,7 +588,9 @@ def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
     hours = count * 2 * args.batch_size * (mu * 3 * fits + q * valued) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
         advice = "" if args.preset == "cpu" else "; --preset cpu has smaller networks and fewer proposals"
-        print(f"without an accelerator this takes roughly {hours:.0f} hours on two cores{advice}", file=sys.stderr)
+        print(
+            f"without an accelerator this takes roughly {hours:.0f} hours in all on two cores{advice}", file=sys.stderr
+        )
 
 
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
@@ -622,7 +631,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         own_behavior = args.num_updates > 0 and not args.behavior_checkpoint
         for start, stop in run.chunks("pretraining", args.behavior_updates * own_behavior):

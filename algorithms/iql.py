@@ -6,10 +6,10 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) V(s'))^2                           (Eq. 6)
     L_pi = -mean min(exp(beta (q - V(s))), 100) log pi(a|s)                                          (Eq. 7)
 
-Settings are the paper's (appendix B) unless a flag says otherwise. The paper divides rewards by the span of returns;
-from the authors' code alone: the factor of 1000 on that, the policy's mean passes through tanh and its log standard
-deviation is clipped to [-5, 2], kernels start orthogonal. Both do so on D4RL's locomotion sets, where returns span
-thousands and rewards shrink (CORL: on Hopper's medium and replay sets alone); where returns span less than 1000,
+Settings are the paper's (appendix B) unless a flag says otherwise. From the authors' code alone: the policy's mean
+passes through tanh, its log standard deviation is clipped to [-5, 2], kernels start orthogonal. On D4RL's locomotion
+sets the paper divides rewards by the span of returns, and the code multiplies that by 1000 (CORL does so on Hopper's
+medium and replay sets alone). Returns span thousands there, and rewards shrink; where they span less than 1000,
 rewards grow, most weights end at the clip (actor/clipped_fraction), and a run warns. Ours: terminations alone cut the
 bootstrap, and the truncated last step of an episode is kept and bootstraps; the ensemble may have any size; the
 policy's rate decays by a cosine over the offline phase and is constant at its full value online, so that fine-tuning
@@ -18,6 +18,7 @@ may start from any offline checkpoint (the authors' code does not decay it at al
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v1
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -299,10 +300,10 @@ def main(args: Args) -> None:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
         planned = run.before.get("num_updates", args.num_updates)
         if args.actor_decay_updates is None and planned != args.num_updates:
-            print(f"the policy's rate decays over {args.num_updates} updates now, not {planned}: not as in one go")
+            print(f"the policy's rate decays over {args.num_updates} updates now, not {planned}", file=sys.stderr)
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():

@@ -291,7 +291,7 @@ def main(args: Args) -> None:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():

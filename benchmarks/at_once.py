@@ -103,7 +103,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
         run.restore({}, dataset, transform)  # nothing to go on with
 
         def evaluate(state: Any, episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         if not args.shard:
             write_json(run.path / "command.json", {"command": command})

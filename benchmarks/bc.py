@@ -156,7 +156,7 @@ def main(args: Args) -> None:
         state = run.restore({"state": state}, dataset, transform)["state"]
 
         def evaluate(episodes: int) -> Returns | None:
-            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping)
+            return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         for start, stop in run.chunks("offline", args.num_updates):
             if run.evaluation_due():

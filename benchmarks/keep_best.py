@@ -11,15 +11,18 @@ from common.runs import Run
 def keep(run: Run, rows: list[dict[str, Any]]) -> None:
     """Copy the members whose returns are their largest so far from the checkpoint, which is of this very step.
 
-    `rows` are those of this evaluation; `run.evaluations` has those of the earlier ones. NaN is no return.
+    `rows` are those of this evaluation. `best.npz` has the returns of what it holds, because the last evaluation of a
+    run that goes on again is in no table. NaN is no return.
     """
-    returns = {row["member"]: row["return_mean"] for row in rows if np.isfinite(row["return_mean"])}
-    beaten = {r["member"] for r in run.evaluations if r["return_mean"] >= returns.get(r["member"], -np.inf)}
-    if better := [i for i, index in enumerate(run.members.indices) if index in returns.keys() - beaten]:
-        path, arrays = run.checkpoint.with_name("best.npz"), read_npz(run.checkpoint)
-        states = {name: array for name, array in arrays.items() if name.startswith("['state']")}
-        best = read_npz(path) if path.exists() else dict(states)
-        for name, array in states.items():
+    path = run.checkpoint.with_name("best.npz")
+    best = read_npz(path) if path.exists() else {}
+    returns = best.get("returns", np.full(run.members.count, -np.inf))
+    found = {row["member"]: row["return_mean"] for row in rows}
+    now = np.array([found.get(index, np.nan) for index in run.members.indices])
+    if (better := now > returns).any():
+        with np.load(run.checkpoint) as file:  # without the ring, which can be large
+            new = {name: file[name] for name in file.files if name.startswith(("['state']", "metadata"))}
+        best = new | best | {"metadata": new.pop("metadata"), "returns": np.where(better, now, returns)}
+        for name, array in new.items():
             best[name][better] = array[better]
-        best["metadata"] = arrays["metadata"]
         write_atomically(path, lambda file: np.savez(file, **best))

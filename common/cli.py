@@ -122,7 +122,7 @@ class RunArgs:
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
-    max_episode_steps: int = 0  # Steps after which an episode is cut; 0: the environment's own limit, or 10,000.
+    max_episode_steps: int = 0  # Steps after which episodes are cut, without a score; 0: the environment's, or 10,000.
     checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints, beside evaluations'; 0: none (ours).
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
     keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.

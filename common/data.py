@@ -42,7 +42,7 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
     for a dataset that is not there or cannot be used.
     """
     if only_env and env is not None:
-        obs_dim, low, high = spaces_of(env)
+        obs_dim, low, high = spaces_of(env, announce=True)
         no_rows = map(np.asarray, empty_ring(0, obs_dim, len(low)).data)
         return Dataset("none", record(Transitions(*no_rows)), env, low, high)
     path = os.path.expanduser(id_or_path)
@@ -55,7 +55,7 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         raise UsageError(f"{path} is no .npz, which alone can be read without the rest of Offax; {how} {path}")
     if (spec := found.env_spec) is None:
         raise UsageError(f"{path} does not name its environment; pass --env ID")
-    ours, theirs = (found.transitions.observations.shape[1], found.low, found.high), spaces_of(spec)
+    ours, theirs = (found.transitions.observations.shape[1], found.low, found.high), spaces_of(spec, announce=True)
     if not all(np.shape(x) == np.shape(y) and np.allclose(x, y) for x, y in zip(ours, theirs, strict=True)):
         what = "{} has {} observations and actions from {} to {}".format
         mine, other = ([x[0], x[1].tolist(), x[2].tolist()] for x in (ours, theirs))
@@ -63,10 +63,10 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
     return found
 
 
-def spaces_of(spec: Any) -> tuple[int, np.ndarray, np.ndarray]:
+def spaces_of(spec: Any, announce: bool = False) -> tuple[int, np.ndarray, np.ndarray]:
     """What `action_bounds` says of the environment of a gymnasium id or EnvSpec."""
     with make_raw(spec) as made:
-        if made.spec is None or made.spec.max_episode_steps is None:
+        if announce and (made.spec is None or made.spec.max_episode_steps is None):
             print("no time limit: episodes end after 10,000 steps, or --max-episode-steps", file=sys.stderr)
         return action_bounds(f"environment {getattr(spec, 'id', spec)}", made.observation_space, made.action_space)
 
@@ -112,15 +112,10 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
     return found
 
 
-def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action of the environment, or -1 and 1 of `actions [rows, action_dim]` without one."""
-    ones = np.ones(actions.shape[1:2], np.float32)
-    return spaces_of(env)[1:] if env else (-ones, ones)
-
-
 def load_npz(path: str, env: str | None) -> Dataset:
     """Read an .npz: the arrays of `Transitions` by their names, perhaps without `truncations`, and a text `env`."""
     arrays = read_npz(path, needed=Transitions._fields[:-1])
     env = env or (str(arrays["env"]) if "env" in arrays else None)
-    bounds = bounds_of(env, arrays["actions"])
+    ones = np.ones(arrays["actions"].shape[1:2], np.float32)
+    bounds = spaces_of(env)[1:] if env else (-ones, ones)
     return Dataset(path, check(path, arrays, *bounds), env, *bounds)

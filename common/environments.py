@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported where it is used: neither --help nor training by i
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
-Policy = Callable[[np.ndarray, jax.Array], Any]
+Act = Callable[[np.ndarray, jax.Array], Any]
 Maker = Callable[[], Any]
 
 
@@ -112,12 +112,13 @@ class Evaluator:
         self.environments: list[Any] = []
 
     def run(
-        self, policy: Policy, episodes: int, done: int = 0, stopping: Callable[[], bool] = lambda: False
+        self, act: Act, episodes: int, done: int = 0, stopping: Callable = lambda: False, alive: Any = None
     ) -> Returns | None:
         """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
 
-        `policy(observations [padded, width, obs_dim], keys [padded])` gives actions `[padded, width, action_dim]` in
+        `act(observations [padded, width, obs_dim], keys [padded])` gives actions `[padded, width, action_dim]` in
         [-1, 1]; the keys are others at every time step, and after other numbers of steps of training that are `done`.
+        Members that are not `alive [padded]` play none, and have returns of 0.
         """
         width, members = width_of(episodes, self.members.total), self.members.count
         returns, successes = np.zeros((members, episodes)), np.full((members, episodes), np.nan)
@@ -125,7 +126,8 @@ class Evaluator:
             self.environments.append(self.make())
         observations = np.zeros((len(self.members.seeds), width, len(self.transform.observation_mean)), np.float32)
         for wave, first in enumerate(range(0, episodes, width)):
-            running, step = list(np.ndindex(members, min(width, episodes - first))), 0
+            places, step = np.ndindex(members, min(width, episodes - first)), 0
+            running = [(m, j) for m, j in places if alive is None or alive[m]]
             for m, j in running:
                 seed = evaluation_seed(self.members.seeds[m], first + j)
                 observations[m, j], _ = self.environments[m * width + j].reset(seed=seed)
@@ -133,7 +135,7 @@ class Evaluator:
                 if stopping():
                     return None
                 keys = evaluation_keys(self.members.seeds, done, (wave * 1_000_000 + step) % 2**31)
-                actions = np.asarray(policy(self.transform.observations(observations), keys))
+                actions = np.asarray(act(self.transform.observations(observations), keys))
                 going, step = [], step + 1
                 for m, j in running:
                     env, i = self.environments[m * width + j], first + j

@@ -145,9 +145,9 @@ class Members:
             if len(places) == 1:  # a single member: its arrays stay where they are
                 return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], (places, own))))
 
-            def in_branch(turn: tuple) -> Any:  # which XLA compiles by itself: to the same bits, however many there are
+            def in_branch(turn: tuple) -> Any:  # XLA compiles it by itself, to the same bits for any number of members
                 nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, turn))
-                return jax.lax.cond(turn[0] >= 0, one, lambda _: nothing, turn)  # it is, which XLA cannot know
+                return jax.lax.cond(turn[0] >= 0, one, lambda _: nothing, turn)  # always true, which XLA cannot know
 
             return jax.lax.map(in_branch, (places, own))
 

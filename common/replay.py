@@ -137,17 +137,13 @@ def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
     return Ring(Transitions(*(np.broadcast_to(np.float32(0), (capacity, *x)) for x in shapes)), np.zeros((), np.int32))
 
 
-def insert(ring: Ring, transitions: Transitions, count: jax.Array | int | None = None) -> Ring:
-    """Write rows, no more than the ring has, after the newest and over the oldest: all, or the first `count`.
-
-    `count` may be traced, so that members of a population can write different numbers of rows.
-    """
+def insert(ring: Ring, transitions: Transitions) -> Ring:
+    """Write rows, no more than the ring has, after the newest and over the oldest."""
     rows = len(transitions.rewards)
     assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
-    count, i = rows if count is None else count, jnp.arange(rows)
-    places = jnp.where(i < count, (ring.written + i) % ring.capacity, ring.capacity)  # beyond the end: dropped
-    data = jax.tree.map(lambda old, new: jnp.asarray(old).at[places].set(new, mode="drop"), ring.data, transitions)
-    return Ring(data, ring.written + count)
+    places = (ring.written + jnp.arange(rows)) % ring.capacity
+    data = jax.tree.map(lambda old, new: jnp.asarray(old).at[places].set(new), ring.data, transitions)
+    return Ring(data, ring.written + rows)
 
 
 class Replay(NamedTuple):

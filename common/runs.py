@@ -32,7 +32,7 @@ STRETCH = 100  # and between looks at signals and divergence
 # Flags that a resumed run may change: those that do not touch the course of the training, and, until the online phase
 # begins, lengths.
 FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "run_dir", "resume", "quiet"}
-FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity"}
+FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity", "keep_best", "script", "script_sha256"}
 LENGTHS = {"num_updates", "online_steps", "max_episode_steps"}
 TABLES = ("metrics.csv", "pretraining.csv", "evaluations.csv", "returns.csv")
 
@@ -96,8 +96,9 @@ class Run:
         It writes config.json, cuts the tables to the checkpoint, and says in one line what the run is about to do.
         UsageError for a checkpoint of another run.
         """
-        self.about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
-        known = {"algorithm": self.name, "dataset_sha256": self.about["dataset_sha256"]} | self.flags
+        about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
+        script = script_of(sys.modules[type(self.args).__module__])
+        known = {"algorithm": self.name, "dataset_sha256": about["dataset_sha256"]} | self.flags | script
         self.identity, self.before = json.loads(json.dumps(known)), {}  # the latter of the run that is resumed
         found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
@@ -115,16 +116,17 @@ class Run:
             if odd:
                 what = f"--{odd[0].replace('_', '-')} {self.before.get(odd[0])!r}, not {self.identity[odd[0]]!r}"
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
+            if self.before.get("script_sha256") != script.get("script_sha256"):
+                say(f"{self.name}.py was edited since {self.path} was saved, or is another one", sys.stderr)
             trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
         hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)
         members = [self.members.who(i) | {"swept": x, "hyperparameters": hp | x} for i, x in swept]
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
-        config |= self.about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
+        config |= about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
-        config |= {"population": self.members.total, "members": members}
-        config |= script_of(sys.modules[type(self.args).__module__])
+        config |= {"population": self.members.total, "members": members} | script
         self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
         if self.args.track or "WANDB_SWEEP_ID" in os.environ:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
@@ -144,7 +146,7 @@ class Run:
         return jax.tree.map(lambda x: x[: self.members.count], trees)
 
     def save(self, trees: dict[str, Any]) -> None:
-        """Write the checkpoint, unless one was written at this step: put all that it shall hold into the first."""
+        """Write the checkpoint; only the first call at a step does, so every call must hold all that is to be kept."""
         if self.saved != self.done:
             about = {"identity": self.identity, "done": self.done, "diverged": self.diverged}
             about |= {"seeds": self.members.seeds[: self.members.count].tolist(), "evaluations": self.evaluations}
@@ -159,8 +161,7 @@ class Run:
         due; with `whole` it is `every` steps. After a signal the process ends here, where the state was saved.
         """
         dues = [LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
-        # A whole stretch has its row wherever it ends.
-        self.phase, self.total, self.dues, self.shown = phase, total, [1] if whole else [n for n in dues if n], 0.0
+        self.phase, self.total, self.dues, self.shown = phase, total, [n for n in dues if n], 0.0
         while True:
             # After a signal that came too late for the last checkpoint there is one stretch more, which saves.
             if self.signal and (self.saved == self.done or not any(self.done.values())):
@@ -205,7 +206,7 @@ class Run:
         return done >= self.total or self.stopping() or (every > 0 and done // every > self.start // every)
 
     def record(self, stop: int, metrics: Metrics, finite: jax.Array) -> None:
-        """Count the stretch up to `stop` as done; write a row for each living member where one is due.
+        """Count the stretch up to `stop` as done; write a row where one is due, for each member alive before it.
 
         Members that are not `finite` are named, and out from here on. Exit 3 if none is left.
         """
@@ -218,7 +219,12 @@ class Run:
             what = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
             say(f"{self.members.label(i)} diverged: {what}", sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
-        if stop >= self.total or self.signal or not self.alive.any() or any(stop % n == 0 for n in self.dues):
+        if (
+            stop >= self.total
+            or self.signal
+            or not self.alive.any()
+            or any(stop // n > self.start // n for n in self.dues)
+        ):
             (sums, counts), self.row, rows = self.row, None, []
             for i in living:
                 means = {name: sums[name][i] / counts[name][i] if counts[name][i] else None for name in sums}
@@ -234,7 +240,7 @@ class Run:
         if result is None:
             self._stop()
         families, rows = optional("benchmarks.families"), []
-        domain = families.domain_of(self.env_spec) if families else None
+        domain = families.domain_of(self.env_spec) if families and not self.args.max_episode_steps else None
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
             row = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)

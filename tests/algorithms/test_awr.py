@@ -1,6 +1,5 @@
 """AWR's mathematics against closed forms, an independent numpy version, and problems with a known solution."""
 
-import csv
 import itertools
 import json
 import math
@@ -16,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays_of, assert_same_arrays, means
+from conftest import arrays_of, assert_same_arrays, done_in, means, rows_of
 from scipy import stats
 from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
 from algorithms import awr
 from algorithms.awr import Episodes, Normalizer, normalize
-from common import cli, replay
+from common import cli, replay, runs
 from common.environments import Collector
 from common.members import Metrics
 from common.replay import Replay, Transitions, record
@@ -37,7 +36,7 @@ observe = jax.jit(awr.observe, static_argnames="limit")
 returns = jax.jit(awr.lambda_returns)
 update_value = jax.jit(awr.update_value, static_argnames="args")
 update_actor = jax.jit(awr.update_actor, static_argnames="args")
-insert = jax.jit(replay.insert)
+insert = jax.jit(awr.insert)
 double = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
 
 
@@ -117,6 +116,32 @@ class Log:
         return np.array([places[place] for place in sorted(places)], int)
 
 
+@pytest.mark.parametrize("capacity", [5, 8])
+def test_a_part_of_a_block_is_written_as_if_it_were_all(capacity: int) -> None:
+    """Members of a population write 0 to 5 rows each of blocks of 5, through several wraps; as lists would."""
+    rng, value = np.random.default_rng(capacity), 1.0
+    rings = jax.tree.map(lambda x: jnp.stack([x, x]), replay.empty_ring(capacity, 2, 1))
+    slots, written = [[0.0] * capacity, [0.0] * capacity], [0, 0]
+    insert_members = jax.jit(jax.vmap(awr.insert))
+    for counts in [(0, 0), (0, 3), *rng.integers(0, 6, (12, 2)), (5, 5)]:
+        numbers = np.float32([[sign * (value + i) for i in range(5)] for sign in (1, -1)])
+        wide, flags = np.stack([numbers, numbers], axis=-1), numbers % 2
+        blocks = Transitions(wide, wide[..., :1], numbers, wide + 1, flags, 1 - flags)
+        rings = insert_members(rings, blocks, jnp.array(counts))
+        for m, sign in enumerate((1, -1)):
+            for i in range(counts[m]):
+                slots[m][(written[m] + i) % capacity] = sign * (value + i)
+            written[m] += int(counts[m])
+            size = min(written[m], capacity)
+            assert (int(rings.written[m]), int(rings.size[m])) == (written[m], size)
+            data = jax.tree.map(lambda x: np.asarray(x[m]), rings.data)  # noqa: B023
+            np.testing.assert_array_equal(data.rewards, slots[m])
+            np.testing.assert_array_equal(data.observations[:size], np.stack([data.rewards[:size]] * 2, axis=-1))
+            np.testing.assert_array_equal(data.terminations, data.rewards % 2)
+        value += 5
+    assert min(written) > 2 * capacity
+
+
 def filled(capacity: int, lengths: Any, seed: int = 1) -> Log:
     log = Log(capacity)
     for episode in trajectories(lengths, seed):
@@ -126,9 +151,9 @@ def filled(capacity: int, lengths: Any, seed: int = 1) -> Log:
 
 def seen(states: np.ndarray) -> Normalizer:
     """The normaliser of these states."""
-    states, none = double(states), jnp.int32(0)
+    states, none = double(states), jnp.zeros(2, jnp.int32)
     mean, squares = (np.float32(x) for x in (states.mean(axis=0), len(states) * states.var(axis=0)))
-    return Normalizer(jnp.float32(len(states)), mean, squares, none, none)
+    return Normalizer(jnp.float32(len(states)), mean, squares, none)
 
 
 def normalised(x: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -985,11 +1010,6 @@ BOTH = [*SMALL, "--samples-per-iteration", "60", "--buffer-size", "70", "--std",
 ONLINE = [*BOTH, "--num-updates", "0"]
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def rings_of(run: Path) -> list[tuple[int, Transitions]]:
     """How many rows each member ever wrote, and those that it has, from the oldest to the newest."""
     arrays = arrays_of(run)
@@ -1010,17 +1030,17 @@ def assert_whole_episodes(rows: Transitions) -> None:
     assert ended[-1] and rows.observations.any(axis=1).all()
 
 
-def done_in(run: Path) -> dict[str, int]:
-    """How far the checkpoint is, by phase."""
-    with np.load(run / "checkpoint/state.npz") as file:
-        return json.loads(file["metadata"].tobytes())["done"]
-
-
 def column_of(run: Path, *words: str) -> list[int]:
     """The array of the checkpoint whose name ends with the last word and has the others in it."""
     return next(
         x for name, x in arrays_of(run).items() if name.endswith(words[-1]) and all(w in name for w in words)
     ).tolist()
+
+
+@pytest.fixture(autouse=True)
+def a_row_for_each_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short: the tests' have a few updates, where a row is due after 1,000."""
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
 
 
 @pytest.fixture
@@ -1045,14 +1065,15 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.mark.slow
 def test_online_alone(tmp_path: Path, small_run: list[str], script: Callable[..., Any]) -> None:
+    """Three members: on two cores one is padded."""
     run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--online-steps", "240"]
-    outcome = script("awr", *arguments, "--num-seeds", "2", "--run-dir", run)
+    outcome = script("awr", *arguments, "--num-seeds", "3", "--run-dir", run)
     assert (outcome.status, outcome.err) == (0, "")
     final = json.loads((run / "final.json").read_text())
     assert (final["updates"], final["online_steps"]) == (0, 240)
     metrics = rows_of(run / "metrics.csv")
-    assert [(row["step"], row["member"]) for row in metrics] == [(str(60 * i), m) for i in (1, 2, 3, 4) for m in "01"]
+    assert [(row["step"], row["member"]) for row in metrics] == [(str(60 * i), m) for i in (1, 2, 3, 4) for m in "012"]
     rings = rings_of(run)
     for written, rows in rings:
         assert 70 < written <= 240 and len(rows.rewards) == 70, "the ring has wrapped"
@@ -1060,7 +1081,7 @@ def test_online_alone(tmp_path: Path, small_run: list[str], script: Callable[...
         assert np.abs(rows.actions).max() > 1.0, "as drawn"
         assert rows.actions.std() == pytest.approx(0.9, rel=0.3)
     assert not np.isin(rings[0][1].observations, rings[1][1].observations).all(axis=1).any()
-    assert column_of(run, ".step") == [16, 16]
+    assert column_of(run, ".step") == [16, 16, 16]
     assert column_of(run, "normalizer", ".count") == [written for written, _ in rings], "each state was seen"
 
 
@@ -1083,7 +1104,7 @@ def test_a_member_online_is_that_member_alone(tmp_path: Path, small_run: list[st
 def test_there_is_an_episode_before_the_first_update(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:
-    """However short the iterations; and each has its row, wherever it ends. No dataset is needed."""
+    """However short the iterations. No dataset is needed."""
     run = tmp_path / "run"
     arguments = [*small_run, *ONLINE, "--samples-per-iteration", "3", "--num-environments", "2", "--num-seeds", "2"]
     arguments += ["--dataset", tmp_path / "none.npz", "--online-steps", "50"]
@@ -1176,14 +1197,3 @@ def test_without_the_clip_a_run_diverges_and_says_so(
     members = json.loads((run / "final.json").read_text())["members"]
     assert members[0]["diverged"]["step"] <= 4 and members[1]["diverged"] is None
     assert column_of(run, ".step") == [0, 8] and column_of(run, "normalizer", ".count") == [0, 400], "frozen"
-
-
-def test_presets_name_real_settings() -> None:
-    for arguments, std in (
-        (["--dataset", "offax/hopper/medium-v1"], 0.4),
-        (["--dataset", "D4RL/antmaze/umaze-v1"], 0.4),
-        (["--preset", "locomotion", "--std", "0.2"], 0.2),
-    ):
-        assert cli.parse(awr.Args, awr.PRESETS, arguments).hp.std == std
-    with pytest.raises(cli.UsageError):
-        cli.parse(awr.Args, awr.PRESETS, ["--preset", "sparse"])

@@ -60,28 +60,6 @@ def test_more_rows_than_capacity_are_refused() -> None:
         replay.insert(replay.empty_ring(2, 2, 1), rows([1, 2, 3]))
 
 
-@pytest.mark.parametrize("capacity", [5, 8])
-def test_a_part_of_a_block_is_written_as_if_it_were_all(capacity: int) -> None:
-    """Members of a population write 0 to 5 rows each of blocks of 5, through several wraps; as lists would."""
-    rng, value = np.random.default_rng(capacity), 1.0
-    rings = jax.tree.map(lambda x: jnp.stack([x, x]), replay.empty_ring(capacity, 2, 1))
-    slots, written = [[None] * capacity, [None] * capacity], [0, 0]
-    insert_members = jax.jit(jax.vmap(replay.insert))
-    for counts in [(0, 0), (0, 3), *rng.integers(0, 6, (12, 2)), (5, 5)]:
-        blocks = [rows([value + i for i in range(5)]), rows([-value - i for i in range(5)])]
-        rings = insert_members(rings, jax.tree.map(lambda *x: np.stack(x), *blocks), jnp.array(counts))
-        for m, sign in enumerate((1, -1)):
-            for i in range(counts[m]):
-                slots[m][(written[m] + i) % capacity] = sign * (value + i)
-            written[m] += int(counts[m])
-            size = min(written[m], capacity)
-            assert (int(rings.written[m]), int(rings.size[m])) == (written[m], size)
-            assert_rows(jax.tree.map(lambda x: x[m, :size], rings.data), slots[m][:size])  # noqa: B023
-            assert not np.any(rings.data.rewards[m, size:])
-        value += 5
-    assert min(written) > 2 * capacity
-
-
 # Sampling
 
 
