@@ -199,7 +199,9 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
         if rows or (cell.all_lost and cell.final["updates"] <= updates):
             evaluated |= bool(rows)
             members = [measured(member, rows, lost=member["diverged"]) for member in cell.members]
-            found.append(replace(cell, members=members, final=cell.final | {"updates": updates, "online_steps": 0}))
+            until = [row for row in cell.evaluations if row["phase"] == "offline" and int(row["step"]) <= updates]
+            final = cell.final | {"updates": updates, "online_steps": 0}
+            found.append(replace(cell, members=members, evaluations=until, final=final))
     if not evaluated:
         raise UsageError(f"--at {updates}: no run was evaluated after so many offline updates")
     return found

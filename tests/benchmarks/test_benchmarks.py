@@ -533,6 +533,8 @@ def test_the_mean_of_the_last_ten_is_averaged_over_datasets_where_every_run_has_
     assert cells_of(page, "all 2")[2] == "1.0 [1.0, 1.0]"
     # Of 10, 11, 20, 21 the middle two.
     assert cells_of(page, "the same 2, mean of the last 10 evaluations")[2].startswith("15.5 [")
+    cut = report.after(report.read(tmp_path), 90)[0]
+    assert len(report.last_evaluations(cut, 10)["0"]) == 9, "none after the point of comparison"
     table = tmp_path / "bc_easy" / "evaluations.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-2]))
     report.write(tmp_path)

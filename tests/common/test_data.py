@@ -325,6 +325,16 @@ def test_npz_actions_are_rescaled_from_the_environment(tmp_path: Path) -> None:
     assert dataset.high.tolist() == [2] and domain_of(dataset.env_spec) is None
 
 
+def test_no_time_limit_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gym.register("OffaxTest/Endless-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv")
+    np.savez(tmp_path / "mine.npz", **good_npz() | {"actions": np.zeros((5, 1))})
+    load(str(tmp_path / "mine.npz"), env="OffaxTest/Endless-v0")
+    load(str(tmp_path / "mine.npz"), env="Pendulum-v1")
+    load("none", env="OffaxTest/Endless-v0", only_env=True)
+    del gym.registry["OffaxTest/Endless-v0"]
+    assert capsys.readouterr().err.count("no time limit") == 2, "once for each that has none"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

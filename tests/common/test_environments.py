@@ -147,6 +147,13 @@ def test_every_episode_is_counted_once_and_in_full() -> None:
     assert len(Toy.actions) == (1 + seeds % 4).sum()
 
 
+def test_a_member_that_diverged_plays_no_episode() -> None:
+    result = evaluator("Toy", 3).run(middle, 2, alive=np.array([1, 0, 1] + [0] * 8))
+    expected = [[full_return(first + i) for i in range(2)] for first in FIRST]
+    np.testing.assert_allclose(result.returns, [expected[0], [0, 0], expected[2]])
+    assert Toy.resets == 4
+
+
 @pytest.mark.parametrize("kind", ["any step", "last step", "None", "array"])
 def test_success_is_that_of_any_step(kind: str) -> None:
     """Of episodes of 1 to 4 steps, with odd seeds: success at the last or the first step, whatever else is reported."""
