@@ -66,9 +66,9 @@ def report(out: Path) -> str:
     for row in rows:
         key = (row["quota"], int(row["processes"]), int(row["threads"]))
         found.setdefault(key, []).append(float(row["updates_per_second"]))
-    lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`.\n"]
-    lines += ["One member in each run, on random data. `quota`: none, or the container whose cores are limited;"]
-    lines += ["`threads each` is NPROC.\n"]
+    lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`; rows with a quota by `--cgroup` too.\n"]
+    lines += ["One member in each run, on random data. `quota`: none, or the name of the cgroup that limits the cores"]
+    lines += ["(`half`: one core of two); `threads each` is NPROC.\n"]
     lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
     for key, rates in sorted(found.items()):
         numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]
