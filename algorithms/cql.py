@@ -412,9 +412,7 @@ def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
     hours = count * updates * 2 * args.batch_size * (pi * 5 + q * passes) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
         advice = "" if args.preset == "cpu" else "; --preset cpu, in place of the domain's, is smaller"
-        print(
-            f"without an accelerator this takes roughly {hours:.0f} hours in all on two cores{advice}", file=sys.stderr
-        )
+        print(f"on two CPU cores this takes roughly {hours:.0f} hours in all{advice}", file=sys.stderr)
 
 
 def main(args: Args) -> None:

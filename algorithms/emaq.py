@@ -588,9 +588,7 @@ def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
     hours = count * 2 * args.batch_size * (mu * 3 * fits + q * valued) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
         advice = "" if args.preset == "cpu" else "; --preset cpu has smaller networks and fewer proposals"
-        print(
-            f"without an accelerator this takes roughly {hours:.0f} hours in all on two cores{advice}", file=sys.stderr
-        )
+        print(f"on two CPU cores this takes roughly {hours:.0f} hours in all{advice}", file=sys.stderr)
 
 
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:

@@ -219,12 +219,8 @@ class Run:
             what = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
             say(f"{self.members.label(i)} diverged: {what}", sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
-        if (
-            stop >= self.total
-            or self.signal
-            or not self.alive.any()
-            or any(stop // n > self.start // n for n in self.dues)
-        ):
+        due = any(stop // n > self.start // n for n in self.dues)
+        if due or stop >= self.total or self.signal or not self.alive.any():
             (sums, counts), self.row, rows = self.row, None, []
             for i in living:
                 means = {name: sums[name][i] / counts[name][i] if counts[name][i] else None for name in sums}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import arrays_of, done_in, hopper_like, rows_of, smaller
 
+from common import runs
 from common.environments import Evaluator, evaluation_seed
 from common.members import Metrics
 from common.replay import Replay
@@ -220,6 +221,7 @@ def test_iterations_of_awr_have_their_share_of_updates_and_a_ring_of_the_given_s
     """Of 12, 12 and 6 steps in two environments, with 5, 5 and half as many updates, rounded up."""
     run = tmp_path / "run"
     monkeypatch.setattr(importlib.import_module("algorithms.awr"), "train", count_rows)
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
     flags = [*small_run, *smaller("awr"), "--num-updates", "0", "--online-steps", "30", "--buffer-size", "20"]
     flags += ["--eval-every", "0", "--max-episode-steps", str(LIMIT), "--run-dir", run]
     outcome = script("awr", *flags)
