@@ -25,7 +25,7 @@ from conftest import (
     smaller,
 )
 
-from common import members
+from common import members, runs
 from common.runs import Run
 
 SIZES = ["--num-layers", "1", "--num-critics", "3", "--num-bins", "4", "--behavior-learning-rate", "0.05"]
@@ -222,8 +222,11 @@ def test_without_memory_for_the_pool_updates_draw_their_own_proposals(
 
 
 @pytest.mark.slow
-def test_online_in_rounds_of_steps_and_as_many_updates(tmp_path: Path, emaq: Emaq) -> None:
+def test_online_in_rounds_of_steps_and_as_many_updates(
+    tmp_path: Path, emaq: Emaq, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From scratch, five steps at a time, the first three at random; mu learns with every update."""
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
     run = tmp_path / "run"
     flags = ["--num-updates", "0", "--online-steps", "12", "--steps-per-iteration", "5", "--run-dir", run]
     outcome = emaq(*flags, "--random-steps", "3")

@@ -927,7 +927,6 @@ def without(missing: str, module: str, needed_for: str = "") -> Any:
     ("flags", "word"),
     [
         (["--seed", "3"], "--seed"),
-        pytest.param(["--keep-best", "True"], "--keep-best", marks=pytest.mark.slow),
         pytest.param(["--beta", "5"], "--beta", marks=pytest.mark.slow),
         (["--batch-size", "32"], "--batch-size"),
         pytest.param(["--hidden-dim", "16"], "--hidden-dim", marks=pytest.mark.slow),
