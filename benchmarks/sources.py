@@ -25,7 +25,7 @@ from benchmarks import offax_sets, ogbench_sets
 from benchmarks.families import wrappers_of
 from benchmarks.offax_sets import datasets_root
 from common.cli import UsageError, env_name, one_line
-from common.data import Dataset, check, load_npz, spaces_of
+from common.data import Dataset, bounds_of, check, load_npz
 from common.environments import action_bounds
 from common.replay import Transitions, record
 
@@ -225,6 +225,5 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
         spec = copy.deepcopy(gym.spec(f"{name}-v4"))
         if domain == "ant" and arrays["observations"].shape[1:] == (111,):
             spec.kwargs["use_contact_forces"] = True  # as D4RL's Ant had them
-    ones = np.ones(arrays["actions"].shape[1:2], np.float32)  # D4RL's environments are all bounded by [-1, 1]
-    bounds = spaces_of(env)[1:] if env else (-ones, ones)
+    bounds = bounds_of(env, arrays["actions"])  # D4RL's environments are all bounded by [-1, 1]
     return Dataset(path, check(path, arrays, *bounds), spec, *bounds)

@@ -112,10 +112,15 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
     return found
 
 
+def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action of the environment, or -1 and 1 of `actions [rows, action_dim]` without one."""
+    ones = np.ones(actions.shape[1:2], np.float32)
+    return spaces_of(env)[1:] if env else (-ones, ones)
+
+
 def load_npz(path: str, env: str | None) -> Dataset:
     """Read an .npz: the arrays of `Transitions` by their names, perhaps without `truncations`, and a text `env`."""
     arrays = read_npz(path, needed=Transitions._fields[:-1])
     env = env or (str(arrays["env"]) if "env" in arrays else None)
-    ones = np.ones(arrays["actions"].shape[1:2], np.float32)
-    bounds = spaces_of(env)[1:] if env else (-ones, ones)
+    bounds = bounds_of(env, arrays["actions"])
     return Dataset(path, check(path, arrays, *bounds), env, *bounds)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # imported where it is used: neither --help nor training by i
 MAX_ENVIRONMENTS = 64
 LONGEST_EPISODE = 10_000  # where neither the environment nor --max-episode-steps limits it
 LARGEST_BOUND = 1e6  # of an action; a larger one stands for "unbounded", and float32 cannot resolve it
-Act = Callable[[np.ndarray, jax.Array], Any]
 Maker = Callable[[], Any]
 
 
@@ -112,7 +111,7 @@ class Evaluator:
         self.environments: list[Any] = []
 
     def run(
-        self, act: Act, episodes: int, done: int = 0, stopping: Callable = lambda: False, alive: Any = None
+        self, act: Callable, episodes: int, done: int = 0, stopping: Callable = lambda: False, alive: Any = None
     ) -> Returns | None:
         """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
 
