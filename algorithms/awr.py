@@ -122,7 +122,7 @@ class Args(RunArgs):
 
 # The defaults, for each family. The authors' settings differ by environment instead: the policy's step size (Hopper
 # 1e-4, Walker2d 2.5e-5, Humanoid 1e-5; on Ant and HalfCheetah the paper's) and the deviation on Ant, see `std`.
-PRESETS = {"locomotion": {}, "antmaze": {}, "adroit": {}}
+PRESETS: dict[str, dict[str, Any]] = {"locomotion": {}, "antmaze": {}, "adroit": {}}
 
 
 class Network(nn.Module):

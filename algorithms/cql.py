@@ -101,7 +101,7 @@ class Args(RunArgs):
 # CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the
 # first Q-function with five layers. OGBench's are ours: CORL's weight for AntMaze, with the sizes of the baselines in
 # FQL's code (Park et al., 2025), which has no CQL.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
     "antmaze": {
         "conservative_weight": 5.0,

@@ -144,7 +144,7 @@ TABLE_3 |= {"embedding_dim": 256, "embedding_layers": 4, "head_dim": 128, "head_
 # Ours, for any domain: small enough that 100,000 updates take minutes on two cores.
 CPU = {"num_proposals": 10, "num_critics": 2, "hidden_dim": 256, "num_layers": 2, "critic_learning_rate": 3e-4}
 CPU |= {"behavior_updates": 20_000, "embedding_dim": 256, "head_dim": 64, "head_layers": 2}
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"batch_size": 256, "num_critics": 8, "hidden_dim": 750, "num_layers": 3},
     "antmaze": TABLE_3 | {"num_proposals": 100},
     "adroit": TABLE_3 | {"num_proposals": 64},

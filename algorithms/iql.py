@@ -78,7 +78,7 @@ class Args(RunArgs):
 # From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), whose networks have
 # these sizes, but GELU, then layer normalisation, and other initial weights; besides, its advantages are the critic's
 # own, its standard deviation is constant, and its discount 0.995 on humanoidmaze, antmaze-giant and antsoccer.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
     "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},
     "kitchen": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},

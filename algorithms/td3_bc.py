@@ -80,7 +80,7 @@ class Args(RunArgs):
 
 # CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the sizes
 # are those of ReBRAC in FQL's code (Park et al., 2025), which has GELU, then layer normalisation; the weight is ours.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
     "adroit": {"alpha": 2.5},

@@ -96,9 +96,9 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
     actions, margin = out["actions"], 1e-5 * (high - low)  # float32 copies of float64 actions
     if len(outside := np.argwhere((actions < low - margin) | (actions > high + margin))):
         row, i = outside[0]
-        found = f"in row {row}: {actions[row, i]:.6g} is not in [{low[i]:.6g}, {high[i]:.6g}]"
+        where = f"in row {row}: {actions[row, i]:.6g} is not in [{low[i]:.6g}, {high[i]:.6g}]"
         how = "pass the --env that takes them, or clip them if that is what was executed"
-        raise UsageError(f"{name}: actions are out of bounds, first {found}; {how}")
+        raise UsageError(f"{name}: actions are out of bounds, first {where}; {how}")
     if np.any(low != -1.0) or np.any(high != 1.0):
         actions = 2.0 * (actions - low) / (high - low) - 1.0
     found = record(Transitions(**out | {"actions": np.clip(actions, -1.0, 1.0).astype(np.float32, copy=False)}))

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common.cli import RunArgs, UsageError, parse_grid
+from common.cli import RunArgs, UsageError, one_line, parse_grid
 from common.replay import Replay
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -182,7 +182,10 @@ def make_members(args: RunArgs) -> Members:
     os.environ["NPROC"] = str(cores := usable_cores())  # XLA's threads: it knows of affinity, but of no quota
     with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
         jax.config.update("jax_num_cpu_devices", min(len(indices), cores))
-    devices = jax.local_devices()[: len(indices)]
+    try:
+        devices = jax.local_devices()[: len(indices)]
+    except (AssertionError, RuntimeError) as error:  # JAX fails on `cuda` without CUDA by an assertion
+        raise UsageError(f"JAX has no device of JAX_PLATFORMS ({one_line(error)}); unset it or install it") from None
     padded = indices + indices[-1:] * (-len(indices) % len(devices))
     with np.errstate(over="ignore"):  # infinity: that member diverges, and is named
         hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**everyone[i][0]) for i in padded))

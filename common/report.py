@@ -36,9 +36,6 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Populations: who the members are; that they depend neither on each other nor on how they are shared out."""
 
+import importlib.util
 import os
 import subprocess
 from collections.abc import Callable
@@ -125,6 +126,20 @@ print([task.joinpath("comm").read_text() for task in pathlib.Path("/proc/self/ta
 """
     process = spawn("-c", code)
     assert process.communicate(timeout=60) == ("5\n", "")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "no_such_device"])
+def test_a_device_that_jax_cannot_use(
+    spawn: Callable[..., subprocess.Popen], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str
+) -> None:
+    """One line, and nothing written. Of CUDA without its libraries JAX itself says nothing but AssertionError."""
+    if platform == "cuda" and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        pytest.skip("CUDA is installed")
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    process = spawn("algorithms/iql.py", "--num-updates", 1, "--run-dir", tmp_path / "run")
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.count("\n")) == (2, 1) and "error: JAX has no device of JAX_PLATFORMS" in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_members_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
