@@ -87,7 +87,8 @@ def test_sections_come_in_the_same_order(name: str) -> None:
     tree = ast.parse((ROOT / "algorithms" / f"{name}.py").read_text())
     found = []
     for node in tree.body:
-        names = [target.id for target in node.targets] if isinstance(node, ast.Assign) else [getattr(node, "name", "")]
+        targets = [*getattr(node, "targets", []), getattr(node, "target", None)]  # of `x = ...` and of `x: type = ...`
+        names = [getattr(node, "name", ""), *(target.id for target in targets if target)]
         names = [OTHER_NAMES.get(one, one) for one in names]
         found += [one for one in names if one in SECTIONS]
     assert found == SECTIONS
