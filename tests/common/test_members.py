@@ -59,7 +59,7 @@ def test_a_shard_is_every_nth_member() -> None:
     found = {}
     for i in range(4):
         part = members.make_members(replace(args, shard=f"{i}/4"))
-        assert part.total == 6
+        assert part.total == 6 and all(number % 4 == i for number in part.indices)
         found |= {number: (int(part.seeds[j]), float(part.hp.beta[j])) for j, number in enumerate(part.indices)}
     assert found == {0: (7, 1), 1: (8, 1), 2: (9, 1), 3: (7, 2), 4: (8, 2), 5: (9, 2)}
     for shard in ("4/4", "1/7", "-1/2", "1", "a/b", "1/0"):
