@@ -209,6 +209,20 @@ def test_episodes_in_waves_are_the_same_episodes(limit: int, monkeypatch: pytest
     assert len(set(seen)) == len(seen), "every member has a key of its own at every step of every evaluation"
 
 
+def test_a_part_of_a_population_evaluates_in_batches_of_the_wholes_width() -> None:
+    """Products of another number of rows differ in the last bits, and actions that are drawn differ wholly."""
+    two = members.make_members(iql.Args(num_seeds=environments.MAX_ENVIRONMENTS, shard="0/32", run_dir="x"))
+    part = Evaluator(partial(make_environment, "OffaxTest/Toy-v0"), two, PLAIN)
+    shapes = set()
+
+    def policy(observations: np.ndarray, keys: jax.Array) -> np.ndarray:
+        shapes.add(observations.shape)
+        return middle(observations, keys)
+
+    part.run(policy, 3)
+    assert shapes == {(2, 1, 2)}, "two of 64 members: an episode of each at a time"
+
+
 def test_fewer_episodes_later_and_the_same_again() -> None:
     """Environments are kept between evaluations; what ran before must not show."""
     both = evaluator("Toy")

@@ -36,6 +36,23 @@ def test_ensemble_members_are_independent_networks() -> None:
     assert float(jnp.abs(q[0] - q[1]).max()) > 1e-3
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_layer_is_linear_then_normalised_then_relu(layer_norm: bool) -> None:
+    rng = np.random.default_rng(2)
+    mlp, x = networks.MLP(16, 2, 3, layer_norm=layer_norm), rng.standard_normal((5, 4), np.float32)
+    shapes = jax.eval_shape(mlp.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda like: rng.standard_normal(like.shape, np.float32), shapes)
+    own, hidden = params["params"], x
+    for i in range(2):
+        hidden = hidden @ own[f"Dense_{i}"]["kernel"] + own[f"Dense_{i}"]["bias"]
+        if layer_norm:
+            hidden = (hidden - hidden.mean(axis=1, keepdims=True)) / hidden.std(axis=1, keepdims=True)
+            hidden = hidden * own[f"LayerNorm_{i}"]["scale"] + own[f"LayerNorm_{i}"]["bias"]
+        hidden = np.maximum(hidden, 0)
+    expected = hidden @ own["Dense_2"]["kernel"] + own["Dense_2"]["bias"]
+    np.testing.assert_allclose(jax.jit(mlp.apply)(params, x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_many_actions_for_each_state_equal_one_by_one() -> None:
     rng = np.random.default_rng(3)
     observations, actions = rng.normal(size=(5, 4)), rng.normal(size=(7, 5, 2))
