@@ -533,7 +533,8 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
     next_states = np.random.default_rng(2).integers(0, STATES, rows)
     data = tabular_batch(next_states, np.zeros((rows, ACT)))
     observations = np.pad(ONE_HOT, ((0, 0), (0, OBS - STATES)))
-    data = data._replace(observations=observations[next_states], next_observations=observations[next_states])
+    before = (next_states + 1) % STATES  # other states, of which there must be no proposals
+    data = data._replace(observations=observations[before], next_observations=observations[next_states])
     state = fresh()
     pool = np.asarray(draw_pool(state, HP, Replay(data), jax.random.key(1), args))
     assert pool.shape == (rows, sets, num, ACT) and pool.dtype == np.uint8 and pool.max() < BINS
@@ -555,7 +556,7 @@ def test_pool_has_the_distribution_of_fresh_proposals_of_each_rows_own_state() -
 
     tabular = replace(TABULAR, num_proposals=num, proposal_pool=sets)
     by_hand = state_of(behavior_by_hand(over_bins(MU)), critics_by_hand(np.zeros((2, STATES, 3))))
-    rows_by_hand = Replay(tabular_batch(next_states, np.zeros(rows)))
+    rows_by_hand = Replay(tabular_batch(next_states, np.zeros(rows), observations=ONE_HOT[before]))
     pool = np.asarray(draw_pool(by_hand, HP, rows_by_hand, jax.random.key(1), tabular))
     for s in range(STATES):
         drawn = pool[next_states == s].ravel()
