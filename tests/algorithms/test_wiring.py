@@ -161,8 +161,15 @@ def test_an_evaluation_that_fails_in_the_online_phase_leaves_a_checkpoint_to_go_
     assert str(done["online"]) in [row["step"] for row in rows_of(run / "evaluations.csv") if row["phase"] == "online"]
 
 
-@pytest.mark.parametrize("name", ["emaq", "iql"])
-@pytest.mark.parametrize(("online", "kept"), [(False, 0), (True, 10 + 8)])
+@pytest.mark.parametrize(
+    ("name", "online", "kept"),
+    [
+        ("iql", False, 0),
+        ("iql", True, 10 + 8),
+        pytest.param("emaq", False, 0, marks=pytest.mark.slow),
+        ("emaq", True, 10 + 8),
+    ],
+)
 def test_a_member_stays_as_it_was_before_the_stretch_that_broke_it(
     tmp_path: Path,
     small_run: list[str],

@@ -128,7 +128,7 @@ print([task.joinpath("comm").read_text() for task in pathlib.Path("/proc/self/ta
     assert process.communicate(timeout=60) == ("5\n", "")
 
 
-@pytest.mark.parametrize("platform", ["cuda", "no_such_device"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("no_such_device", marks=pytest.mark.slow)])
 def test_a_device_that_jax_cannot_use(
     spawn: Callable[..., subprocess.Popen], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str
 ) -> None:
