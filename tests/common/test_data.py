@@ -279,9 +279,8 @@ def test_npz_rows(tmp_path: Path) -> None:
 
 def test_a_checksum_tells_two_datasets_of_one_name_apart(tmp_path: Path) -> None:
     arrays, found = good_npz(), []
-    flipped = {name: {name: 1 - arrays[name]} for name in ("terminations", "truncations")}
-    others = {"rewards": arrays["rewards"] + 1}, {"actions": -arrays["actions"]}, *flipped.values()
-    for changed in ({}, {}, *others):
+    flags = [{name: 1 - arrays[name]} for name in ("terminations", "truncations")]
+    for changed in ({}, {}, {"rewards": arrays["rewards"] + 1}, {"actions": -arrays["actions"]}, *flags):
         np.savez(tmp_path / "mine.npz", **arrays | changed)
         found.append(load(str(tmp_path / "mine.npz"), "Any32-v0").describe()["dataset_sha256"])
     assert found[0] == found[1] and len(set(found)) == 5
