@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import Curves, curves_of, trained_on
+from benchmarks.curves import Curves, curves_of, number, trained_on
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
-from benchmarks.tables import Table
+from benchmarks.tables import Table, file_name
 from common.cli import UsageError
 from common.report import read_json
 from common.runs import FREE, LENGTHS
@@ -73,7 +73,8 @@ def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
 def measured(member: dict[str, Any], rows: dict[str, dict[str, str]], lost: Any) -> dict[str, Any]:
     """The member's entry in final.json by its row of one evaluation; a member without one is `lost`."""
     row = rows.get(str(member["member"]), {})
-    values = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
+    numbers = {name: number(row.get(name)) for name in MEASURED}
+    values = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
     return member | values | {"diverged": None if row else lost}
 
 
@@ -106,10 +107,7 @@ def read(folder: Path) -> list[Cell]:
         ended = (run / "final.json").exists()
         final = read_json(run / "final.json") if ended else as_evaluated(run, config, evaluations)
         runs[run] = config, final, command, evaluations
-    # Runs of an algorithm on a dataset are compared with the one of the shortest name, that without a --label.
-    references: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in sorted(runs, key=lambda run: len(run.name)):
-        references.setdefault((runs[run][0]["algorithm"], trained_on(runs[run][0])), runs[run][0])
+    references = references_of({run: config for run, (config, *_) in runs.items()})
     cells: dict[tuple[str, str], Cell] = {}
     for config, final, command, evaluations in runs.values():
         name = config["algorithm"] + settings_of(config, references[config["algorithm"], trained_on(config)])
@@ -129,16 +127,37 @@ def read(folder: Path) -> list[Cell]:
     return [cells[key] for key in sorted(cells)]
 
 
+def references_of(configs: dict[Path, dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """By algorithm and dataset, the run that the others are compared with: that of the shortest name, without --label.
+
+    If it has a label all the same, and one of that label is beside a plainer run on another dataset, it is the latter:
+    so that a label means the same on every dataset.
+    """
+
+    def key(run: Path) -> tuple[str, str]:
+        return configs[run]["algorithm"], trained_on(configs[run])
+
+    def label(run: Path) -> tuple[str, str]:
+        algorithm, dataset = configs[run]["algorithm"], configs[run]["flags"]["dataset"]
+        return algorithm, run.name.removeprefix(f"{algorithm}_{file_name(dataset)}")
+
+    plainest: dict[tuple[str, str], Path] = {}
+    for run in sorted(configs, key=lambda run: len(run.name)):
+        plainest.setdefault(key(run), run)
+    beside = {label(run): plainest[key(run)] for run in configs if plainest[key(run)] != run}
+    return {name: configs[beside.get(label(run), run)] for name, run in plainest.items()}
+
+
 def unique(values: Sequence[Any]) -> list[Any]:
     """The values without repetition, in order of first appearance."""
     return list(dict.fromkeys(values))
 
 
 def summary(strata: Sequence[Sequence[float]]) -> dict[str, float] | None:
-    """Interquartile mean over all strata and its interval, NaN of single seeds; None if a stratum is empty."""
+    """Interquartile mean over all strata and its interval, NaN if one is of a single seed; None if one is empty."""
     if not strata or not all(len(values) for values in strata):
         return None
-    several = any(len(values) > 1 for values in strata)
+    several = all(len(values) > 1 for values in strata)
     low, high = bootstrap_interval(strata) if several else (math.nan, math.nan)
     return {"iqm": float(interquartile_mean([x for values in strata for x in values])), "low": low, "high": high}
 
@@ -181,8 +200,7 @@ def worst_score(cells: Sequence[Cell], dataset: str) -> float:
 
 def with_diverged(cell: Cell, cells: Sequence[Cell]) -> list[float]:
     """Final scores of all its seeds, those that diverged at the dataset's worst."""
-    values = cell.values("score_mean")
-    return values + [worst_score(cells, cell.dataset)] * (len(cell.members) - len(values))
+    return cell.values("score_mean") + [worst_score(cells, cell.dataset)] * len(cell.lost)
 
 
 def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
@@ -194,12 +212,15 @@ def after(cells: Sequence[Cell], updates: int) -> list[Cell]:
     found, evaluated = [], False
     for cell in cells:
         places = {("offline", updates)} | ({("online", 0)} if cell.final["updates"] == updates else set())
-        here = (row for row in cell.evaluations if (row["phase"], int(row["step"])) in places)
+        here = [row for row in cell.evaluations if (row["phase"], int(row["step"])) in places]
         rows = {row["member"]: row for row in here}
-        if rows or (cell.all_lost and cell.final["updates"] <= updates):
+        steps = [(member["diverged"] or {}).get("step") for member in cell.members]
+        lost_before = all((cell.final["updates"] if step is None else step) <= updates for step in steps)
+        if rows or (cell.all_lost and lost_before):
             evaluated |= bool(rows)
             members = [measured(member, rows, lost=member["diverged"]) for member in cell.members]
-            until = [row for row in cell.evaluations if row["phase"] == "offline" and int(row["step"]) <= updates]
+            until = [row for row in cell.evaluations if row["phase"] == "offline" and int(row["step"]) < updates]
+            until += [row | {"phase": "offline", "step": str(updates)} for row in here]
             final = cell.final | {"updates": updates, "online_steps": 0}
             found.append(replace(cell, members=members, evaluations=until, final=final))
     if not evaluated:
@@ -223,11 +244,14 @@ def online_regret(cell: Cell) -> list[float]:
     return [regret(*zip(*curve, strict=True)) for curve in online_curves(cell) if len(curve) > 1]
 
 
-def last_evaluations(cell: Cell, count: int) -> dict[str, list[float]]:
-    """By member that is left, the scores of the last phase's last evaluations, but for those before any training."""
-    curves = cell.curves("online", "score_mean") or cell.curves("offline", "score_mean")
-    trained = {member: [curve[step] for step in sorted(curve) if step > 0] for member, curve in curves.items()}
-    return {member: values[-count:] for member, values in trained.items() if values and member not in cell.lost}
+def last_evaluations(cell: Cell, count: int) -> dict[str, list[tuple[int, float]]]:
+    """By member that is left, steps and scores of the last phase's last evaluations, after some training in it."""
+    for phase in ("online", "offline"):
+        curves = cell.curves(phase, "score_mean")
+        trained = {member: [(s, x) for s, x in sorted(curve.items()) if s > 0] for member, curve in curves.items()}
+        if found := {member: x[-count:] for member, x in trained.items() if x and member not in cell.lost}:
+            return found
+    return {}
 
 
 def about_data(cell: Cell) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ their interquartile mean a bold one; of a grid each setting has one line, the in
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,9 +75,9 @@ def last_values(curves: Curves, lost: Iterable[str]) -> list[float]:
     return [curve[max(curve)] for curve in to_the_end(curves, lost)]
 
 
-def describe(curves: Curves, lost: Iterable[str]) -> str:
-    """The last value, its 95 % interval over the seeds, and how many diverged."""
-    found, diverged = aggregate(last_values(curves, lost)), len(curves.keys() & set(lost))
+def describe(curves: Curves, lost: Collection[str]) -> str:
+    """The last value, its 95 % interval over the seeds, and how many diverged: all `lost`, with a curve or without."""
+    found, diverged = aggregate(last_values(curves, lost)), len(lost)
     if found["iqm"] is None:
         return f"{diverged} diverged"
     interval = "" if found["ci_low"] is None else f" [{found['ci_low']:.1f}, {found['ci_high']:.1f}]"
@@ -166,7 +166,7 @@ def figure_of(run_dir: Path) -> Any:
 
     setting_of = settings_of(config)
     groups: dict[str, list[str]] = {}
-    for member in dict.fromkeys(member for curves in panels.values() for member in curves):
+    for member in dict.fromkeys([*(member for curves in panels.values() for member in curves), *sorted(lost)]):
         groups.setdefault(setting_of.get(member, ""), []).append(member)
     grid = len(groups) > 1
 
@@ -198,9 +198,8 @@ def figure_of(run_dir: Path) -> Any:
                 if not grid and len(mine) > 1:
                     seeds = len(to_the_end(mine, lost))
                     what = f"mean of {seeds}" if seeds < 4 else f"interquartile mean of {seeds}"
-                style["label"] = f"{what}: last {describe(mine, lost)}"
-                if set(mine) <= lost:
-                    style["label"] = f"{setting or 'all'}: {describe(mine, lost)}"
+                said = describe(mine, lost.intersection(groups[setting]))
+                style["label"] = f"{setting or 'all'}: {said}" if set(mine) <= lost else f"{what}: last {said}"
             plot(axes, mine, lost, each=not grid, **style)
         finish(axes, row, curves)
         if row == name:

@@ -5,13 +5,13 @@ are the scores of an algorithm's runs, a sequence for each task. Runs are drawn 
 fixed seed: the same scores give the same interval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 Strata = Sequence[Sequence[float] | np.ndarray]
-RESAMPLES = 2000
+BLOCKS, BLOCK = 25, 2000  # resamples: 50,000, as many at a time as fit beside a large population
 
 
 def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -21,22 +21,22 @@ def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int | None = 
     return np.take(x, range(cut, x.shape[axis or 0] - cut), axis=axis or 0).mean(axis=axis)
 
 
-def resampled(strata: Strata, resamples: int = RESAMPLES) -> list[np.ndarray]:
-    """The runs of each task drawn with replacement (section 4.1), `[resamples, runs]` each."""
+def percentile_interval(
+    strata: Strata, statistic: Callable[[list[np.ndarray]], np.ndarray], blocks: int = BLOCKS
+) -> np.ndarray:
+    """Where 95 % of the resamples have `statistic`, `[2, ...]`: the runs of each task drawn with replacement (4.1).
+
+    `statistic` is of the tasks' draws, `[resamples, runs]` each, and has the resamples first.
+    """
     rng = np.random.default_rng(0)
     arrays = [np.asarray(values, float) for values in strata]
-    return [x[rng.integers(0, len(x), (resamples, len(x)))] for x in arrays]
+    draws = [statistic([x[rng.integers(0, len(x), (BLOCK, len(x)))] for x in arrays]) for _ in range(blocks)]
+    return np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0)
 
 
-def percentile_interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % of what the resamples `[resamples, ...]` gave."""
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    return low, high
-
-
-def bootstrap_interval(strata: Strata, resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap_interval(strata: Strata) -> tuple[float, float]:
     """95 % stratified percentile-bootstrap interval of the interquartile mean over the runs of all tasks."""
-    low, high = percentile_interval(interquartile_mean(np.concatenate(resampled(strata, resamples), axis=1), axis=1))
+    low, high = percentile_interval(strata, lambda tasks: interquartile_mean(np.concatenate(tasks, axis=1), axis=1))
     return float(low), float(high)
 
 
@@ -47,7 +47,8 @@ def performance_profile(strata: Strata, thresholds: np.ndarray) -> tuple[np.ndar
         """`[..., thresholds]` of tasks `[..., runs]`."""
         return np.mean([(x[..., None] > thresholds).mean(axis=-2) for x in tasks], axis=0)
 
-    return shares([np.asarray(x, float) for x in strata]), *percentile_interval(shares(resampled(strata)))
+    low, high = percentile_interval(strata, shares, blocks=1)  # a figure shows no more
+    return shares([np.asarray(x, float) for x in strata]), low, high
 
 
 def probability_of_improvement(ours: Strata, theirs: Strata) -> tuple[float, float, float]:
@@ -59,8 +60,8 @@ def probability_of_improvement(ours: Strata, theirs: Strata) -> tuple[float, flo
         return (1 + np.mean(above, axis=0)) / 2
 
     point = probability([np.asarray(x, float) for x in ours], [np.asarray(y, float) for y in theirs])
-    draws = resampled([*ours, *theirs])  # both sides in one stream, or equal ones would be drawn alike
-    low, high = percentile_interval(probability(draws[: len(ours)], draws[len(ours) :]))
+    # Both sides in one stream, or equal ones would be drawn alike.
+    low, high = percentile_interval([*ours, *theirs], lambda x: probability(x[: len(ours)], x[len(ours) :]))
     return float(point), float(low), float(high)
 
 

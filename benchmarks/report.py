@@ -56,7 +56,7 @@ from benchmarks.cells import (
 from benchmarks.curves import score_name
 from benchmarks.families import domain_of
 from benchmarks.intervals import expected_best, probability_of_improvement
-from benchmarks.tables import Table, fill, markdown, write_text
+from benchmarks.tables import Table, file_name, fill, markdown, write_text
 from common.cli import UsageError, exit_status, read_flags
 from common.report import read_json
 
@@ -88,10 +88,17 @@ def show(value: dict[str, float] | None, lost: int = 0, length: str = "") -> str
     return text + (f", {lost} diverged" if lost else "") + (f", after {length}" if length else "")
 
 
-def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]], list[str]], heads: list[str]) -> str:
+def table(
+    cells: Sequence[Cell],
+    column: str,
+    of_data: Callable[[dict[str, Any]], list[str]],
+    heads: list[str],
+    elsewhere: Sequence[Cell] = (),
+) -> str:
     """Datasets by algorithms, after what `of_data` says of the dataset; `column` is `score_mean` or `return_mean`.
 
     A run that is shorter than the longest has its length beside it, and no part in the row over all datasets.
+    `elsewhere`: those that were run, if not evaluated at the length of the table.
     """
     algorithms = sorted({cell.algorithm for cell in cells})
     rows = []
@@ -99,25 +106,31 @@ def table(cells: Sequence[Cell], column: str, of_data: Callable[[dict[str, Any]]
         row = {cell.algorithm: cell for cell in cells if cell.dataset == dataset}
         texts = []
         for algorithm in algorithms:
-            if algorithm not in row:
-                texts.append("not run")
-                continue
-            values = row[algorithm].values(column)
-            lost = len(row[algorithm].members) - len(values)
-            texts.append(show(summary([values]), lost, short_length(row[algorithm], cells)))
+            if cell := row.get(algorithm):
+                texts.append(show(summary([cell.values(column)]), len(cell.lost), short_length(cell, cells)))
+            else:
+                run = any((other.dataset, other.algorithm) == (dataset, algorithm) for other in elsewhere)
+                texts.append("not evaluated" if run else "not run")
         about = about_data(next(iter(row.values())))
         rows.append([dataset, *(of_data(about) if about else ["-"] * len(heads)), *texts])
     if column == "score_mean" and len(rows) > 1:
         datasets, totals = aggregate(cells)
+        full, lost = of_full_length(cells), dict.fromkeys(algorithms, 0)
+        for cell in full:
+            lost[cell.algorithm] += len(cell.lost) if cell.dataset in datasets else 0
+
+        def over_all(name: str, totals: dict[str, dict[str, float] | None]) -> list[str]:
+            return [name, *[""] * len(heads), *(show(totals.get(one), lost[one]) for one in algorithms)]
+
         if datasets:
             name = f"all {len(datasets)}" if len(datasets) == len(rows) else f"the {len(datasets)} with every algorithm"
             lengths = unique([cell.length for cell in cells])
             name += f", after {length_in_words(max(lengths, key=sum))}" if len(lengths) > 1 else ""
-            rows.append([name, *[""] * len(heads), *(show(totals.get(one)) for one in algorithms)])
-            if all(len(x) == LAST for cell in of_full_length(cells) for x in last_evaluations(cell, LAST).values()):
+            rows.append(over_all(name, totals))
+            steps = {tuple(s for s, _ in x) for cell in full for x in last_evaluations(cell, LAST).values()}
+            if [len(at) for at in steps] == [LAST]:  # all runs were evaluated at the same ten
                 name = f"the same {len(datasets)}, mean of the last {LAST} evaluations"
-                totals = aggregate(cells, last_means)[1]
-                rows.append([name, *[""] * len(heads), *(show(totals.get(one)) for one in algorithms)])
+                rows.append(over_all(name, aggregate(cells, last_means)[1]))
     return markdown(["dataset", *heads, *algorithms], rows)
 
 
@@ -134,7 +147,7 @@ def fine_tuning(cells: Sequence[Cell]) -> str:
 
 def last_means(cell: Cell) -> list[float]:
     """Of each seed that is left, the mean score of its last ten evaluations."""
-    return [sum(values) / len(values) for values in last_evaluations(cell, LAST).values()]
+    return [sum(x for _, x in found) / len(found) for found in last_evaluations(cell, LAST).values()]
 
 
 def last_and_best(cells: Sequence[Cell]) -> str:
@@ -144,7 +157,7 @@ def last_and_best(cells: Sequence[Cell]) -> str:
         last, every = last_evaluations(cell, LAST), last_evaluations(cell, sys.maxsize)
         count = max(map(len, last.values()), default=0)
         means = show(summary([last_means(cell)]))
-        best = show(summary([[max(values) for values in every.values()]]))
+        best = show(summary([[max(x for _, x in found) for found in every.values()]]))
         texts = [
             show(summary([cell.values("score_mean")])),
             means + (f", of {count}" if 0 < count < LAST else ""),
@@ -189,7 +202,8 @@ def tuned_settings(cells: Sequence[Cell]) -> dict[str, dict[str, list[list[float
     found: dict[str, dict[str, list[list[float]]]] = {}
     for cell in of_full_length(cells):
         of_dataset = found.setdefault(cell.dataset, {})
-        of_dataset.setdefault(cell.config["algorithm"], []).append(with_diverged(cell, cells))
+        if scores := with_diverged(cell, cells):  # none where there is no score, as of episodes that were cut
+            of_dataset.setdefault(cell.config["algorithm"], []).append(scores)
     several = {name: {a: x for a, x in algorithms.items() if len(x) > 1} for name, algorithms in found.items()}
     return {name: algorithms for name, algorithms in several.items() if algorithms}
 
@@ -228,7 +242,7 @@ def updates_of(cells: Sequence[Cell]) -> str:
 def origin(cells: Sequence[Cell]) -> str:
     """What made a table: seeds, commits, hardware, versions, and the commands folded away."""
     seeds = unique([member["seed"] for cell in cells for member in cell.members])
-    episodes = unique([member["episodes"] for cell in cells for member in cell.members if member["episodes"]])
+    episodes = unique([int(member["episodes"]) for cell in cells for member in cell.members if member["episodes"]])
     configs = [cell.config for cell in cells]
     commits = unique(
         [
@@ -268,8 +282,8 @@ def speed(cells: Sequence[Cell]) -> str:
             continue
         row = [name, f"{cell.final['updates']}", f"{members}", *("-" if x is None else f"{x:.0f}" for x in rates)]
         rows.append([*row, f"{seconds:.0f} s"])
-    rates = ["updates/s offline, all members", "online steps/s, all members"]
-    columns = ["run", "updates", "members", *rates, "time since the last start or resumption"]
+    rates = ["updates/s offline, of all that did not diverge", "online steps/s, likewise"]
+    columns = ["run", "updates", "members", *rates, "time, before a resumption too"]
     return f"## Speed\n\n{markdown(columns, rows)}" if rows else ""
 
 
@@ -310,10 +324,10 @@ def table_against(lines: dict[str, dict[float, Cell]], name: str) -> str:
     for label, line in lines.items():
         texts = []
         for value in values:
-            scores = line[value].values("score_mean") if value in line else []
-            lost = len(line[value].members) - len(scores) if value in line else 0
-            length = short_length(line[value], cells) if value in line else ""
-            texts.append(show(summary([scores]), lost, length) if value in line else "not run")
+            if cell := line.get(value):
+                texts.append(show(summary([cell.values("score_mean")]), len(cell.lost), short_length(cell, cells)))
+            else:
+                texts.append("not run")
         rows.append([label, *texts])
     return markdown([name, *(f"{value:g}" for value in values)], rows)
 
@@ -400,7 +414,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
             parts += [
                 f"### After {at:,} updates\n",
                 f"By the evaluation at that point, {counts} episodes for each seed.\n",
-                table(then, "score_mean", score, ["data"]),
+                table(then, "score_mean", score, ["data"], elsewhere=scored),
             ]
         parts += [
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
@@ -427,7 +441,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         shown = [cell for cell in cells if cell.dataset == dataset]
         if not any(cell.evaluations for cell in shown):  # every member diverged before the first
             continue
-        name = f"curves_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}.png"
+        name = f"curves_{file_name(dataset)}.png"
         figures.plot_curves(folder / name, shown)
         parts.append(f"![{dataset}]({name})\n")
     parts += [speed(cells), origin(cells)]
@@ -454,8 +468,10 @@ def _of_run(run_dir: Path, shared: bool) -> None:
         print(f"{run_dir}: {line}", file=sys.stderr)
     curves.draw(run_dir)
     config = read_json(run_dir / "config.json")
-    if shared or (run_dir / "final.json").exists():
+    if (run_dir / "final.json").exists():
         final = read_json(run_dir / "final.json")
+    elif shared:  # the parts may be at different steps
+        raise UsageError(f"no part of {run_dir} has finished; {run_dir}/curves.png shows how far they are")
     else:
         final = as_evaluated(run_dir, config, Table(run_dir / "evaluations.csv").read())
         print(f"not finished; after {length_in_words((final['updates'], final['online_steps']))}:", file=sys.stderr)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import file_name
 from common.cli import UsageError, exit_status, read_flags
 from common.report import write_json
 
@@ -116,7 +117,7 @@ def plan(args: Args) -> list[Job]:
     jobs = []
     for dataset in args.datasets:
         for algorithm in args.algorithms:
-            name = f"{algorithm}_{re.sub(r'[^A-Za-z0-9.-]+', '-', dataset).strip('.-')}"
+            name = f"{algorithm}_{file_name(dataset)}"
             name += f"_{args.label}" if args.label else ""
             run_dir = args.runs_dir / args.name / name
             flags = {

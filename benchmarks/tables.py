@@ -48,6 +48,11 @@ class Table:
         write_text(self.path, text.getvalue())
 
 
+def file_name(dataset: str) -> str:
+    """What a file or folder is called after a dataset."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", dataset).strip(".-")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write the file whole or not at all."""
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -288,7 +288,7 @@ def test_report_is_computed_by_hand(tmp_path):
     assert "older" not in there
     total = cells_of(page, "all 2")
     assert total[2].startswith("7.5 [")  # of 0 0 | 0 0 10 20 | 30 90
-    assert total[3].startswith("32.8 [")  # of 4 | 6 8 50 50 50 | 50
+    assert total[3].startswith("32.8 [") and total[3].endswith("], 1 diverged")  # of 4 | 6 8 50 50 50 | 50
     for text in ("abc123", "A processor, 3 cores", "jax 9.9", "python iql hard", "seeds: 0, 1, 2, 3", "321"):
         assert text in page
     returns = cells_of(page[page.index("## Return") :], "easy")
@@ -337,6 +337,11 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
     assert cells_of(page, "easy")[2:] == ["5.0 [5.0, 5.0], after 100", "50.0 [40.0, 60.0]"]
     (cell,) = cells.after(report.read(tmp_path), 200)
     assert cell.values("score_mean") == [10.0, 20.0], "the last offline policy is evaluated as the first online"
+    assert report.last_evaluations(cell, 10) == {"0": [(100, 40.0), (200, 10.0)], "1": [(100, 60.0), (200, 20.0)]}
+    lines = (run / "evaluations.csv").read_text().splitlines(keepends=True)
+    (run / "evaluations.csv").write_text("".join(lines[:-2]))  # cut off at the switch
+    cell = next(cell for cell in report.read(tmp_path) if cell.algorithm == "iql")
+    assert report.last_evaluations(cell, 10) == {"0": [(100, 40.0)], "1": [(100, 60.0)]}
 
 
 def test_report_of_fine_tuning_is_of_the_members_that_are_left(tmp_path):
@@ -387,6 +392,16 @@ def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_n
     write_run(tmp_path, "awr", "hard", [30.0], rate=1e-4, hidden_dim=16, seed=7)
     with pytest.raises(UsageError, match="awr on hard twice"):
         report.read(tmp_path)
+
+
+def test_a_label_means_the_same_where_the_run_without_it_is_missing(tmp_path):
+    for dataset in ("easy", "hard"):
+        write_run(tmp_path, "iql", dataset, [10.0], rate=2)
+    write_run(tmp_path / "plain", "iql", "easy", [20.0], rate=1)
+    shutil.move(tmp_path / "plain" / "iql_easy_rate-1", tmp_path / "iql_easy")
+    (tmp_path / "plain").rmdir()
+    names = {(cell.dataset, cell.algorithm) for cell in report.read(tmp_path)}
+    assert names == {("easy", "iql"), ("easy", "iql rate=2"), ("hard", "iql rate=2")}
 
 
 def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
@@ -440,12 +455,17 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
         with open(tmp_path / f"{algorithm}_easy_num_updates-{updates}" / "evaluations.csv", "a") as file:
             file.writelines(f"offline,40,{i},{i},0,0,{score},0,4\n" for i, score in enumerate(then))
             file.write("online,40,0,0,0,0,99,0,9\n")
+    for algorithm in ("bc", "iql"):
+        write_run(tmp_path, algorithm, "hard", [7.0])
+    with open(tmp_path / "iql_hard" / "evaluations.csv", "a") as file:
+        file.write("offline,40,0,0,0,0,5,0,4\n")
     report.main([str(tmp_path), "--at", "40"])
     page = (tmp_path / "README.md").read_text()
     assert "--at 40`" in page
     part = page[page.index("### After 40 updates") :]
     assert "4 episodes for each seed" in part
     assert cells_of(part, "dataset") == ["dataset", "data", "bc", "iql"], "the other had ended by then"
+    assert cells_of(part, "hard")[2:] == ["not evaluated", "5.0"], "it was run"
     assert cells_of(part, "easy")[2:] == ["1.5 [1.0, 2.0]", "3.0, 1 diverged"]
     (tmp_path / "scores.csv").unlink()
     with pytest.raises(SystemExit):
@@ -457,7 +477,7 @@ def test_a_run_that_diverged_before_the_point_of_comparison_is_in_it(tmp_path):
     write_run(tmp_path, "bc", "easy", [60.0])
     write_run(tmp_path, "iql", "easy", [None, None])
     final = tmp_path / "iql_easy" / "final.json"
-    final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 3}))
+    final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 300}))  # of other settings of a grid
     report.main([str(tmp_path), "--at", "100"])
     page = (tmp_path / "README.md").read_text()
     assert cells_of(page[page.index("### After 100 updates") :], "easy")[2:] == ["60.0", "-, 2 diverged"]
@@ -536,9 +556,12 @@ def test_the_mean_of_the_last_ten_is_averaged_over_datasets_where_every_run_has_
     cut = report.after(report.read(tmp_path), 90)[0]
     assert len(report.last_evaluations(cut, 10)["0"]) == 9, "none after the point of comparison"
     table = tmp_path / "bc_easy" / "evaluations.csv"
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-2]))
-    report.write(tmp_path)
-    assert "the same 2" not in (tmp_path / "README.md").read_text(), "one run has nine"
+    lines = table.read_text().splitlines(keepends=True)
+    others = ("".join(lines[:-2]), "".join(lines).replace("offline,10,", "offline,15,"))
+    for text in others:  # one run has nine, or other ones
+        table.write_text(text)
+        text = report.table(report.read(tmp_path), "score_mean", lambda about: [], [])
+        assert "all 2" in text and "the same 2" not in text
 
 
 def test_single_seeds_are_not_compared(tmp_path):
@@ -572,7 +595,7 @@ def test_a_run_whose_seeds_all_diverged_loses_every_comparison(tmp_path):
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert cells_of(page[page.index("P(row") :], "iql")[1].startswith("0.75 [")  # 1 on easy; on hard a tie at the worst
-    assert cells_of(page, "all 2, after 100 updates")[2:] == ["52.0 [52.0, 52.0]", "-"]
+    assert cells_of(page, "all 2, after 100 updates")[2:] == ["52.0 [52.0, 52.0]", "-, 2 diverged"]
 
 
 def test_a_cut_of_the_episodes_is_a_setting_and_keeping_the_best_is_none(tmp_path):
@@ -583,6 +606,13 @@ def test_a_cut_of_the_episodes_is_a_setting_and_keeping_the_best_is_none(tmp_pat
     shutil.rmtree(tmp_path / "iql_easy__")
     assert [cell.algorithm for cell in cells.read(tmp_path)] == ["iql", "iql max_episode_steps=200"]
     assert "keep_best" in cells.NOT_SETTINGS
+    final = tmp_path / "iql_easy_" / "final.json"  # episodes that were cut have returns and no score
+    record = json.loads(final.read_text())
+    record["members"][0]["score_mean"] = None
+    final.write_text(json.dumps(record))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert cells_of(page, "easy")[2:] == ["1.0", "-"] and "The best of k" not in page and "diverged" not in page
 
 
 def test_the_best_of_k_settings_is_over_the_runs_of_one_algorithm(tmp_path, monkeypatch):

@@ -103,6 +103,8 @@ def test_a_diverged_seed_ends_with_a_cross_and_is_in_no_mean(tmp_path: Path) -> 
     bold = max(axes.lines, key=lambda line: line.get_linewidth())
     assert bold.get_xydata().tolist() == [[0, 0], [10, 2], [20, 3]]
     assert labels(axes)[0].startswith("mean of 2: last 3.0 [") and labels(axes)[0].endswith("], 1 diverged")
+    write_run(tmp_path, {0: [0.0, 1.0], 1: [], 2: [0.0, 3.0]}, diverged=(1,))
+    assert labels(axes_of(tmp_path)[0, 0])[0].endswith("], 1 diverged"), "before its first evaluation"
 
 
 def test_where_all_diverged_there_is_no_mean(tmp_path: Path) -> None:
