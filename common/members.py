@@ -105,8 +105,7 @@ class Members:
         """`init(key, hp)` of each member as one tree; UsageError if memory is too small."""
         hp = [type(self.hp)(*(x[i] for x in self.hp)) for i in range(len(self.seeds))]
         initialise = jax.jit(init)
-        leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))
-        # Before and after updates, and gradients.
+        leaves = jax.tree.leaves(initialise.eval_shape(jax.random.key(0), hp[0]))  # thrice: old, new, gradients
         self._check_room(3 * sum(x.size * x.dtype.itemsize for x in leaves), "the networks")
         # One by one, so that a member starts the same to the last bit whatever the population.
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
@@ -130,7 +129,6 @@ class Members:
         # On a CPU the devices are the parallelism, one thread each: also where this process has one member of several,
         # so that a member's numbers do not depend on how the members are shared out.
         options = {"xla_cpu_multi_thread_eigen": False} if in_turn and self.total > 1 else {}
-
         split = P("members")
 
         def on_device(places: jax.Array, *arguments: Any) -> Any:  # of the members among those of their device
@@ -200,10 +198,15 @@ class Metrics(NamedTuple):
     sums: dict[str, Any]
     counts: dict[str, Any]  # how many updates had each
 
+    @jax.jit
+    def packed(self) -> jax.Array:  # one array: of several devices, many take longer to fetch than updates to make
+        return jnp.stack([x.astype(jnp.float32) for x in jax.tree.leaves(self)])
+
 
 def join(parts: Sequence[Metrics]) -> Metrics:
     """The metrics of all members over successive stretches of updates, as one."""
-    return jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
+    total = np.sum([np.asarray(x) for x in [part.packed() for part in parts]], axis=0, dtype=np.float64)
+    return jax.tree.unflatten(jax.tree.structure(parts[0]), total)
 
 
 def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
@@ -213,9 +216,8 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
     is there. The count is traced: chunks of different lengths share one compilation.
     """
     step = jax.jit(step, inline=True)  # traced once
-    names = list(step.eval_shape(state)[1])
-    zeros = {name: jnp.zeros((), jnp.float32) for name in names}
-    none = {name: jnp.zeros((), jnp.int32) for name in names}
+    names = step.eval_shape(state)[1]
+    nothing = Metrics(*(dict.fromkeys(names, jnp.zeros((), dtype)) for dtype in (jnp.float32, jnp.int32)))
 
     def body(_: jax.Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
         state, (sums, counts) = carry
@@ -226,7 +228,7 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
             counts = counts | {name: counts[name] + present}
         return state, Metrics(sums, counts)
 
-    return jax.lax.fori_loop(0, num_steps, body, (state, Metrics(zeros, none)))
+    return jax.lax.fori_loop(0, num_steps, body, (state, nothing))
 
 
 def keep_finite(new: Any, old: Any, metrics: Metrics) -> tuple[Any, jax.Array]:

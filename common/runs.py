@@ -23,7 +23,7 @@ import numpy as np
 from common.cli import RunArgs, UsageError, one_line, optional, say
 from common.data import Dataset
 from common.environments import Returns
-from common.members import Members, Metrics
+from common.members import Members, Metrics, is_key
 from common.replay import Transform
 from common.report import append_rows, claim, fill_tree, read_tree, save_tree, script_of, write_json
 
@@ -62,10 +62,9 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []
         self.diverged: dict[int, dict[str, Any]] = {}
         self.clock: dict[str, list[tuple[int, float]]] = {}  # of each phase: steps and time at first and at last
-        self.phase, self.total, self.signal, self.row, self.note = "offline", 0, 0, None, ""
+        self.phase, self.total, self.signal, self.row, self.note, self.tracker = "offline", 0, 0, None, "", None
         self.flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         self.flags |= self.flags.pop("hp")._asdict()
-        self.tracker: Any = None
 
     def __enter__(self) -> Self:
         self.handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -143,7 +142,7 @@ class Run:
 
     def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:  # without padding; a ring only once it is used
         trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
-        return jax.tree.map(lambda x: x[: self.members.count], trees)
+        return jax.tree.map(lambda x: (x if is_key(x) else np.asarray(x))[: self.members.count], trees)  # on one device
 
     def save(self, trees: dict[str, Any]) -> None:
         """Write the checkpoint; only the first call at a step does, so every call must hold all that is to be kept."""
@@ -210,7 +209,7 @@ class Run:
 
         Members that are not `finite` are named, and out from here on. Exit 3 if none is left.
         """
-        sums, counts = jax.tree.map(lambda x: np.asarray(x, np.float64), metrics)
+        sums, counts = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
         frozen_at, living = self.steps(), np.flatnonzero(self.alive)
         self.done[self.phase] = stop
         for i in living[~np.asarray(finite)[living]]:
@@ -261,14 +260,13 @@ class Run:
 
     def finish(self, result: Returns | None) -> None:
         """The last evaluation, returns.csv, final.json, curves.png and a table; None where every member diverged."""
-        last: dict[int, dict[str, Any]] = {}
+        last, members, names = {}, [], ("return_mean", "return_std", "score_mean", "score_std", "episodes")
         if self.signal or result is not None:
             self.record_evaluation(result)
             for i in np.flatnonzero(self.alive):
                 who, returns = self.members.who(i), enumerate(result.returns[i].tolist())
                 append_rows(self.path / "returns.csv", [who | {"episode": e, "return": x} for e, x in returns])
             last = {row["member"]: row for row in self.evaluations[-int(self.alive.sum()) :]}
-        members, names = [], ("return_mean", "return_std", "score_mean", "score_std", "episodes")
         for i, index in enumerate(self.members.indices):
             entry = self.members.who(i) | {"swept": self.members.swept[i], "diverged": self.diverged.get(i)}
             members.append(entry | {name: last.get(index, {}).get(name) for name in names})

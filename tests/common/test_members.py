@@ -213,6 +213,21 @@ def test_repeat_in_chunks_is_repeat_at_once() -> None:
     assert {int(value[0]) for value in joined.counts.values()} == {9}
 
 
+def test_metrics_of_several_devices_are_fetched_as_one_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two devices, those of a hundred online steps, one array for each metric, took longer than the updates."""
+    three = members.make_members(iql.Args(num_seeds=3))
+    parts = [
+        members.Metrics(*(three.shard({x: np.arange(3) * scale for x in "ba"}) for scale in (0.5 * i, 1)))
+        for i in range(4)
+    ]
+    fetched, asarray = [], np.asarray
+    monkeypatch.setattr(np, "asarray", lambda x, *rest, **more: fetched.append(x) or asarray(x, *rest, **more))
+    joined = members.join(parts)
+    assert len([x for x in fetched if isinstance(x, jax.Array)]) == len(parts)
+    assert list(joined.sums) == ["a", "b"]
+    assert joined.sums["b"].tolist() == [0, 3, 6, 6] and joined.counts["a"].tolist() == [0, 4, 8, 8]
+
+
 def test_repeat_without_updates_changes_nothing() -> None:
     state, metrics = jax.jit(partial(members.repeat, counting_step))((jnp.int32(4), jax.random.key(1)), 0)
     assert int(state[0]) == 4 and {int(count) for count in metrics.counts.values()} == {0}

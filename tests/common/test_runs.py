@@ -512,6 +512,16 @@ def test_a_full_disk_and_a_failing_evaluation_leave_a_checkpoint(
 # Policies
 
 
+def test_what_is_saved_is_on_no_device() -> None:
+    """Cut off there, the padding of rings on several devices would put all rings on each of them."""
+    three = members.make_members(Args(num_seeds=3))
+    trees = {"ring": three.shard(np.arange(4.0)), "state": three.keys(0)}
+    run = Run.__new__(Run)
+    run.members, run.done = three, {"online": 1}
+    kept = run._kept(trees)
+    assert kept["ring"].tolist() == [0, 1, 2] and isinstance(kept["ring"], np.ndarray) and len(kept["state"]) == 3
+
+
 def test_the_best_policy_of_each_member_is_kept_beside_the_last(
     tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
