@@ -11,7 +11,7 @@ with text of your own from rates.notes.md. A row has
   before, and not anew;
 * `first_seconds`, from the start of a population to the end of its first update: initialising and compiling;
 * `flops`, floating-point operations of one member's update by XLA's own count, and `share_of_peak`, what the rate makes
-  of the device's peak (PEAKS), where it is known: JAX's default on NVIDIA's GPUs are products in TF32;
+  of the devices' peak (PEAKS), where it is known: JAX's default on NVIDIA's GPUs are products in TF32;
 * `peak_gib`, the most memory that the device had in use since the process began, compiling included, so that an
   algorithm is best measured in a process of its own; `replay_gib`, what the shared data take of it.
 
@@ -40,7 +40,7 @@ from benchmarks import peer_sides, peers
 from benchmarks.peer_sides import Side
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, markdown, write_text
-from common.cli import Count, NonNegative, Positive, check_ranges, exit_status, read_flags
+from common.cli import Count, NonNegative, Positive, UsageError, check_ranges, exit_status, read_flags
 from common.members import make_members, use_compilation_cache
 from common.replay import Recorded, Replay, Transitions, record
 
@@ -125,10 +125,13 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
         pool = draw(state, members.hp, Replay(offline), members.keys(1))
     replay = Replay(offline, extra=pool)
 
+    longest = settings.policy_updates if script is awr else sys.maxsize  # of an iteration, a call of AWR's `train`
+
     def run(state: Any, updates: int) -> Any:
-        return jax.block_until_ready(
-            train(state, members.hp, replay, np.full(len(members.seeds), updates, np.int32))[0]
-        )
+        for start in range(0, updates, longest):
+            count = np.full(len(members.seeds), min(longest, updates - start), np.int32)
+            state = train(state, members.hp, replay, count)[0]
+        return jax.block_until_ready(state)
 
     state = run(state, 1)
     first, updates, seconds = time.perf_counter() - began, 10, 0.0
@@ -147,7 +150,7 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
         "updates_per_second": rate,
         "first_seconds": first,
         "flops": flops,
-        "share_of_peak": flops * rate / (peak * 1e12) if flops and peak else None,
+        "share_of_peak": flops * rate / (peak * 1e12 * members.mesh.size) if flops and peak else None,
         "peak_gib": stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None,
         "replay_gib": sum(x.nbytes for x in jax.tree.leaves((offline, pool))) / 2**30,
         "device": device.device_kind,
@@ -192,7 +195,7 @@ def page(rows: list[dict[str, str]]) -> str:
         ):
             numbers.append(form.format(float(row[name]) * unit) if row[name] else "-")
         lines.append([row["algorithm"], row["members"], *numbers])
-    made = {(row["device"], row["jax"], row["commit"]) for row in rows}
+    made = {(f"{row['devices'] or 1} x {row['device']}", row["jax"], row["commit"]) for row in rows}
     head = "# Updates per second on an accelerator\n\nMade by `python benchmarks/accelerator.py`.\n"
     origin = [f"- {kind}; JAX {jax}; commit {commit}" for kind, jax, commit in sorted(made)]
     return "\n".join([head, markdown(columns, lines), *origin, ""])
@@ -225,7 +228,7 @@ def main(args: Args) -> None:
             break
         try:
             table.append([job() | made])
-        except (jax.errors.JaxRuntimeError, peers.PeerError) as error:  # out of memory, for one
+        except (jax.errors.JaxRuntimeError, UsageError, peers.PeerError) as error:  # out of memory, for one
             print(f"{name}, {count} members: {next(iter(str(error).splitlines()), error)}", file=sys.stderr)
         jax.clear_caches()
     if rows := table.read():

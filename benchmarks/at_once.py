@@ -44,7 +44,7 @@ from benchmarks.suite import Job
 from common.cli import Count, RunArgs, UsageError, check_ranges, exit_status, parse, parse_grid, read_flags
 from common.data import load
 from common.environments import Evaluator, Returns, make_environment
-from common.members import is_key, keep_finite, make_members, usable_cores
+from common.members import Members, is_key, keep_finite, make_members, usable_cores
 from common.replay import Recorded, Replay, fit_transform
 from common.report import fill_tree, read_json, read_tree, save_tree, write_json
 from common.runs import Run
@@ -168,6 +168,11 @@ def stack(parts: list[Recorded]) -> Recorded:
     return jax.tree.map(lambda *x: np.stack(x), *parts)
 
 
+def without_padding(members: Members, tree: Any) -> Any:
+    """`[count, ...]` of a tree of `[padded, ...]` arrays: all are trained on one device."""
+    return jax.tree.map(lambda x: x[: members.count], tree)
+
+
 class Population:
     """The members of all jobs, `[jobs, seeds, ...]`, and their training up to a number of updates."""
 
@@ -180,13 +185,13 @@ class Population:
             transitions.append(fit_transform(dataset.transitions, args).transitions(dataset.transitions))
         data = stack(transitions)
         init = partial(self.script.init, obs_dim=data.states.shape[2], action_dim=data.actions.shape[2], args=self.args)
-        states = [members.start(init) for members in self.members]
+        states = [without_padding(members, members.start(init)) for members in self.members]
         self.device = jax.local_devices()[0]
         self.data = jax.device_put(data, self.device)
-        hp = jax.tree.map(lambda *x: np.stack(x), *(members.hp for members in self.members))
+        hp = jax.tree.map(lambda *x: np.stack(x), *(without_padding(members, members.hp) for members in self.members))
         self.hp, self.state = jax.device_put((hp, jax.tree.map(lambda *x: jnp.stack(x), *states)), self.device)
         self.rows, self.pool, self.drawn = self.data.rewards.shape[1], None, -1
-        self.diverged = np.zeros(self.data.rewards.shape[:1] + self.members[0].seeds.shape, bool)
+        self.diverged = np.zeros((len(settings), self.members[0].count), bool)
         self.done = {"pretraining": 0, "offline": 0}
         self.train = self.compiled(self.script.train)
         if self.script is emaq:
@@ -225,7 +230,8 @@ class Population:
                 every = -(-self.args.pool_uses * self.rows // self.args.batch_size)
                 if self.drawn != done // every:  # its memory first
                     self.pool, self.drawn = None, done // every
-                    keys = jax.device_put(jnp.stack([members.keys(1) for members in self.members]), self.device)
+                    keys = jnp.stack([without_padding(members, members.keys(1)) for members in self.members])
+                    keys = jax.device_put(keys, self.device)
                     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, self.drawn)
                     self.pool = self.draw(self.state, self.hp, self.data, None, keys)
             self.step(self.train, "offline", min(updates - done, every - done % every))
@@ -235,9 +241,8 @@ class Population:
         state = jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, self.state))
         device = {"platform": self.device.platform, "kind": self.device.device_kind, "count": 1}
         for i, settings in enumerate(self.settings):
-            own = np.s_[i, : self.members[i].count]  # without the padding
-            about = {"device": device, "done": self.done, "before": before, "diverged": self.diverged[own].tolist()}
-            tree = {"state": jax.tree.map(lambda x: x[own], state)}  # noqa: B023
+            about = {"device": device, "done": self.done, "before": before, "diverged": self.diverged[i].tolist()}
+            tree = {"state": jax.tree.map(lambda x: x[i], state)}  # noqa: B023
             save_tree(snapshot(settings, self.done["offline"]), tree, about)
 
 

@@ -126,7 +126,7 @@ def measure(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"},
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)  # this child's memory alone
