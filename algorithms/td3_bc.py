@@ -229,7 +229,7 @@ def update(
         # Zeros of the metrics' shapes: `due` below leaves them out of the averages.
         return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(update_actor, state)[1])
 
-    due = state.step % args.policy_delay == 0
+    due = state.step % args.policy_delay == 0  # on a GPU, where members are vmapped, both branches are computed
     state, actor_info = jax.lax.cond(due, update_actor, keep_actor, state)
     actor_info = {name: (value, due) for name, value in actor_info.items()}
     return state._replace(online_step=state.online_step + online), critic_info | actor_info
