@@ -88,7 +88,7 @@ class Members:
 
     def memory(self) -> int:
         """Bytes that all devices together have free; on a CPU, those that the machine or its container has."""
-        if stats := self.mesh.devices.flat[0].memory_stats():  # none on a CPU
+        if "bytes_limit" in (stats := self.mesh.devices.flat[0].memory_stats() or {}):  # not on a CPU
             return (stats["bytes_limit"] - stats["bytes_in_use"]) * self.mesh.size
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for name in ("memory.max", "memory/memory.limit_in_bytes"):
