@@ -22,7 +22,7 @@ def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int | None = 
 
 
 def percentile_interval(
-    strata: Strata, statistic: Callable[[list[np.ndarray]], np.ndarray], blocks: int = BLOCKS
+    strata: Strata, statistic: Callable[[list[np.ndarray]], np.ndarray], blocks: int | None = None
 ) -> np.ndarray:
     """Where 95 % of the resamples have `statistic`, `[2, ...]`: the runs of each task drawn with replacement (4.1).
 
@@ -30,7 +30,7 @@ def percentile_interval(
     """
     rng = np.random.default_rng(0)
     arrays = [np.asarray(values, float) for values in strata]
-    draws = [statistic([x[rng.integers(0, len(x), (BLOCK, len(x)))] for x in arrays]) for _ in range(blocks)]
+    draws = [statistic([x[rng.integers(0, len(x), (BLOCK, len(x)))] for x in arrays]) for _ in range(blocks or BLOCKS)]
     return np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0)
 
 

@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from benchmarks import intervals  # noqa: E402
 from common.cli import RunArgs, launch, parse  # noqa: E402
 from common.members import Metrics  # noqa: E402
 from common.runs import Run  # noqa: E402
@@ -61,6 +62,7 @@ def devices() -> Iterator[None]:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.devices()
+    intervals.BLOCKS = 1  # every run and page has intervals, and few tests look at them
     yield
     if _own_cache:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
