@@ -51,8 +51,10 @@ def run(args: Args) -> None:
     check_ranges(args)
     if args.num_critics < 2:
         raise UsageError("--num-critics: at least 2, one alone has nothing to leave out")
-    if list(args.stages) != sorted(set(args.stages)):
-        raise UsageError("--stages: must rise")
+    if list(args.stages) != sorted(set(args.stages)) or min(args.stages, default=-1) < 0:
+        raise UsageError("--stages: must rise, from 0 or later")
+    if not args.datasets:
+        raise UsageError("--datasets: name at least one")
     use_compilation_cache()
     plain = parse(emaq.Args, emaq.PRESETS, ["--preset", "cpu"])
     script = replace(

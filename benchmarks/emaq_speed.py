@@ -9,7 +9,8 @@ The steps, each with all those before it:
   target Q-function is evaluated on every proposal.
 * distribution function: bins are drawn with one random number each.
 * embedding: the behaviour model embeds a state once, and its heads' first layers are split into the state's part, once
-  for each state, and the part of the earlier action dimensions.
+  for each state, and the part of the earlier action dimensions; the first dimension's head, which has none, is
+  evaluated once for all N.
 * split critics: the first layer of the target Q-functions is split likewise. (Not in the product, and in no later
   step.)
 * pool: proposals are drawn ahead. Its drawing is timed by itself, and a share of it, one part in rows x uses / batch

@@ -576,6 +576,7 @@ def serve(connection: Connection, side: Side, data: Path, seconds: float) -> Non
     """The life of a side's process: sends its Info, then answers each message by a turn, until nobody is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
+    os.environ["NPROC"] = str(usable_cores())  # XLA's threads, of the peers too, in a container with a quota
     sys.argv = sys.argv[:1]  # some read flags while they are imported
     warnings.simplefilter("ignore")
     try:

@@ -67,7 +67,7 @@ OWN_SETTINGS = {
 REMARKS = {
     ("JAX-CORL", "iql"): "its LayerNorm in V is switched off",
     ("JAX-CORL", "td3_bc"): "its critics have LayerNorm",
-    ("JAX-CORL", "awac"): "its critics have LayerNorm; its target moves once in 8 updates",
+    ("JAX-CORL", "awac"): "its critics have LayerNorm; its target moves once in 8 updates, with actions drawn at s",
     ("unifloral", "td3_bc"): "its step, 2 updates of the critics on one batch and 1 of the policy, counts as 2 updates",
     ("unifloral", "cql"): "both sides have its 10 critics, 1 action of each kind, and entropy in the target",
 }
@@ -360,6 +360,9 @@ def sources(args: Clones, about: dict[str, Any]) -> list[str]:
     clones = [f"{name} {commit_of(commit_at(path)) if path else 'not given'}" for name, path in args.clones().items()]
     places = {str(path): f"path/to/{name}" for name, path in args.clones().items() if path is not None}
     command = shlex.join(["python", *(places.get(word, word) for word in sys.argv)])
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    if len(cores) not in (0, os.cpu_count()):
+        command = f"taskset -c {','.join(map(str, sorted(cores)))} {command}"
     return [
         f"- clones: {'; '.join(clones)}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in versions(about).items())}",

@@ -4,7 +4,8 @@
     python benchmarks/sharing.py --cgroup /sys/fs/cgroup/half
 
 Runs of one member each, on random data of Hopper's sizes (benchmarks/accelerator.py), start together, with as many of
-XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates. The second command
+XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates; each ends by itself,
+so the last ones have fewer beside them and the sum is a little high. The second command
 puts every run into a cgroup with a quota, and names the row by it. The cgroup must exist; in version 2
 `mkdir /sys/fs/cgroup/half; echo "100000 100000" > /sys/fs/cgroup/half/cpu.max` makes one of a single core.
 
@@ -54,9 +55,10 @@ def together(count: int, threads: int, args: Args) -> list[float]:
             stack.callback(runs[-1].kill)  # of no effect on one that has ended
             if args.cgroup:
                 (args.cgroup / "cgroup.procs").write_text(str(runs[-1].pid))
-        if any([run.wait() for run in runs]):
+        failed, rows = any([run.wait() for run in runs]), [row for path in tables for row in Table(path).read()]
+        if failed or len(rows) < count:
             raise UsageError("a run failed; what it said is above")
-        return [float(Table(path).read()[0]["updates_per_second"]) for path in tables]
+        return [float(row["updates_per_second"]) for row in rows]
 
 
 def report(out: Path) -> str:
@@ -68,7 +70,8 @@ def report(out: Path) -> str:
         found.setdefault(key, []).append(float(row["updates_per_second"]))
     lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`; rows with a quota by `--cgroup` too.\n"]
     lines += ["One member in each run, on random data. `quota`: none, or the name of the cgroup that limits the cores"]
-    lines += ["(`half`: one core of two); `threads each` is NPROC.\n"]
+    lines += ["(`half`: one core of two); `threads each` is NPROC. Runs start together and each ends by itself: the"]
+    lines += ["last ones have fewer beside them, so that the sum of several is a little high.\n"]
     lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
     for key, rates in sorted(found.items()):
         numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]
@@ -85,6 +88,9 @@ def main(args: Args) -> None:
     if not args.processes or min((*args.processes, *args.threads)) < 1:
         raise UsageError("--processes and --threads must be at least 1")
     about, table = provenance(), Table(args.out.with_suffix(".csv"))
+    made = {"processor": about["cpu"]["model"], "cores": about["cpu"]["cores"], "git_commit": commit_of(about)}
+    if any(row[name] != str(value) for row in table.read() for name, value in made.items()):
+        raise UsageError(f"{table.path} has rows of another machine or commit; give another --out")
     threads = args.threads or tuple(sorted({usable_cores(), 1}, reverse=True))
     for _ in range(args.rounds):
         for count in args.processes:
@@ -92,8 +98,7 @@ def main(args: Args) -> None:
                 load = os.getloadavg()[0]
                 row = {"quota": args.cgroup.name if args.cgroup else "none", "processes": count, "threads": each}
                 row |= {"updates_per_second": sum(together(count, each, args)), "load": load}
-                row |= {"processor": about["cpu"]["model"], "cores": about["cpu"]["cores"]}
-                table.append([row | {"git_commit": commit_of(about)}])
+                table.append([row | made])
                 print(", ".join(f"{name} {row[name]}" for name in ("processes", "threads", "updates_per_second")))
     text = report(args.out)
     write_text(args.out.with_suffix(".md"), text)

@@ -170,8 +170,6 @@ class Run:
                 break
             lengths = [every] if whole else [STRETCH, *(n - self.start % n for n in (every, *self.dues) if n)]
             yield self.start, min(total, self.start + min(lengths))
-            now = (self.done[phase], time.time())  # the first stretch, which compiles, is not in the rate
-            self.clock[phase] = [self.clock.get(phase, [now])[0], now]
             self._progress(phase, total)
 
     def _stop(self) -> None:
@@ -212,6 +210,8 @@ class Run:
         sums, counts = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
         frozen_at, living = self.steps(), np.flatnonzero(self.alive)
         self.done[self.phase] = stop
+        now = (stop, time.time())  # neither the first stretch, which compiles, nor the last checkpoint is in the rate
+        self.clock[self.phase] = [self.clock.get(self.phase, [now])[0], now]
         for i in living[~np.asarray(finite)[living]]:
             metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
             self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0

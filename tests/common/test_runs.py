@@ -178,6 +178,8 @@ def test_rows_are_of_their_members_and_of_those_that_have_not_diverged(tmp_path:
             sums = {"often": 60.0 + 10 * places + start, "seldom": 6.0 + places}
             counts = {"often": np.full_like(places, 10), "seldom": np.full_like(places, 2)}
             run.record(stop, Metrics(sums, counts), np.array(places != 0) | (start != 10))
+            time.sleep(0.5 * (stop == 30))  # the last checkpoint, which is in no rate
+        assert run.rate("offline", members=1) > 20 / 0.5
         run.clock["offline"] = [(10, 100.0), (30, 105.0)]
         run.finish(result)
     part, who = tmp_path / "part-1", [("1", "5"), ("3", "7"), ("5", "9")]
