@@ -130,7 +130,7 @@ class Network(nn.Module):
 
     args: Args
     output_dim: int
-    output_init: networks.Initializer
+    output_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -84,9 +84,10 @@ def coverage(observations: np.ndarray) -> float:
 def on_disk() -> dict[str, dict[str, Any]]:
     """What the metadata of each set in Minari's directory say of it, by its id; nothing, where they are damaged."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(datasets_root().glob("**/data/metadata.json")):
-        name = path.parents[1].relative_to(datasets_root()).as_posix()
-        if not name.startswith("."):  # else it is being made
+    for folder, _, files in sorted(os.walk(datasets_root(), followlinks=True)):
+        path = Path(folder, "metadata.json")
+        name = path.parents[1].relative_to(datasets_root()).as_posix() if path.parent.name == "data" else "."
+        if "metadata.json" in files and not name.startswith("."):  # else it is being made
             found[name] = {}
             with suppress(UsageError):
                 found[name] = read_json(path)

@@ -29,9 +29,18 @@ REFERENCE_RETURNS = {
     "relocate": (-6.425911, 4233.877797728884),
 }
 # What ends a task as D4RL does: in Minari's sets of these, the goal or a finished task is rewarded at every later step.
-D4RL_TASKS = {
+# And the steps of an episode that D4RL's expert returns are of, where ids or sets have others.
+D4RL_TASKS: dict[str, dict[str, Any]] = {
     "antmaze": {"continuing_task": False},
-    "frankakitchen": {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
+    "frankakitchen": {
+        "remove_task_when_completed": True,
+        "terminate_on_tasks_completed": True,
+        "max_episode_steps": 280,
+    },
+    "adroithandpen": {"max_episode_steps": 100},
+    "adroithanddoor": {"max_episode_steps": 200},
+    "adroithandhammer": {"max_episode_steps": 200},
+    "adroithandrelocate": {"max_episode_steps": 200},
 }
 
 

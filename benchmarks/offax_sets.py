@@ -38,6 +38,7 @@ import numpy as np
 from benchmarks.families import REFERENCE_RETURNS, quiet_mujoco
 from common.cli import UsageError
 from common.members import usable_cores
+from common.report import NO_LOCKS
 
 ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "ant": "Ant-v5"}
 QUALITIES = ("random", "medium", "mixed", "medium-expert", "expert")
@@ -429,6 +430,10 @@ def lock(path: Path, held: str) -> Iterator[None]:
         except BlockingIOError:
             print(f"{held}: waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{path.parent} has no locks: take care that one process at a time works on it", file=sys.stderr)
         yield
 
 

@@ -291,7 +291,8 @@ def download(name: str) -> Path:
     url = f"{_package().utils.DATASET_URL}/{path.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=NETWORK_SECONDS) as answer, open(partial, "wb") as file:
+        urllib.request.urlopen(url, timeout=NETWORK_SECONDS).close()  # a pause in the file itself may be longer
+        with urllib.request.urlopen(url, timeout=60) as answer, open(partial, "wb") as file:
             if (size := int(answer.headers.get("Content-Length", 0))) == 0:
                 raise OSError("the server does not say how many bytes it sends")
             progress = progress_bar(f"downloading {path.name}", size)

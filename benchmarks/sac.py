@@ -31,6 +31,7 @@ import optax
 from jax.sharding import Mesh
 
 from algorithms.cql import actor_loss, alpha_loss, squashed_sample
+from benchmarks.offax_sets import lock
 from benchmarks.tables import Table
 from common import networks, replay
 from common.cli import Count, NonNegative, Share, UsageError, check_ranges, exit_status, read_flags
@@ -304,4 +305,6 @@ if __name__ == "__main__":
     with exit_status():
         args = read_flags(Args)
         args.validate()
-        main(args)
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+        with lock(Path(args.run_dir, ".lock"), f"another process is writing to {args.run_dir}"):
+            main(args)

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import re
+import sys
 import threading
 import urllib.request
 from dataclasses import fields, replace
@@ -46,6 +47,10 @@ def load(id_or_path: str, env: str | None) -> Dataset:
     if unlike := [other for other in wrappers if other != wrappers[0]]:
         lists = [", ".join(x.name for x in some) or "none" for some in (wrappers[0], unlike[0])]
         raise UsageError(f"{id_or_path} joins sets of environments in other wrappers: {lists[0]}, and {lists[1]}")
+    made = [(str(getattr(spec, "id", spec)), getattr(spec, "kwargs", {})) for spec in specs]
+    if not env and (unlike := [other for other in made if other != made[0]]):
+        both = " and ".join(f"{name} {kwargs or ''}".strip() for name, kwargs in (made[0], unlike[0]))
+        print(f"{id_or_path} joins sets of {both}: evaluated in the first, or in --env", file=sys.stderr)
     for other in others:
         ours, theirs = ((x.transitions.observations.shape[1], x.low.tolist(), x.high.tolist()) for x in (first, other))
         if ours != theirs:
@@ -58,12 +63,12 @@ def load(id_or_path: str, env: str | None) -> Dataset:
 
 
 def _load(id_or_path: str, env: str | None) -> Dataset:
-    if ogbench_sets.recognises(id_or_path):
-        return ogbench_sets.load(id_or_path, env)
-    if id_or_path.lower().endswith(".npz"):
-        return load_npz(id_or_path, env)
     if id_or_path.lower().endswith((".hdf5", ".h5")):
         found = load_d4rl(id_or_path, env)
+    elif ogbench_sets.recognises(id_or_path):
+        return ogbench_sets.load(id_or_path, env)
+    elif id_or_path.lower().endswith(".npz"):
+        return load_npz(id_or_path, env)
     else:
         ensure(id_or_path)
         found = load_minari(id_or_path)
@@ -96,7 +101,8 @@ def ensure(dataset_id: str) -> Path:
         with offax_sets.building_place(dataset_id, "downloading"):
             if not _is_whole(directory):  # else another process downloaded it while this one waited
                 # Unless forced, Minari takes what a download that was cut off left for the set.
-                minari.download_dataset(dataset_id, force_download=directory.exists())
+                with offax_sets.minari_directory(datasets_root()):
+                    minari.download_dataset(dataset_id, force_download=directory.exists())
     except Exception as error:  # Minari's, its storage backends' and the system's
         raise UsageError(f"cannot download {dataset_id}: {one_line(error)}; {advice}") from None
     return directory
@@ -117,6 +123,8 @@ def load_minari(dataset_id: str) -> Dataset:
     columns: dict[str, list[np.ndarray]] = {name: [] for name in Transitions._fields}
     try:
         metadata = json.loads((data / "metadata.json").read_text())
+        if metadata.get("data_format") == "arrow":
+            raise UsageError(f"{dataset_id} is stored in Arrow's format; only sets in HDF5 are read")
         names = ("observation_space", "action_space")
         bounds = action_bounds(dataset_id, *(deserialize_space(metadata[name]) for name in names))[1:]
         space = json.loads(metadata[names[0]])  # which keeps the order of the environment's own
@@ -208,7 +216,7 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
     if following is None:
         following = np.roll(raw["observations"], -1, axis=0)
         following[terminal] = raw["observations"][terminal]
-        keep = ~timeout
+        keep = ~timeout | terminal
         keep[-1:] &= terminal[-1:]
         # The row before a dropped one is the last of its episode, unless it is the last of the one before.
         before = np.flatnonzero(~keep) - 1

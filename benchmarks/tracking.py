@@ -12,6 +12,7 @@ from common.cli import RunArgs, one_line
 from common.report import read_json, write_json
 
 OWN = ("phase", "step", "member", "seed")  # columns of the tables that say whose a row is
+LONGEST = 128  # letters of a name or group that W&B's server takes; the end tells runs apart
 
 
 class Tracker:
@@ -40,9 +41,10 @@ class Tracker:
         def open_run(i: int, config: dict[str, Any]) -> None:
             import wandb
 
-            place = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group or label}
+            group = (args.wandb_group or label)[-LONGEST:]
+            place = {"project": args.wandb_project, "entity": args.wandb_entity, "group": group}
             settings = wandb.Settings(silent=True, init_timeout=30)
-            about = {"name": names[i], "job_type": algorithm, "tags": [algorithm, args.preset]}
+            about = {"name": names[i][-LONGEST:], "job_type": algorithm, "tags": [algorithm, args.preset]}
             how = {"dir": config["run_dir"], "reinit": "create_new", "settings": settings}
             again = {"id": ids[str(i)], "resume": "allow"} if str(i) in ids else {}
             self.runs.append(wandb.init(**place, **about, config=config, **how, **again))

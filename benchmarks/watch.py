@@ -105,7 +105,7 @@ def environment_of(config: dict[str, Any], env: str | None) -> tuple[Any, str | 
     except UsageError as error:
         hint = "" if env else f"; --env {config['environment']} plays without the data"
         raise UsageError(f"{error}{hint}") from None
-    return dataset.env_spec, domain_of(dataset.env_spec)
+    return dataset.env_spec, None if flags.get("max_episode_steps") else domain_of(dataset.env_spec)
 
 
 def playable(spec: Any, config: dict[str, Any]) -> gym.Env:

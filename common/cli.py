@@ -196,7 +196,7 @@ def preset_name(dataset: str, env: str | None) -> str:
     for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
         if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
             with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` says what
-                names.append(env_name(str(file["env"])))
+                names.append(env_name(np.ravel(file["env"]).astype(str)[0]))
         names += [Path(one).name] if suffix in (".npz", ".hdf5", ".h5") else one.split("/")
     return next((family for x in names for family, start in FAMILIES.items() if re.match(start, x.lower())), "none")
 

@@ -121,6 +121,6 @@ def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndar
 def load_npz(path: str, env: str | None) -> Dataset:
     """Read an .npz: the arrays of `Transitions` by their names, perhaps without `truncations`, and a text `env`."""
     arrays = read_npz(path, needed=Transitions._fields[:-1])
-    env = env or (str(arrays["env"]) if "env" in arrays else None)
+    env = env or (np.ravel(arrays["env"]).astype(str)[0] if "env" in arrays else None)
     bounds = bounds_of(env, arrays["actions"])
     return Dataset(path, check(path, arrays, *bounds), env, *bounds)

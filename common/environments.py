@@ -54,7 +54,7 @@ def make_raw(spec: Any, **options: Any) -> "gym.Env":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated versions: the dataset decides the version
             made, known = families.ready(spec) if families else (spec, {})
-            return gym.make(made, disable_env_checker=True, **options | known)
+            return gym.make(made, disable_env_checker=True, **known | options)
     except Exception as error:  # whatever an environment's constructor raises
         reason = one_line(error) + (families.advice(spec, error) if families else "")
         raise UsageError(f"cannot make environment {getattr(spec, 'id', spec)}: {reason}") from None

@@ -4,7 +4,6 @@ Shapes are written `[batch, dim]`. Every module takes leading axes as they come,
 act on `[dim]`, `[batch, dim]` or `[samples, batch, dim]`.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-
-Initializer = Callable[..., jax.Array]
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "gain"))  # traced once for each shape
@@ -52,9 +49,9 @@ class MLP(nn.Module):
     hidden_dim: int
     num_layers: int
     output_dim: int
-    kernel_init: Initializer = orthogonal
+    kernel_init: nn.initializers.Initializer = orthogonal
     layer_norm: bool = False
-    last_init: Initializer | None = None  # of the linear layer, where it is not kernel_init
+    last_init: nn.initializers.Initializer | None = None  # of the linear layer, where it is not kernel_init
     dropout_rate: float = 0.0
 
     @nn.compact
@@ -79,9 +76,9 @@ class QEnsemble(nn.Module):
     num_critics: int
     hidden_dim: int
     num_layers: int
-    kernel_init: Initializer = orthogonal
+    kernel_init: nn.initializers.Initializer = orthogonal
     layer_norm: bool = False
-    last_init: Initializer | None = None
+    last_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -23,13 +24,14 @@ from common.environments import width_of
 from common.members import evaluation_keys, is_key
 from common.replay import Transform
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none, as some clusters'
 Policy = Callable[[np.ndarray], np.ndarray]
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     """Call `write(file)` on a temporary file beside `path`, fsync it and rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -55,7 +57,8 @@ def claim(path: Path, resume: bool) -> Any:
     except BlockingIOError:
         raise UsageError(f"another process is writing to {path}; use another --run-dir") from None
     except OSError as error:
-        raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
+        if error.errno not in NO_LOCKS:
+            raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
     begun, tables, saved = (any(path.glob(x)) for x in ("config.json", "*.csv", "checkpoint/state.npz"))
     if not resume and (begun or tables or saved):
         raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")

@@ -163,6 +163,13 @@ def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves
     assert run.exit_code == 0
 
 
+def test_long_names_and_groups_are_cut_to_what_wandb_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, names = fake(monkeypatch), [200 * "a" + one for one in ("first", "second")]
+    Tracker(RunArgs(), config_of(tmp_path), names, 200 * "b" + "label")
+    found = [(run.options["name"], run.options["group"]) for run in wandb.runs]
+    assert found == [(name[-128:], (200 * "b" + "label")[-128:]) for name in names]
+
+
 def test_a_resumed_run_goes_on_in_wandb_and_parts_share_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

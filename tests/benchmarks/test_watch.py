@@ -284,6 +284,8 @@ def test_the_environment_has_the_options_of_the_data(monkeypatch: pytest.MonkeyP
         config = {"flags": {"dataset": dataset, "env": trained}, "environment": trained or "Hopper-v5"}
         assert watch.environment_of(config, given) == (theirs.env_spec, "ant")
         assert read.pop() == (dataset, found)
+    config["flags"]["max_episode_steps"] = 100
+    assert watch.environment_of(config, "Ant-v5")[1] is None, "cut episodes have no score"
     with pytest.raises(UsageError, match=r"it is not there$"):
         watch.environment_of({"flags": {"dataset": "gone", "env": "Hopper-v5"}, "environment": "Hopper-v5"}, None)
     with pytest.raises(UsageError, match="it is not there; --env Hopper-v5 plays without the data"):

@@ -24,7 +24,7 @@ from gymnasium import spaces
 from test_environments import UNFIT
 
 from benchmarks import sources
-from benchmarks.datasets import plain_id, write_npz
+from benchmarks.datasets import on_disk, plain_id, write_npz
 from benchmarks.families import domain_of
 from common.cli import UsageError
 from common.data import load
@@ -454,6 +454,13 @@ def test_d4rl_terminal_last_row_is_kept(tmp_path: Path) -> None:
     assert data.rewards.tolist() == [0, 1, 2] and data.terminations.tolist() == [0, 0, 1]
 
 
+def test_d4rl_terminal_rows_with_a_timeout_are_kept(tmp_path: Path) -> None:
+    """As where timeouts mark every end of an episode."""
+    data = read_d4rl(write_d4rl(tmp_path / "a.hdf5", **d4rl_arrays([0, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 1])))
+    assert data.terminations.tolist() == [0, 0, 1, 0, 0, 1] and not data.truncations.any()
+    assert data.next_observations[:, 0].tolist() == [1, 2, 2, 4, 5, 5]
+
+
 def test_d4rl_with_next_observations(tmp_path: Path) -> None:
     arrays = d4rl_arrays([0, 1, 0, 0], [0, 0, 0, 1]) | {"next_observations": column(100, 101, 102, 103)}
     data = read_d4rl(write_d4rl(tmp_path / "a.hdf5", **arrays))
@@ -578,10 +585,23 @@ def test_failed_download_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_missing_is_downloaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import minari
 
+    def download(name: str, force_download: bool) -> None:
+        assert os.environ["MINARI_DATASETS_PATH"] == str(root), "Minari knows no ~"
+        write_minari(name, TWO_ENDINGS)
+
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", f"~/{root.name}")
     monkeypatch.setattr(sources, "_server_answers", lambda: True)
-    monkeypatch.setattr(minari, "download_dataset", lambda name, force_download: write_minari(name, TWO_ENDINGS))
+    monkeypatch.setattr(minari, "download_dataset", download)
     assert len(load("far/away-v0", "Any1-v0").transitions.rewards) == 6
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
     assert list(minari.list_local_datasets()) == ["far/away-v0"]
+    (root / "far").rename(root.parent / "scratch")  # a link to it, as where home is small
+    (root / "far").symlink_to(root.parent / "scratch")
+    assert list(on_disk()) == ["far/away-v0"]
+    metadata = root / "far" / "away-v0" / "data" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"hdf5"', '"arrow"'))
+    assert "only sets in HDF5 are read" in usage_error("far/away-v0", "Any1-v0")
 
 
 def test_of_processes_that_miss_a_set_one_downloads_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,7 +626,7 @@ def test_of_processes_that_miss_a_set_one_downloads_it(root: Path, monkeypatch: 
     assert calls == [("far/away-v0", True)], "unforced, Minari takes a directory for the set"
 
 
-def test_sets_are_joined(tmp_path: Path) -> None:
+def test_sets_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Minari's and files alike; the first one names the environment, and all must be of it."""
     write_minari("test/two-v0", TWO_ENDINGS)
     one = {name: x[:, :1] if x.ndim == 2 else x for name, x in good_npz().items()}
@@ -622,6 +642,11 @@ def test_sets_are_joined(tmp_path: Path) -> None:
     unlike = f"{tmp_path / 'mine.npz'}+{tmp_path / 'alike.npz'}"
     assert "sets of Any1-v0 and Else1-v0" in usage_error(unlike, None)
     assert len(load(unlike, "Any1-v0").transitions.rewards) == 10, "by --env they are of one"
+    gym.register("Any1-v1", entry_point=Any1, max_episode_steps=100)
+    np.savez(tmp_path / "later.npz", **one, env=np.array(["Any1-v1"]))
+    capsys.readouterr()
+    load(f"{tmp_path / 'mine.npz'}+{tmp_path / 'later.npz'}")
+    assert "joins sets of Any1-v0 and Any1-v1: evaluated in the first" in capsys.readouterr().err
     whole = one | {name: np.zeros(5) for name in ("terminations", "truncations")}  # one episode, without an end
     for name, flags in (("a", whole), ("b", whole | {"terminations": np.eye(5)[4]})):
         np.savez(tmp_path / f"{name}.npz", **flags, env="Any1-v0")

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from benchmarks import families
 from benchmarks.families import REFERENCE_RETURNS, domain_of, normalized_score, returns_of_data
 from common.cli import FAMILIES, UsageError, preset_name
 from common.environments import make_environment
@@ -43,6 +44,17 @@ def test_no_family_is_left_out() -> None:
     named = [*NAMED.values(), *NAMED_OF_ROBOTICS.values(), ("kitchen", "kitchen")]
     assert {preset for preset, _ in named} == set(FAMILIES) - {"ogbench"}  # which test_ogbench_sets.py makes
     assert {domain for _, domain in named} - {None} == set(REFERENCE_RETURNS)
+
+
+def test_episodes_are_as_long_as_those_of_the_reference_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D4RL's pen ends after 100 steps and its kitchen after 280; --max-episode-steps has the last word."""
+    limits = {
+        name: families.ready(name)[1].get("max_episode_steps") for name in ("AdroitHandPen-v1", "FrankaKitchen-v1")
+    }
+    assert limits == {"AdroitHandPen-v1": 100, "FrankaKitchen-v1": 280}
+    monkeypatch.setitem(families.D4RL_TASKS, "pendulum", {"max_episode_steps": 50})
+    made = [make_environment("Pendulum-v1", steps).spec.max_episode_steps for steps in (0, 7)]
+    assert made == [50, 7]
 
 
 @pytest.mark.parametrize(

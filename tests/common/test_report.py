@@ -1,12 +1,18 @@
 """The run directory's tables and records."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import offax_sets
+from common import report
 from common.report import append_rows, write_json
 
 
@@ -40,3 +46,21 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
     assert found == {"a": [None, 1.5, {"b": None}], "3": [None, True]}
+
+
+def test_a_file_system_without_locks_holds_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a cluster's that is mounted without flock."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    report.claim(tmp_path / "run", resume=False).close()
+    with offax_sets.lock(tmp_path / ".lock", "held"):
+        pass
+
+
+def test_two_processes_that_write_a_file_do_not_share_what_is_half_written(tmp_path: Path) -> None:
+    names: list[str] = []
+    report.write_atomically(tmp_path / "x", lambda _: names.extend(path.name for path in tmp_path.iterdir()))
+    assert names == [f".x.{os.getpid()}.tmp"]
