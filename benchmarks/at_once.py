@@ -1,6 +1,6 @@
 """Train an algorithm on several datasets at once: one population on one accelerator, a run directory for each dataset.
 
-    python benchmarks/at_once.py --name locomotion --algorithms iql --num-seeds 5 --num-updates 100000 \\
+    python benchmarks/at_once.py --name mine --algorithms iql --num-seeds 5 --num-updates 100000 \\
         --datasets offax/hopper/medium-v1 offax/hopper/mixed-v1 --variants "" "slow:--polyak 0.001"
 
 A small population leaves most of a GPU idle, and its updates take nearly as long as those of a large one. So all seeds

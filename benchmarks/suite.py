@@ -1,7 +1,7 @@
 """Train several algorithms on several datasets, a population of seeds at a time, and keep the small files.
 
-    python benchmarks/suite.py --name locomotion --algorithms iql bc --datasets offax/hopper/medium-v1
-    python -m benchmarks.report results/locomotion
+    python benchmarks/suite.py --name mine --algorithms iql bc --datasets offax/hopper/medium-v1
+    python -m benchmarks.report results/mine
 
 Each pair of algorithm and dataset is one process, the algorithm's own script, with all seeds as one population. All
 algorithms run on the first dataset before any runs on the second, so that a part of the suite compares them already.
