@@ -563,9 +563,10 @@ def write_page(args: Report) -> int:
     ]
     for protocol, own in by_protocol.items():
         if own:
-            plot(args.results / f"{protocol}.png", protocol, own)
-            image = f"![Success rate against environment steps]({protocol}.png)\n"
-            parts += [f"## Protocol `{protocol}`\n", results_of(own), image]
+            parts += [f"## Protocol `{protocol}`\n", results_of(own)]
+            if any(success_rates(cell, "online") for cell in own):
+                plot(args.results / f"{protocol}.png", protocol, own)
+                parts += [f"![Success rate against environment steps]({protocol}.png)\n"]
     parts += ["## The data\n", describe(found)] if found else []
     parts += [report.speed(cells), report.origin(cells)]
     write_text(args.results / "README.md", "\n".join(parts))

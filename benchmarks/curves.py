@@ -75,6 +75,12 @@ def last_values(curves: Curves, lost: Iterable[str]) -> list[float]:
     return [curve[max(curve)] for curve in to_the_end(curves, lost)]
 
 
+def lost_by(phase: str, members: Sequence[dict[str, Any]], updates: int) -> set[str]:
+    """Of the members' entries in final.json, those that had diverged by the phase's end, by their names in tables."""
+    steps = {str(m["member"]): m["diverged"].get("step") or 0 for m in members if m.get("diverged")}
+    return {member for member, step in steps.items() if phase == "online" or step < updates}
+
+
 def describe(curves: Curves, lost: Collection[str]) -> str:
     """The last value, its 95 % interval over the seeds, and how many diverged: all `lost`, with a curve or without."""
     found, diverged = aggregate(last_values(curves, lost)), len(lost)
@@ -148,7 +154,8 @@ def figure_of(run_dir: Path) -> Any:
     scored = all(row.get("score_mean") for row in evaluations)
     name, flags = "score" if scored else "return", config.get("flags", {})
     updates = int(final.get("updates", flags.get("num_updates", 0)))  # the tables of metrics count on from here
-    lost = {str(member["member"]) for member in final.get("members", []) if member.get("diverged")}
+    until = updates if final.get("online_steps") else sys.maxsize
+    lost = {phase: lost_by(phase, final.get("members", []), until) for phase in PHASES}
 
     panels: dict[tuple[str, str], Curves] = {}  # by row and phase
     for phase in PHASES:
@@ -159,14 +166,14 @@ def figure_of(run_dir: Path) -> Any:
             if column.endswith("/loss"):
                 panels[column, phase] = curves_of(rows, column, updates if phase == "online" else 0)
     panels = {place: curves for place, curves in panels.items() if curves}
-    names = list(dict.fromkeys(row for row, _ in panels))
+    names = sorted(dict.fromkeys(row for row, _ in panels), key=lambda row: row != name)  # the score above
     phases = [phase for phase in PHASES if any(place[1] == phase for place in panels)]
     if not panels:
         return None
 
     setting_of = settings_of(config)
     groups: dict[str, list[str]] = {}
-    for member in dict.fromkeys([*(member for curves in panels.values() for member in curves), *sorted(lost)]):
+    for member in dict.fromkeys([*(one for curves in panels.values() for one in curves), *sorted(lost["online"])]):
         groups.setdefault(setting_of.get(member, ""), []).append(member)
     grid = len(groups) > 1
 
@@ -174,8 +181,9 @@ def figure_of(run_dir: Path) -> Any:
         return {member: curves[member] for member in groups[setting] if member in curves}
 
     if last := panels.get((name, phases[-1])):
-        whole = [setting for setting, members in groups.items() if set(members) - lost and within(last, setting)]
-        rank = {setting: interquartile_mean(last_values(within(last, setting), lost)) for setting in whole}
+        out = lost[phases[-1]]
+        whole = [setting for setting, members in groups.items() if set(members) - out and within(last, setting)]
+        rank = {setting: interquartile_mean(last_values(within(last, setting), out)) for setting in whole}
         groups = dict(sorted(groups.items(), key=lambda group: -rank.get(group[0], -math.inf)))
 
     width, heights = (8.5 if grid else 6.0), [2.2 if row == name else 1.0 for row in names]
@@ -184,7 +192,7 @@ def figure_of(run_dir: Path) -> Any:
     all_axes = figure.subplots(len(names), len(phases), **options)
     level = config.get("dataset_returns", {}).get("score_mean" if scored else "mean") if updates else None
     for (row, phase), curves in panels.items():
-        axes = all_axes[names.index(row), phases.index(phase)]
+        axes, out = all_axes[names.index(row), phases.index(phase)], lost[phase]
         for place, setting in reversed(list(enumerate(groups))):  # the best one on top
             if not (mine := within(curves, setting)):
                 continue
@@ -196,19 +204,21 @@ def figure_of(run_dir: Path) -> Any:
             elif row == name:
                 what = setting if grid else f"seed {who(config, next(iter(mine)))}"
                 if not grid and len(mine) > 1:
-                    seeds = len(to_the_end(mine, lost))
+                    seeds = len(to_the_end(mine, out))
                     what = f"mean of {seeds}" if seeds < 4 else f"interquartile mean of {seeds}"
-                said = describe(mine, lost.intersection(groups[setting]))
-                style["label"] = f"{setting or 'all'}: {said}" if set(mine) <= lost else f"{what}: last {said}"
-            plot(axes, mine, lost, each=not grid, **style)
+                said = describe(mine, out.intersection(groups[setting]))
+                style["label"] = f"{setting or 'all'}: {said}" if set(mine) <= out else f"{what}: last {said}"
+            plot(axes, mine, out, each=not grid, **style)
         finish(axes, row, curves)
         if row == name:
             axes.set_ylabel(score_name([config]) if scored else "return")
             axes.set_title(phase, fontsize=10)
-            axes.sharey(all_axes[0, 0])
             if level is not None:
                 axes.axhline(level, color="tab:gray", linestyle="--", linewidth=1, label=f"data's average: {level:.1f}")
             legend(axes, len(groups) - SHOWN, grid)
+    scores = [all_axes[names.index(name), phases.index(phase)] for row, phase in panels if row == name]
+    for axes in scores:  # of both phases alike
+        axes.set_ylim(min(other.get_ylim()[0] for other in scores), max(other.get_ylim()[1] for other in scores))
     for place, phase in enumerate(phases):
         for row in names:
             all_axes[names.index(row), place].set_visible((row, phase) in panels)

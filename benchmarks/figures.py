@@ -1,6 +1,7 @@
 """The figures of a suite. Runs of different lengths are never side by side: each length has panels of its own."""
 
 import itertools
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import Cell, length_in_words, level, summary, unique
-from benchmarks.curves import PHASES, describe, plot, score_name
+from benchmarks.curves import PHASES, describe, lost_by, plot, score_name
 from benchmarks.intervals import expected_best, performance_profile
 
 COLUMNS = 3
@@ -37,8 +38,13 @@ def panels(count: int, columns: int = COLUMNS, height: float = 2.8, **options: A
 
 
 def short(name: str, width: int = 34) -> str:
-    """The name in lines of that width."""
-    return textwrap.fill(name.replace("/", "/ "), width).replace("/ ", "/")
+    """The name in lines of that width, broken at blanks."""
+    return textwrap.fill(name, width, break_on_hyphens=False)
+
+
+def colors_of(cells: Sequence[Cell]) -> dict[str, str]:
+    """A colour for each algorithm, the same in every figure of a page; from the eleventh on they come again."""
+    return {name: f"C{i % 10}" for i, name in enumerate(sorted({cell.algorithm for cell in cells}))}
 
 
 def data_line(line: Any, average: float | None, label: str = "data's average") -> None:
@@ -63,7 +69,7 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
     heights = [0.9 + len(row) * max(0.32, 0.16 * most) for row, most in zip(names, lines, strict=True)]
     figure = new_figure(2.5 + 3.2 * columns, sum(heights) + 0.3)
     options = {"gridspec_kw": {"height_ratios": heights}, "squeeze": False, "sharex": True}
-    colors = {name: f"C{i % 10}" for i, name in enumerate(sorted({cell.algorithm for cell in cells}))}
+    colors = colors_of(cells)
     for row, algorithms, all_axes in zip(rows, names, figure.subplots(len(rows), columns, **options), strict=True):
         labels = [short(name, 30) for name in algorithms]
         for panel, axes in itertools.zip_longest(row, all_axes):
@@ -80,7 +86,8 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
             axes.set_ylim(len(algorithms) - 0.4, -0.6)
             axes.tick_params(labelbottom=True, labelsize=8)
             axes.grid(axis="x", alpha=0.2)
-    notes = ["dashed: the data's average"] * any(level(cell, True) is not None for cell in cells)
+    notes = ["bar: 95 % interval"] * any(len(cell.values("score_mean")) > 1 for cell in cells)
+    notes += ["dashed: the data's average"] * any(level(cell, True) is not None for cell in cells)
     notes += ["red: shorter than the others"] * (len(lengths) > 1)
     name = score_name([cell.config for cell in cells])
     figure.supxlabel("; ".join([name, *notes]), fontsize=9)
@@ -99,7 +106,7 @@ def plot_seeds(axes: Any, cell: Cell, y: int, color: str) -> None:
         axes.text(0.98, y, f"{len(cell.lost)} diverged", fontsize=7, color=color, **where)
 
 
-def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
+def plot_curves(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> None:
     """One dataset, a panel for each algorithm and phase: the seeds, thin, and their interquartile mean.
 
     Returns instead of scores where there is no dataset: in the unit of most learning curves from scratch.
@@ -111,7 +118,6 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
     longest = {phase: max(cell.length[i] for cell in cells) for i, phase in enumerate(PHASES)}
     places = [(cell, phase) for cell in sorted(cells, key=lambda cell: -sum(cell.length)) for phase in phases]
     figure, all_axes = panels(len(places), COLUMNS if len(phases) == 1 else 2, sharey=True)
-    colors = {cell.algorithm: f"C{i % 10}" for i, cell in enumerate(cells)}
     shorter = False
     for axes, (cell, phase) in zip(all_axes, places, strict=True):
         curves, total = cell.curves(phase, column), cell.length[list(PHASES).index(phase)]
@@ -120,12 +126,14 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
             continue
         end = max(map(max, curves.values()))
         steps = f"{end:,} of {total:,}" if end < total else f"{end:,}"
-        last = f"{steps} {PHASES[phase]}: {describe(curves, cell.lost)}"
+        lost = lost_by(phase, cell.members, cell.length[0] if cell.length[1] else sys.maxsize)
+        last = f"{steps} {PHASES[phase]}: {describe(curves, lost)}"
         title = axes.set_title(f"{short(cell.algorithm)}\n{last}", fontsize=8)
         if total < longest[phase]:
             title.set_color(SHORTER)
             shorter = True
-        plot(axes, curves, cell.lost, color=colors[cell.algorithm], markersize=4.0)
+        plot(axes, curves, lost, color=colors[cell.algorithm], markersize=4.0)
+        axes.set_xlim(-0.04 * longest[phase] - 0.5, 1.04 * longest[phase] + 0.5)
         data_line(axes.axhline, level(cell, scored))
         axes.tick_params(labelsize=8, labelleft=True)
         axes.grid(alpha=0.2)
@@ -136,21 +144,24 @@ def plot_curves(path: Path, cells: Sequence[Cell]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_profiles(path: Path, strata: dict[str, Strata]) -> None:
+def plot_profiles(path: Path, strata: dict[str, Strata], colors: dict[str, str], name_of_score: str) -> None:
     """Share of runs above each score, a panel for each algorithm with the others in grey."""
     scores = [x for tasks in strata.values() for values in tasks for x in values]
     thresholds = np.linspace(min(0.0, *scores), max(scores), 201)
     profiles = {name: performance_profile(tasks, thresholds) for name, tasks in strata.items()}
     figure, all_axes = panels(len(strata), height=2.4, sharex=True, sharey=True)
-    for number, (axes, name) in enumerate(zip(all_axes, profiles, strict=True)):
+    for axes, name in zip(all_axes, profiles, strict=True):
         for other in profiles.values():
             axes.step(thresholds, other[0], color="lightgray", linewidth=0.8)
         share, low, high = profiles[name]
-        axes.fill_between(thresholds, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0, step="pre")
-        axes.step(thresholds, share, color=f"C{number % 10}", linewidth=2.0)
+        axes.fill_between(thresholds, low, high, color=colors[name], alpha=0.2, linewidth=0, step="pre")
+        axes.step(thresholds, share, color=colors[name], linewidth=2.0)
         axes.set_title(short(name), fontsize=8)
+        axes.set_ylim(-0.05, 1.05)
+        axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.2)
-    figure.supxlabel("score", fontsize=9)
+    tasks = len(next(iter(strata.values())))
+    figure.supxlabel(f"{name_of_score}, {tasks} dataset{'s' * (tasks > 1)}; band: 95 % interval", fontsize=9)
     figure.supylabel("share of runs above it", fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -184,27 +195,35 @@ def plot_expected_best(path: Path, tuned: dict[str, dict[str, Strata]], cells: S
 
 
 def plot_against(path: Path, lines: dict[str, dict[float, Cell]], name: str) -> None:
-    """Final score at each value of `name`: interquartile mean, interval as a band, the dataset's average dashed."""
+    """Final score at each value of `name`: interquartile mean, interval as a bar, the dataset's average dashed.
+
+    Neighbours of one length are joined.
+    """
     values = sorted({value for line in lines.values() for value in line})
     lengths = [cell.length for line in lines.values() for cell in line.values()]
     figure, all_axes = panels(len(lines), height=3.2, sharey=True)
     for number, (axes, (label, line)) in enumerate(zip(all_axes, lines.items(), strict=True)):
         found = {value: summary([cell.values("score_mean")]) for value, cell in line.items()}
         at = {values.index(value): one for value, one in found.items() if one is not None}
-        axes.plot(list(at), [one["iqm"] for one in at.values()], "-", color=f"C{number % 10}")
-        low, high = ([one[end] for one in at.values()] for end in ("low", "high"))
-        axes.fill_between(list(at), low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
-        for value, cell in line.items():
-            if found[value] is not None:
-                hollow = "none" if cell.length != max(lengths, key=sum) else f"C{number % 10}"
-                place = values.index(value), found[value]["iqm"]
-                axes.plot(*place, "o", color=f"C{number % 10}", markerfacecolor=hollow)
+        color, cells = f"C{number % 10}", {values.index(value): cell for value, cell in line.items()}
+        for one, other in itertools.pairwise(at):
+            if cells[one].length == cells[other].length:  # others are no curve
+                axes.plot([one, other], [at[one]["iqm"], at[other]["iqm"]], "-", color=color)
+        for place, one in at.items():
+            hollow = "none" if cells[place].length != max(lengths, key=sum) else color
+            axes.vlines(place, one["low"], one["high"], color=color, alpha=0.4, linewidth=3.0)
+            axes.plot(place, one["iqm"], "o", color=color, markerfacecolor=hollow)
+        for place, cell in cells.items():
+            if cell.lost:
+                where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+                axes.text(place, 0.01, f"{len(cell.lost)} diverged", fontsize=7, color=color, **where)
         data_line(axes.axhline, level(next(iter(line.values())), True))
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_xlim(-0.3, len(values) - 0.7)
         axes.set_title(short(label), fontsize=8)
         axes.set_xlabel(name, fontsize=9)
         axes.grid(alpha=0.2)
     hollow = "; hollow: a shorter run" if len(set(lengths)) > 1 else ""
-    figure.suptitle(f"Final score, interval over seeds; dashed: the data's average{hollow}", fontsize=10)
+    figure.suptitle(f"Final score, bar: 95 % interval over the seeds; dashed: the data's average{hollow}", fontsize=10)
     figure.supylabel("score", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -60,6 +60,7 @@ from benchmarks.tables import Table, file_name, fill, markdown, write_text
 from common.cli import UsageError, exit_status, read_flags
 from common.report import read_json
 
+FIGURES = ("scores.png", "profiles.png", "best_of_k.png", "against_*.png", "curves_*.png")
 LAST = 10
 """Evaluations whose mean stands beside the last one."""
 
@@ -335,7 +336,7 @@ def table_against(lines: dict[str, dict[float, Cell]], name: str) -> str:
 # The page
 
 
-def evaluation_practice(folder: Path, cells: Sequence[Cell]) -> list[str]:
+def evaluation_practice(folder: Path, cells: Sequence[Cell], colors: dict[str, str]) -> list[str]:
     """The parts of the page that say how far the scores above can be trusted, and their figures."""
     parts = [
         "### Last and best\n",
@@ -353,7 +354,7 @@ def evaluation_practice(folder: Path, cells: Sequence[Cell]) -> list[str]:
     strata = strata_of(cells)
     if len(strata) > 1 and all(len(x) > 1 for tasks in strata.values() for x in tasks):  # one seed compares nothing
         count = len(next(iter(strata.values())))
-        figures.plot_profiles(folder / "profiles.png", strata)
+        figures.plot_profiles(folder / "profiles.png", strata, colors, score_name([cell.config for cell in cells]))
         parts += [
             "### Comparison\n",
             f"Runs of {length_in_words(max((cell.length for cell in cells), key=sum))}, over {count} dataset(s) that "
@@ -420,7 +421,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),
             "![Final scores](scores.png)\n",
-            *evaluation_practice(folder, scored),
+            *evaluation_practice(folder, scored, figures.colors_of(cells)),
         ]
 
     def returns(about: dict[str, Any]) -> list[str]:
@@ -442,11 +443,15 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         if not any(cell.evaluations for cell in shown):  # every member diverged before the first
             continue
         name = f"curves_{file_name(dataset)}.png"
-        figures.plot_curves(folder / name, shown)
+        figures.plot_curves(folder / name, shown, figures.colors_of(cells))
         parts.append(f"![{dataset}]({name})\n")
     parts += [speed(cells), origin(cells)]
     write_scores(folder / "scores.csv", cells)
-    write_text(folder / "README.md", "\n".join(parts))
+    write_text(folder / "README.md", page_text := "\n".join(parts))
+    for figure in FIGURES:  # those of an earlier page
+        for path in folder.glob(figure):
+            if f"({path.name})" not in page_text:
+                path.unlink()
 
 
 # Of one run

@@ -271,6 +271,7 @@ def test_report_is_computed_by_hand(tmp_path):
     (tmp_path / "notes.md").write_text("What the table means.\n")
     other = tmp_path / "main.md"
     other.write_text("Before.\n<!-- scores -->\nan older table\n<!-- /scores -->\nAfter.\n")
+    (tmp_path / "best_of_k.png").write_text("of an earlier page")
     report.main([str(tmp_path), "--page", str(other)])
     page = (tmp_path / "README.md").read_text()
 
@@ -302,6 +303,7 @@ def test_report_is_computed_by_hand(tmp_path):
     assert (lost["score_mean"], lost["diverged_at"]) == ("", "42")
     for name in ("scores", "curves_easy", "curves_hard"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "best_of_k.png").exists()
 
 
 def test_report_says_what_the_scores_of_its_environments_mean(tmp_path):
