@@ -214,6 +214,14 @@ def test_suite_goes_on_under_nohup_when_its_terminal_closes(folder, monkeypatch,
 # The report
 
 
+@pytest.fixture
+def blank(monkeypatch):
+    monkeypatch.setattr(Figure, "draw", lambda *_: None)
+
+
+undrawn = pytest.mark.usefixtures("blank")  # figures are saved blank: drawing them is most of a page's time
+
+
 def write_run(folder, algorithm, dataset, scores, average=30.0, environment="Hard-v5", **others):
     """Files of a run as a suite keeps them; a score of None is a member that diverged. `others` are flags."""
     run = folder / "_".join([algorithm, dataset, *(f"{name}-{value}" for name, value in others.items())])
@@ -306,6 +314,7 @@ def test_report_is_computed_by_hand(tmp_path):
     assert not (tmp_path / "best_of_k.png").exists()
 
 
+@undrawn
 def test_report_says_what_the_scores_of_its_environments_mean(tmp_path):
     for folder in (tmp_path / "mixed", tmp_path / "tasks"):
         write_run(folder, "bc", "cube", [0.0, 50.0], average=None, environment="cube-single-singletask-task3-v0")
@@ -346,6 +355,7 @@ def test_report_of_fine_tuning_shows_the_scores_before_and_after(tmp_path):
     assert report.last_evaluations(cell, 10) == {"0": [(100, 40.0)], "1": [(100, 60.0)]}
 
 
+@undrawn
 def test_report_of_fine_tuning_is_of_the_members_that_are_left(tmp_path):
     """A seed that diverged online is in neither column; where nothing was evaluated at the switch, none is known."""
     for name, first in (("iql", 0), ("awac", 35)):
@@ -366,6 +376,7 @@ def test_report_of_fine_tuning_is_of_the_members_that_are_left(tmp_path):
     assert cells_of(part, "awac, easy, 1 diverged")[3:] == ["-", "50.0 [40.0, 60.0]", "-"]
 
 
+@undrawn
 def test_report_of_a_run_without_provenance_and_of_a_damaged_one(tmp_path):
     """A copied algorithm without benchmarks/ does not know its commit and versions."""
     write_run(tmp_path, "bc", "easy", [10.0])
@@ -379,6 +390,7 @@ def test_report_of_a_run_without_provenance_and_of_a_damaged_one(tmp_path):
         report.read(tmp_path)
 
 
+@undrawn
 def test_report_names_the_flags_in_which_runs_differ_and_the_environment_where_no_data_was_used(tmp_path):
     write_run(tmp_path, "awr", "easy", [10.0], num_updates=0, rate=0.1, hidden_dim=8, online_steps=900)
     write_run(tmp_path, "awr", "easy", [20.0], num_updates=0, rate=1e-4, hidden_dim=8, online_steps=1000)
@@ -406,6 +418,7 @@ def test_a_label_means_the_same_where_the_run_without_it_is_missing(tmp_path):
     assert names == {("easy", "iql"), ("easy", "iql rate=2"), ("hard", "iql rate=2")}
 
 
+@undrawn
 def test_aggregate_is_over_the_datasets_that_every_algorithm_has(tmp_path):
     write_run(tmp_path, "bc", "easy", [10.0, 10.0])
     write_run(tmp_path, "bc", "hard", [2.0])
@@ -451,6 +464,7 @@ def test_runs_of_other_lengths_are_left_out_of_averages_and_comparisons(tmp_path
     assert shorter == {"bc": "black", "cql": "tab:red", "iql": "black"}
 
 
+@undrawn
 def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_path):
     for algorithm, updates, then in (("bc", 100, (1.0, 2.0)), ("iql", 40, (3.0,)), ("cql", 20, ())):
         write_run(tmp_path, algorithm, "easy", [60.0, None], num_updates=updates)
@@ -475,6 +489,7 @@ def test_runs_of_other_lengths_are_compared_at_the_updates_that_all_have(tmp_pat
     assert not (tmp_path / "scores.csv").exists(), "nothing is half-written"
 
 
+@undrawn
 def test_a_run_that_diverged_before_the_point_of_comparison_is_in_it(tmp_path):
     write_run(tmp_path, "bc", "easy", [60.0])
     write_run(tmp_path, "iql", "easy", [None, None])
@@ -485,6 +500,7 @@ def test_a_run_that_diverged_before_the_point_of_comparison_is_in_it(tmp_path):
     assert cells_of(page[page.index("### After 100 updates") :], "easy")[2:] == ["60.0", "-, 2 diverged"]
 
 
+@undrawn
 def test_a_run_without_an_online_phase_has_its_length_beside_those_that_have_one(tmp_path):
     write_run(tmp_path, "bc", "easy", [60.0])
     write_run(tmp_path, "iql", "easy", [70.0], online_steps=50)
@@ -504,6 +520,7 @@ def test_results_have_nothing_of_the_run_that_was_there_before(tmp_path):
     assert {path.name: path.read_text() for path in job.results_dir.iterdir()} == {"config.json": "runs"}
 
 
+@undrawn
 def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path, capsys):
     write_run(tmp_path, "bc", "easy", [60.0])
     write_run(tmp_path, "iql", "easy", [60.0, 70.0, None])
@@ -532,6 +549,7 @@ def test_a_run_that_was_cut_off_counts_as_far_as_it_was_evaluated(tmp_path, caps
         report.read(tmp_path)
 
 
+@undrawn
 def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
     """Of twelve evaluations after the untrained one, of which the second is the best."""
     write_run(tmp_path, "iql", "easy", [7.0, None])
@@ -544,6 +562,7 @@ def test_the_last_ten_evaluations_stand_beside_the_last_and_the_best(tmp_path):
     assert row[1:] == ["7.0", "13.3", "80.0"]  # (10 + ... + 18 + 7) / 10
 
 
+@undrawn
 def test_the_mean_of_the_last_ten_is_averaged_over_datasets_where_every_run_has_ten(tmp_path):
     head = "phase,step,member,seed,return_mean,return_std,score_mean,score_std,episodes\n"
     for name, level in (("easy", 10.0), ("hard", 20.0)):
@@ -566,6 +585,7 @@ def test_the_mean_of_the_last_ten_is_averaged_over_datasets_where_every_run_has_
         assert "all 2" in text and "the same 2" not in text
 
 
+@undrawn
 def test_single_seeds_are_not_compared(tmp_path):
     write_run(tmp_path, "bc", "easy", [10.0])
     write_run(tmp_path, "iql", "easy", [30.0, 40.0])
@@ -574,6 +594,7 @@ def test_single_seeds_are_not_compared(tmp_path):
     assert cells_of(page, "easy")[2:] == ["10.0", "35.0 [30.0, 40.0]"] and "P(row > column)" not in page
 
 
+@undrawn
 def test_diverged_seeds_are_counted_and_may_stand_at_the_worst(tmp_path):
     write_run(tmp_path, "iql", "easy", [50.0, None, 40.0, None])
     write_run(tmp_path, "bc", "easy", [4.0, 10.0])
@@ -586,6 +607,7 @@ def test_diverged_seeds_are_counted_and_may_stand_at_the_worst(tmp_path):
     assert compared[1].startswith("0.62 [")  # two of four are above both; the lost ones equal 4 and lose to 10
 
 
+@undrawn
 def test_a_run_whose_seeds_all_diverged_loses_every_comparison(tmp_path):
     """It ended early, and the dataset on which it did still counts."""
     write_run(tmp_path, "iql", "easy", [91.0, 91.0])
@@ -600,6 +622,7 @@ def test_a_run_whose_seeds_all_diverged_loses_every_comparison(tmp_path):
     assert cells_of(page, "all 2, after 100 updates")[2:] == ["52.0 [52.0, 52.0]", "-, 2 diverged"]
 
 
+@undrawn
 def test_a_cut_of_the_episodes_is_a_setting_and_keeping_the_best_is_none(tmp_path):
     for number, flags in enumerate(({}, {"max_episode_steps": 200}, {"keep_best": True})):
         plain = {"max_episode_steps": 0, "keep_best": False}
@@ -669,6 +692,7 @@ def test_report_of_a_dataset_on_which_everything_diverged_before_its_first_evalu
     assert "curves_easy.png" in page and "curves_hard.png" not in page and "1 diverged" in page
 
 
+@undrawn
 def test_speed_has_a_row_for_each_run_that_measured_it(tmp_path):
     for dataset, rate in (("easy", 5.0), ("hard", None), ("harder", 7.0)):
         write_run(tmp_path, "bc", dataset, [1.0])

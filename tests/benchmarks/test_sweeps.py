@@ -137,8 +137,8 @@ def test_a_suite_is_a_grid_of_whole_sets_and_separate_seeds(name: str, monkeypat
     combinations = {(values["dataset"], values["seed"]) for values in choices}
     assert len(choices) == len(combinations) == math.prod(len(x["values"]) for x in config["parameters"].values())
     assert {dataset for dataset, _ in combinations} <= set(offax_sets.ids())
-    args = [parsed(command_line(config, values, monkeypatch)) for values in choices if values["seed"] >= 0]
-    trained = [(a.dataset, seed) for a in args for seed in range(a.seed, a.seed + a.num_seeds)]
+    num_seeds = parsed(command_line(config, choices[0], monkeypatch)).num_seeds
+    trained = [(dataset, first + i) for dataset, first in combinations for i in range(num_seeds)]
     assert len(trained) == len(set(trained)) == 10 * len({dataset for dataset, _ in combinations})
 
 

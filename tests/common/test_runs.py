@@ -583,16 +583,6 @@ def test_an_edited_script_goes_on_and_says_so(
     assert outcome.err == f"iql.py was edited since {tmp_path / 'run'} was saved, or is another one\n"
 
 
-def test_a_limit_of_ones_own_has_returns_and_no_score(tmp_path: Path, small_run: list[str], iql: Any) -> None:
-    """D4RL's reference returns are of 1,000 steps."""
-    for limit, scored in ((0, True), (7, False)):
-        run = tmp_path / str(limit)
-        flags = ["--num-updates", "10", "--eval-every", "0", "--max-episode-steps", str(limit)]
-        assert iql(*small_run, *flags, "--run-dir", run).status == 0
-        (row,) = rows_of(run / "evaluations.csv")
-        assert float(row["return_mean"]) > 0 and bool(row["score_mean"]) is scored
-
-
 def test_stretches_that_are_whole_have_rows_no_more_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of AWR's and EMaQ's iterations; a row has the mean over all stretches since the last."""
     monkeypatch.setattr(runs, "LOG_EVERY", 10)
