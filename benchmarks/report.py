@@ -447,11 +447,11 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         parts.append(f"![{dataset}]({name})\n")
     parts += [speed(cells), origin(cells)]
     write_scores(folder / "scores.csv", cells)
-    write_text(folder / "README.md", page_text := "\n".join(parts))
-    for figure in FIGURES:  # those of an earlier page
-        for path in folder.glob(figure):
-            if f"({path.name})" not in page_text:
-                path.unlink()
+    text = "\n".join(parts)
+    write_text(folder / "README.md", text)
+    for path in [path for figure in FIGURES for path in folder.glob(figure)]:
+        if f"({path.name})" not in text:  # of an earlier page
+            path.unlink()
 
 
 # Of one run

@@ -31,7 +31,7 @@ Policy = Callable[[np.ndarray], np.ndarray]
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     """Call `write(file)` on a temporary file beside `path`, fsync it and rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

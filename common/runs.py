@@ -142,7 +142,7 @@ class Run:
 
     def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:  # without padding; a ring only once it is used
         trees = {name: tree for name, tree in trees.items() if name != "ring" or self.done["online"]}
-        return jax.tree.map(lambda x: (x if is_key(x) else np.asarray(x))[: self.members.count], trees)  # on one device
+        return jax.tree.map(lambda x: (x if is_key(x) else np.asarray(x))[: self.members.count], trees)  # on no device
 
     def save(self, trees: dict[str, Any]) -> None:
         """Write the checkpoint; only the first call at a step does, so every call must hold all that is to be kept."""

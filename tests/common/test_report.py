@@ -58,9 +58,3 @@ def test_a_file_system_without_locks_holds_runs_too(tmp_path: Path, monkeypatch:
     report.claim(tmp_path / "run", resume=False).close()
     with offax_sets.lock(tmp_path / ".lock", "held"):
         pass
-
-
-def test_two_processes_that_write_a_file_do_not_share_what_is_half_written(tmp_path: Path) -> None:
-    names: list[str] = []
-    report.write_atomically(tmp_path / "x", lambda _: names.extend(path.name for path in tmp_path.iterdir()))
-    assert names == [f".x.{os.getpid()}.tmp"]
