@@ -46,6 +46,7 @@ every_run = pytest.mark.parametrize(
     "name", [name if name == "iql" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 ACTOR_CRITICS = [name for name in NAMES if name != "awr"]
+OWN_MASK_TESTS = {"awac", "cql", "emaq", "iql", "td3_bc"}
 every_actor_critic = pytest.mark.parametrize("name", ACTOR_CRITICS)
 """Those that draw a transition and update at once; AWR regresses on returns of whole trajectories."""
 SECTIONS = ["Hyperparameters", "Args", "PRESETS", "State", "ADAM", "modules", "init", "update", "act", "train", "main"]
@@ -179,7 +180,9 @@ def test_hyperparameters_are_traced_and_members_keep_their_own(name: str) -> Non
                 np.testing.assert_allclose(a, b[i], rtol=2e-3, atol=2e-5)
 
 
-@every_actor_critic
+@pytest.mark.parametrize(  # in the default run of what has no such test of its own, as the five have
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OWN_MASK_TESTS)) for name in ACTOR_CRITICS]
+)
 def test_terminations_cut_the_bootstrap_and_truncations_do_not(name: str) -> None:
     """At a termination s' is without effect on the critic; at a truncation it is not."""
     script = load(name)

@@ -351,7 +351,9 @@ def test_advantage_is_that_of_the_policy_and_not_the_residual_of_the_critic() ->
 # ---- the critic's targets ----
 
 
-@pytest.mark.parametrize("num_critics", [1, 2, 5])
+@pytest.mark.parametrize(
+    "num_critics", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_targets_are_the_least_of_all_target_critics_at_the_next_state(num_critics: int) -> None:
     """For a policy that is its mean, so that numpy knows the next actions."""
     args, batch = replace(ARGS, num_critics=num_critics), random_batch()
@@ -723,8 +725,15 @@ def tilted(where: np.ndarray, actions: np.ndarray, q: np.ndarray, temperature: f
     return means, np.sqrt(np.average((actions - means[where]) ** 2, weights=weights))
 
 
-@pytest.mark.parametrize("weights", ["exp", "softmax"])
-@pytest.mark.parametrize("temperature", [0.3, 2.0])
+@pytest.mark.parametrize(
+    ("weights", "temperature"),
+    [
+        ("exp", 0.3),
+        ("softmax", 2.0),
+        pytest.param("exp", 2.0, marks=pytest.mark.slow),
+        pytest.param("softmax", 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_policy_improvement_in_closed_form(weights: str, temperature: float) -> None:
     """pi is proportional to data(a|s) exp(A / temperature): a Gaussian takes over its means, state by state."""
     args, state, batch, where, actions = bandit()

@@ -862,8 +862,15 @@ FIT = {
 }
 
 
-@pytest.mark.parametrize("name", FIT)
-@pytest.mark.parametrize("temperature", [0.3, 2.0])
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [
+        ("sgd", 0.3),
+        ("adam", 2.0),
+        pytest.param("sgd", 2.0, marks=pytest.mark.slow),
+        pytest.param("adam", 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_policy_improvement_in_closed_form(name: str, temperature: float) -> None:
     """pi is proportional to mu(a) exp(A / temperature): a Gaussian takes over its mean and its deviation."""
     args, hp = FIT[name]
@@ -908,8 +915,15 @@ def fitted_value(state: awr.State, batch: Transitions, targets: jax.Array, hp: A
     return jax.lax.fori_loop(0, 3, lambda i, state: phase(0.1**i, state), state)
 
 
-@pytest.mark.parametrize("scale_values", [False, True])
-@pytest.mark.parametrize("unit", [1.0, 20.0])
+@pytest.mark.parametrize(
+    ("scale_values", "unit"),
+    [
+        (False, 1.0),
+        (True, 20.0),
+        pytest.param(False, 20.0, marks=pytest.mark.slow),
+        pytest.param(True, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_values_are_those_of_the_policies_weighted_by_their_visits(scale_values: bool, unit: float) -> None:
     """Two policies on a chain of five states, one taking single and one taking double steps, which is then left.
 
