@@ -75,10 +75,13 @@ def last_values(curves: Curves, lost: Iterable[str]) -> list[float]:
     return [curve[max(curve)] for curve in to_the_end(curves, lost)]
 
 
-def lost_by(phase: str, members: Sequence[dict[str, Any]], updates: int) -> set[str]:
-    """Of the members' entries in final.json, those that had diverged by the phase's end, by their names in tables."""
+def lost_by(phase: str, members: Sequence[dict[str, Any]], length: tuple[int, int]) -> set[str]:
+    """Of the members' entries in final.json, those that had diverged by the phase's end, by their names in tables.
+
+    `length` is that of the run, in offline updates and environment steps.
+    """
     steps = {str(m["member"]): m["diverged"].get("step") or 0 for m in members if m.get("diverged")}
-    return {member for member, step in steps.items() if phase == "online" or step < updates}
+    return {member for member, step in steps.items() if phase == "online" or not length[1] or step < length[0]}
 
 
 def describe(curves: Curves, lost: Collection[str]) -> str:
@@ -154,8 +157,8 @@ def figure_of(run_dir: Path) -> Any:
     scored = all(row.get("score_mean") for row in evaluations)
     name, flags = "score" if scored else "return", config.get("flags", {})
     updates = int(final.get("updates", flags.get("num_updates", 0)))  # the tables of metrics count on from here
-    until = updates if final.get("online_steps") else sys.maxsize
-    lost = {phase: lost_by(phase, final.get("members", []), until) for phase in PHASES}
+    length = updates, final.get("online_steps", 0)
+    lost = {phase: lost_by(phase, final.get("members", []), length) for phase in PHASES}
 
     panels: dict[tuple[str, str], Curves] = {}  # by row and phase
     for phase in PHASES:

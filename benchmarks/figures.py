@@ -1,7 +1,6 @@
 """The figures of a suite. Runs of different lengths are never side by side: each length has panels of its own."""
 
 import itertools
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def short(name: str, width: int = 34) -> str:
 
 
 def colors_of(cells: Sequence[Cell]) -> dict[str, str]:
-    """A colour for each algorithm, the same in every figure of a page; from the eleventh on they come again."""
+    """A colour for each algorithm of a page, by which its figures agree; from the eleventh on they come again."""
     return {name: f"C{i % 10}" for i, name in enumerate(sorted({cell.algorithm for cell in cells}))}
 
 
@@ -53,7 +52,7 @@ def data_line(line: Any, average: float | None, label: str = "data's average") -
         line(average, color="tab:gray", linestyle="--", linewidth=1.0, label=label)
 
 
-def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
+def plot_scores(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> None:
     """Final scores by length and dataset: interquartile mean, interval, a dot for each seed, the data's average."""
     lengths = sorted({cell.length for cell in cells}, key=sum, reverse=True)
     datasets = unique([cell.dataset for cell in cells])
@@ -69,7 +68,6 @@ def plot_scores(path: Path, cells: Sequence[Cell]) -> None:
     heights = [0.9 + len(row) * max(0.32, 0.16 * most) for row, most in zip(names, lines, strict=True)]
     figure = new_figure(2.5 + 3.2 * columns, sum(heights) + 0.3)
     options = {"gridspec_kw": {"height_ratios": heights}, "squeeze": False, "sharex": True}
-    colors = colors_of(cells)
     for row, algorithms, all_axes in zip(rows, names, figure.subplots(len(rows), columns, **options), strict=True):
         labels = [short(name, 30) for name in algorithms]
         for panel, axes in itertools.zip_longest(row, all_axes):
@@ -126,7 +124,7 @@ def plot_curves(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> No
             continue
         end = max(map(max, curves.values()))
         steps = f"{end:,} of {total:,}" if end < total else f"{end:,}"
-        lost = lost_by(phase, cell.members, cell.length[0] if cell.length[1] else sys.maxsize)
+        lost = lost_by(phase, cell.members, cell.length)
         last = f"{steps} {PHASES[phase]}: {describe(curves, lost)}"
         title = axes.set_title(f"{short(cell.algorithm)}\n{last}", fontsize=8)
         if total < longest[phase]:

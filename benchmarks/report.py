@@ -89,6 +89,11 @@ def show(value: dict[str, float] | None, lost: int = 0, length: str = "") -> str
     return text + (f", {lost} diverged" if lost else "") + (f", after {length}" if length else "")
 
 
+def show_cell(cell: Cell, column: str, cells: Sequence[Cell]) -> str:
+    """The seeds' values, how many diverged, and the run's length if it is shorter than the longest of the `cells`."""
+    return show(summary([cell.values(column)]), len(cell.lost), short_length(cell, cells))
+
+
 def table(
     cells: Sequence[Cell],
     column: str,
@@ -108,7 +113,7 @@ def table(
         texts = []
         for algorithm in algorithms:
             if cell := row.get(algorithm):
-                texts.append(show(summary([cell.values(column)]), len(cell.lost), short_length(cell, cells)))
+                texts.append(show_cell(cell, column, cells))
             else:
                 run = any((other.dataset, other.algorithm) == (dataset, algorithm) for other in elsewhere)
                 texts.append("not evaluated" if run else "not run")
@@ -325,10 +330,7 @@ def table_against(lines: dict[str, dict[float, Cell]], name: str) -> str:
     for label, line in lines.items():
         texts = []
         for value in values:
-            if cell := line.get(value):
-                texts.append(show(summary([cell.values("score_mean")]), len(cell.lost), short_length(cell, cells)))
-            else:
-                texts.append("not run")
+            texts.append(show_cell(line[value], "score_mean", cells) if value in line else "not run")
         rows.append([label, *texts])
     return markdown([name, *(f"{value:g}" for value in values)], rows)
 
@@ -379,6 +381,7 @@ def evaluation_practice(folder: Path, cells: Sequence[Cell], colors: dict[str, s
 def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None) -> None:
     """Write README.md, scores.csv and the figures of the suite in `folder`, and the scores into another `page`."""
     cells = read(folder)
+    colors = figures.colors_of(cells)
     lines = lines_against(cells, against) if against else {}
     then = after(cells, at) if at else []
     command = f"python benchmarks/report.py results/{folder.resolve().name}"
@@ -399,7 +402,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         parts += [f"## Score against {against}\n", table_against(lines, against)]
         parts += [f"![Score against {against}](against_{against}.png)\n"]
     if scored:
-        figures.plot_scores(folder / "scores.png", scored)
+        figures.plot_scores(folder / "scores.png", scored, colors)
 
         def score(about: dict[str, Any]) -> list[str]:
             return ["-" if about["score_mean"] is None else f"{about['score_mean']:.1f}"]
@@ -421,7 +424,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
             origin(scored),
             "![Final scores](scores.png)\n",
-            *evaluation_practice(folder, scored, figures.colors_of(cells)),
+            *evaluation_practice(folder, scored, colors),
         ]
 
     def returns(about: dict[str, Any]) -> list[str]:
@@ -443,7 +446,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         if not any(cell.evaluations for cell in shown):  # every member diverged before the first
             continue
         name = f"curves_{file_name(dataset)}.png"
-        figures.plot_curves(folder / name, shown, figures.colors_of(cells))
+        figures.plot_curves(folder / name, shown, colors)
         parts.append(f"![{dataset}]({name})\n")
     parts += [speed(cells), origin(cells)]
     write_scores(folder / "scores.csv", cells)

@@ -5,9 +5,9 @@
 
 Runs of one member each, on random data of Hopper's sizes (benchmarks/accelerator.py), start together, with as many of
 XLA's threads as the machine has cores or with one (NPROC). The figure is the sum of their rates; each ends by itself,
-so the last ones have fewer beside them and the sum is a little high. The second command
-puts every run into a cgroup with a quota, and names the row by it. The cgroup must exist; in version 2
-`mkdir /sys/fs/cgroup/half; echo "100000 100000" > /sys/fs/cgroup/half/cpu.max` makes one of a single core.
+so the last ones have fewer beside them and the sum is a little high. The second command puts every run into a cgroup
+with a quota, and names the row by it. The cgroup must exist; in version 2 `mkdir /sys/fs/cgroup/half;
+echo "100000 100000" > /sys/fs/cgroup/half/cpu.max` makes one of a single core.
 
 Rows go to `<out>.csv`, the table of the medians to `<out>.md`.
 """

@@ -47,7 +47,7 @@ def load(id_or_path: str, env: str | None) -> Dataset:
     if unlike := [other for other in wrappers if other != wrappers[0]]:
         lists = [", ".join(x.name for x in some) or "none" for some in (wrappers[0], unlike[0])]
         raise UsageError(f"{id_or_path} joins sets of environments in other wrappers: {lists[0]}, and {lists[1]}")
-    made = [(str(getattr(spec, "id", spec)), getattr(spec, "kwargs", {})) for spec in specs]
+    made = [(str(name), getattr(spec, "kwargs", {})) for name, spec in zip(ids, specs, strict=True)]
     if not env and (unlike := [other for other in made if other != made[0]]):
         both = " and ".join(f"{name} {kwargs or ''}".strip() for name, kwargs in (made[0], unlike[0]))
         print(f"{id_or_path} joins sets of {both}: evaluated in the first, or in --env", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Two CPU devices for every test, compiled programs shared within the session, and a tiny dataset for whole runs."""
 
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -202,13 +203,26 @@ def signalled_after(stretch: int, number: int = signal.SIGTERM) -> Iterator[None
         yield
 
 
+def crossed(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
+    """Every pair as parameters of a test; only those of the same place in both are in the default run."""
+    return [
+        pytest.param(a, b, marks=[pytest.mark.slow] * (i != j))
+        for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second))
+    ]
+
+
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are saved blank: drawing them is a fifth of a small run, and most of a page's time."""
+    monkeypatch.setattr(Figure, "draw", lambda *_: None)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], blank: None) -> Callable[..., Outcome]:
     """`script(name, *flags)`: the command line of an algorithm, in this process; or of `package="benchmarks"`.
 
-    Its figures are saved blank: drawing them is a fifth of such a run, and what test_curves and test_grid do.
+    Its figures are blank: to draw them is what test_curves and test_grid do.
     """
-    monkeypatch.setattr(Figure, "draw", lambda *_: None)
 
     def call(name: str, *flags: object, package: str = "algorithms") -> Outcome:
         module = importlib.import_module(f"{package}.{name}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import means
+from conftest import crossed, means
 from scipy import stats
 from test_iql import NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
@@ -725,15 +725,7 @@ def tilted(where: np.ndarray, actions: np.ndarray, q: np.ndarray, temperature: f
     return means, np.sqrt(np.average((actions - means[where]) ** 2, weights=weights))
 
 
-@pytest.mark.parametrize(
-    ("weights", "temperature"),
-    [
-        ("exp", 0.3),
-        ("softmax", 2.0),
-        pytest.param("exp", 2.0, marks=pytest.mark.slow),
-        pytest.param("softmax", 0.3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("weights", "temperature"), crossed(["exp", "softmax"], [0.3, 2.0]))
 def test_policy_improvement_in_closed_form(weights: str, temperature: float) -> None:
     """pi is proportional to data(a|s) exp(A / temperature): a Gaussian takes over its means, state by state."""
     args, state, batch, where, actions = bandit()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays_of, assert_same_arrays, done_in, means, rows_of
+from conftest import arrays_of, assert_same_arrays, crossed, done_in, means, rows_of
 from scipy import stats
 from test_iql import ACT, BATCH, OBS, NumpyAdam, numpy_gradients, numpy_mlp, random_batch, trees_equal
 
@@ -862,15 +862,7 @@ FIT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "temperature"),
-    [
-        ("sgd", 0.3),
-        ("adam", 2.0),
-        pytest.param("sgd", 2.0, marks=pytest.mark.slow),
-        pytest.param("adam", 0.3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("name", "temperature"), crossed(FIT, [0.3, 2.0]))
 def test_policy_improvement_in_closed_form(name: str, temperature: float) -> None:
     """pi is proportional to mu(a) exp(A / temperature): a Gaussian takes over its mean and its deviation."""
     args, hp = FIT[name]
@@ -915,15 +907,7 @@ def fitted_value(state: awr.State, batch: Transitions, targets: jax.Array, hp: A
     return jax.lax.fori_loop(0, 3, lambda i, state: phase(0.1**i, state), state)
 
 
-@pytest.mark.parametrize(
-    ("scale_values", "unit"),
-    [
-        (False, 1.0),
-        (True, 20.0),
-        pytest.param(False, 20.0, marks=pytest.mark.slow),
-        pytest.param(True, 1.0, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("scale_values", "unit"), crossed([False, True], [1.0, 20.0]))
 def test_values_are_those_of_the_policies_weighted_by_their_visits(scale_values: bool, unit: float) -> None:
     """Two policies on a chain of five states, one taking single and one taking double steps, which is then left.
 

@@ -214,12 +214,7 @@ def test_suite_goes_on_under_nohup_when_its_terminal_closes(folder, monkeypatch,
 # The report
 
 
-@pytest.fixture
-def blank(monkeypatch):
-    monkeypatch.setattr(Figure, "draw", lambda *_: None)
-
-
-undrawn = pytest.mark.usefixtures("blank")  # figures are saved blank: drawing them is most of a page's time
+undrawn = pytest.mark.usefixtures("blank")
 
 
 def write_run(folder, algorithm, dataset, scores, average=30.0, environment="Hard-v5", **others):

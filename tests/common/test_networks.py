@@ -64,7 +64,9 @@ def test_many_actions_for_each_state_equal_one_by_one() -> None:
         np.testing.assert_allclose(together[:, n], apply(params, observations, actions[n]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(17, 64), (64, 6)])
+@pytest.mark.parametrize(
+    "shape", [(17, 64), (64, 6), *(pytest.param(x, marks=pytest.mark.slow) for x in ((64, 64), (5, 1)))]
+)
 def test_orthogonal_is_that_of_flax(shape: tuple[int, int]) -> None:
     ours = networks.orthogonal(jax.random.key(3), shape)
     theirs = nn.initializers.orthogonal(math.sqrt(2.0))(jax.random.key(3), shape)

@@ -35,7 +35,7 @@ def filled(capacity: int, values: list[float]) -> Ring:
 # The ring
 
 
-@pytest.mark.parametrize("capacity", [1, 8])
+@pytest.mark.parametrize("capacity", [1, pytest.param(5, marks=pytest.mark.slow), 8])
 def test_ring_keeps_the_newest_as_a_list_would(capacity: int) -> None:
     rng = np.random.default_rng(capacity)
     ring, slots, position, newest = replay.empty_ring(capacity, 2, 1), [None] * capacity, 0, []
