@@ -257,8 +257,10 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
         cells = [f"{float(x):.{1 if float(x) >= 1 else 2}f}" if x else "-" for x in figures]
         lines.append(f"| `{row['script']}` | {' | '.join(cells)} | {float(row['peak_mib']):.0f} |")
     first, loads = rows[0], [float(row["load_average"]) for row in rows]
+    fewer = [f"`{row['script']}` on {int(row['rows']):,}" for row in rows if row["rows"] != first["rows"]]
     about = (
         f"One member with Hopper's sizes on {first['cores']} cores ({first['cpu']}), a run each, {first['date'][:10]}; "
+        f"on {int(first['rows']):,} transitions, with which memory grows{''.join(f', {x}' for x in fewer)}; "
         f"load average at the starts {min(loads):.1f} to {max(loads):.1f}; JAX {first['jax']}; "
         f"commit {first['git_commit'][:12]}. Made by `python benchmarks/throughput.py --algorithms True`."
     )

@@ -797,7 +797,7 @@ def test_speed_table_has_the_hours_of_a_million_updates_and_of_the_model_before_
     page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
     measured = [throughput.Measured(50.0, 1.0, 3 * 2**30, 20.0), throughput.Measured(400.0, 1.0, 2**29, None)]
     monkeypatch.setattr(throughput, "measure", lambda *_: measured.pop(0))
-    scripts = [throughput.Script("emaq", "--preset cpu", rows=10), throughput.Script("iql", rows=10)]
+    scripts = [throughput.Script("emaq", "--preset cpu", rows=10), throughput.Script("iql", rows=20)]
     throughput.run_algorithms(throughput.Args(algorithms=True, output=tmp_path / "speed"), scripts, [page])
     text = page.read_text()
     hours = 1e6 / 50 / 3600, 20_000 / 20 / 3600  # the preset's 20,000 updates of the behaviour model
@@ -805,6 +805,7 @@ def test_speed_table_has_the_hours_of_a_million_updates_and_of_the_model_before_
     assert cells_of(text, "`emaq.py --preset cpu`") == expected
     assert cells_of(text, "`iql.py`") == ["`iql.py`", "400.0", "0.69", "-", "512"]
     assert text.startswith("before\n<!-- speed -->\n") and text.endswith("<!-- /speed -->\nafter\n")
+    assert "on 10 transitions, with which memory grows, `iql.py` on 20;" in text
     assert "old" not in text and len(throughput.Table(tmp_path / "speed.csv").read()) == 2
 
 
