@@ -2,7 +2,7 @@
 
 The critic evaluates the policy; the policy imitates the data, each action weighted by its advantage over the policy:
 
-    L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2,   a' ~ pi(s')
+    L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) min_j Q'_j(s', a'))^2,   a' ~ pi(s')     (algorithm 1)
     A    = min_k Q_k(s, a) - V(s),   V(s) = mean min_k Q_k(s, b),   b ~ pi(s)
     L_pi = -mean w(A) log pi(a|s),   w(A) = exp(A / temperature), a constant for the gradient          (Eq. 4, 14)
 
@@ -88,7 +88,7 @@ class Args(RunArgs):
     value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
     # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3).
     nonpositive_targets: bool = False
-    # Keep them at or above this / (1 - discount), where no reward is less; default: no bound (ours).
+    # Keep the critic's targets at or above this / (1 - discount), where no reward is less; default: no bound (ours).
     least_reward: float | None = None
     # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
     observation_noise: NonNegative = 0.0
@@ -112,10 +112,8 @@ class Args(RunArgs):
             raise UsageError(f"--least-reward {self.least_reward}: must not be above 0 with --nonpositive-targets True")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be from --min-log-std to --max-log-std")
-        unused = (
-            {"temperature", "weight_clip"} if self.weights == "softmax" else {"softmax_temperature", "advantage_clip"}
-        )
-        refuse_sweep(self, unused, f"with --weights {self.weights}")
+        unused = {"exp": {"softmax_temperature", "advantage_clip"}, "softmax": {"temperature", "weight_clip"}}
+        refuse_sweep(self, unused[self.weights], f"with --weights {self.weights}")
 
 
 # CORL's, and the authors' script for human demonstrations with rewards of 0 and -1. OGBench's are ours: the networks'
@@ -176,12 +174,8 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
-    return (
-        Actor(args, action_dim),
-        networks.QEnsemble(
-            args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.layer_norm
-        ),
-    )
+    sizes = (args.num_critics, args.hidden_dim, args.num_layers)
+    return Actor(args, action_dim), networks.QEnsemble(*sizes, networks.uniform_fan_in, args.layer_norm)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -209,6 +203,7 @@ def sample_actions(key: jax.Array, mean: jax.Array, log_std: jax.Array, num_samp
     return jnp.clip(mean + jnp.exp(log_std) * noise, -1.0, 1.0)
 
 
+# The Bellman error of algorithm 1
 def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Squared error of every Q-function `q [K, batch]` to the same `targets [batch]`, summed over K."""
     assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
@@ -311,7 +306,7 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are sums over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
@@ -363,14 +358,14 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring = insert_all(ring, envs.step(actions))
                     due = run.alive * (step >= warm_up)
                     state, metrics = tune_all(state, members.hp, Replay(offline, ring), due)

@@ -147,7 +147,7 @@ def small_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
 class Part(NamedTuple):
     """The offline data or a member's ring as a whole, `[rows, ...]`; `written` counts overwritten rows too.
 
-    From row `start` on, round the end, the rows are time-ordered: those not yet written first, the newest one last.
+    Time runs from row `start` to the end and on from row 0: rows not yet written come first, the newest one last.
     """
 
     data: Recorded | Transitions
@@ -391,7 +391,7 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """One iteration with `num_updates` updates of the policy, and in proportion of the value function; metrics' means.
+    """One iteration with `num_updates` updates of the policy, and in proportion of the value function; metrics' sums.
 
     Returns and weights of all rows are computed once, before the updates that use them. With 0 updates, those of a
     member that has diverged, the state stays as it is.
@@ -501,9 +501,9 @@ def main(args: Args) -> None:
             if run.checkpoint_due():
                 run.save({"state": state})
 
-        if args.online_steps:
+        if args.online_steps:  # a round of steps in every member's environment, then an iteration on the ring
             envs = Collector(make_env, members, transform, per_member=args.num_environments, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             collected = Episodes(len(members.seeds), args.num_environments)
             for start, stop in run.chunks("online", args.online_steps, every=args.samples_per_iteration, whole=True):
                 if run.evaluation_due():
@@ -511,7 +511,7 @@ def main(args: Args) -> None:
                     run.record_evaluation(evaluate(args.eval_episodes))
                 step, empty = start, np.asarray(ring.written) == 0
                 while step < stop or (empty & ~collected.ended).any():
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     collected.add(envs.step(actions))
                     step += args.num_environments
                     if run.stopping():

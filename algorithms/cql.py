@@ -127,7 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class GaussianHead(nn.Module):
+class Actor(nn.Module):
     """MLP to the mean and the clipped log standard deviation of a Gaussian, each `[batch, action_dim]`.
 
     The latter has a learned scale and offset, so that the policy starts with standard deviations near exp(-1).
@@ -167,15 +167,12 @@ class State(NamedTuple):
 ADAM = optax.scale_by_adam()
 
 
-def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:
+def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy, a Gaussian squashed by tanh, and the Q-functions, whose last layers start near zero (CORL)."""
-    last_init = partial(networks.orthogonal, gain=1e-2)
-    return (
-        GaussianHead(action_dim, args.hidden_dim, args.num_layers),
-        networks.QEnsemble(
-            args.num_critics, args.hidden_dim, args.critic_layers, layer_norm=args.layer_norm, last_init=last_init
-        ),
-    )
+    sizes = (args.num_critics, args.hidden_dim, args.critic_layers)
+    small = partial(networks.orthogonal, gain=1e-2)
+    critic = networks.QEnsemble(*sizes, layer_norm=args.layer_norm, last_init=small)
+    return Actor(action_dim, args.hidden_dim, args.num_layers), critic
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -291,7 +288,7 @@ def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: jax.Arr
 
 def penalty_factor(log_factor: jax.Array) -> jax.Array:
     """The penalty's factor, from 0 to a million (authors' code)."""
-    return jnp.clip(jnp.exp(log_factor), 0.0, 1e6)
+    return jnp.minimum(jnp.exp(log_factor), 1e6)
 
 
 # Eq. (30)
@@ -389,7 +386,7 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are sums over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
@@ -458,14 +455,14 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring = insert_all(ring, envs.step(actions))
                     due = run.alive * (step >= warm_up)
                     state, metrics = tune_all(state, members.hp, Replay(offline, ring), due)

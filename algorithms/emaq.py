@@ -289,10 +289,8 @@ ADAM = optax.scale_by_adam()
 def modules(args: Args, action_dim: int) -> tuple[AutoregressivePolicy | VAEPolicy, networks.QEnsemble]:
     """The behaviour model and the Q-functions."""
     sizes, heads = (args.embedding_dim, args.embedding_layers), (args.head_dim, args.head_layers, args.prefix_dim)
-    is_vae = args.behavior == "vae"
-    behavior = (
-        VAEPolicy(action_dim, *sizes) if is_vae else AutoregressivePolicy(action_dim, args.num_bins, *sizes, *heads)
-    )
+    autoregressive = AutoregressivePolicy(action_dim, args.num_bins, *sizes, *heads)
+    behavior = VAEPolicy(action_dim, *sizes) if args.behavior == "vae" else autoregressive
     q = networks.QEnsemble(args.num_critics, args.hidden_dim, args.num_layers, networks.glorot, args.layer_norm)
     return behavior, q
 
@@ -318,7 +316,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
 
 # Maximum likelihood of Eq. (62); for the vae appendix H.1
 def behavior_loss(params: Any, batch: Transitions, key: jax.Array, args: Args) -> tuple[jax.Array, dict[str, Any]]:
-    """Negative log-likelihood of the actions; for the vae squared error of reconstruction and half the divergence."""
+    """Negative log-likelihood of the actions; for the vae the squared error of reconstruction + 0.5 KL divergence."""
     behavior, _ = modules(args, batch.actions.shape[-1])
     if args.behavior == "vae":
         error, divergence = behavior.apply(params, batch.observations, batch.actions, key)
@@ -517,7 +515,7 @@ def act(
 def train_behavior(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates of the behaviour model, each on a fresh uniform minibatch; metrics are means over them."""
+    """`num_updates` updates of the behaviour model, each on a fresh uniform minibatch; metrics are sums over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
@@ -551,7 +549,7 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     """Behaviour models, and their optimisers, of the run in the directory `path` for the members with these `seeds`.
 
     Members take that of their seed (of the first combination, if that run had a grid), and those with other seeds take
-    them in turn. UsageError for a run that went wrong, has no such networks, or other `data`: hash, and if normalised.
+    them in turn. UsageError if it went wrong, or has other networks or `data`: hash, and if states are normalised.
     """
     arrays, about = read_tree(file := Path(path).expanduser() / "checkpoint" / "state.npz")
     try:
@@ -597,13 +595,13 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     foretell(args, members.count, obs_dim, action_dim)
+    transform = fit_transform(dataset.transitions, args)
+    offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     pool_bytes = len(members.seeds) * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
     if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
         print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)
         args = replace(args, proposal_pool=0)
-    transform = fit_transform(dataset.transitions, args)
-    offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     warm_up = 0 if args.num_updates else args.random_steps
 
     def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
@@ -645,7 +643,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
                 run.save({"state": state})
                 run.record_evaluation(evaluate(args.eval_episodes))
             if args.draws_ahead and drawn != start // pool_every:  # each state has been used --pool-uses times
-                pool, drawn = None, start // pool_every  # its memory first
+                pool, drawn = None, start // pool_every  # frees its memory before the next one is drawn
                 keys = jax.vmap(jax.random.fold_in, (0, None))(members.keys(1), drawn)
                 pool = draw_all(state, members.hp, Replay(offline), keys)
             new, metrics = train_all(state, members.hp, Replay(offline, extra=pool), (stop - start) * run.alive)
@@ -657,14 +655,14 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
         if args.online_steps:  # steps of every member's environment, then as many updates on old and new transitions
             pool, several = None, args.steps_per_iteration > 1
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             for start, stop in run.chunks("online", args.online_steps, args.steps_per_iteration * several, several):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
                 before, parts, owed = jax.tree.map(jnp.copy, state), [], 0
                 for step in range(start, stop):
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring, owed = insert_all(ring, envs.step(actions)), owed + (step >= warm_up)
                     last = step + 1 == stop or run.stopping()
                     if last or not several:

@@ -63,8 +63,7 @@ class Args(RunArgs):
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (paper: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, appendix B).
     num_layers: Count = 2  # Hidden layers of every network (paper, appendix B).
-    # Layer normalisation in the Q- and value functions (FQL's baselines on OGBench).
-    layer_norm: bool = False
+    layer_norm: bool = False  # Layer normalisation in the Q- and value functions (FQL's baselines on OGBench).
     dropout: Share = 0.0  # Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen).
     # Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates.
     actor_decay_updates: int | None = None
@@ -76,8 +75,8 @@ class Args(RunArgs):
 
 
 # From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), whose networks have
-# these sizes, but GELU, then layer normalisation, and other initial weights; besides, its advantages are the critic's
-# own, its standard deviation is constant, and its discount 0.995 on humanoidmaze, antmaze-giant and antsoccer.
+# these sizes, but GELU, then layer normalisation, and other initial weights; its advantages are of the critic, not its
+# target, its standard deviation is constant, its discount 0.995 on humanoidmaze, antmaze-giant and antsoccer.
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
     "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},
@@ -262,7 +261,7 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are sums over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)
@@ -317,14 +316,14 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring = insert_all(ring, envs.step(actions))
                     due = run.alive * (step >= warm_up)
                     state, metrics = tune_all(state, members.hp, Replay(offline, ring), due)

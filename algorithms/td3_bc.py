@@ -48,7 +48,7 @@ class Hyperparameters(NamedTuple):
     # Share of policy and critic that moves into their targets when the policy is updated (authors' code).
     polyak: Share = 0.005
     policy_noise: NonNegative = 0.2  # Standard deviation of the noise on the target policy's actions (authors' code).
-    noise_clip: NonNegative = 0.5  # Largest size of that noise (authors' code).
+    noise_clip: NonNegative = 0.5  # Largest size of the noise on the target policy's actions (authors' code).
     actor_learning_rate: NonNegative = 3e-4  # Adam's rate for the policy (authors' code).
     critic_learning_rate: NonNegative = 3e-4  # Adam's rate for the Q-functions (authors' code).
     # Least weight of the imitation, which falls from 1 towards 0 over the online phase (CORL's ReBRAC: 0.5).
@@ -120,12 +120,9 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
-    return (
-        Actor(action_dim, args.hidden_dim, args.num_layers),
-        networks.QEnsemble(
-            args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.layer_norm
-        ),
-    )
+    sizes = (args.hidden_dim, args.num_layers)
+    critic = networks.QEnsemble(args.num_critics, *sizes, networks.uniform_fan_in, args.layer_norm)
+    return Actor(action_dim, *sizes), critic
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -253,7 +250,7 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are sums over them."""
 
     def step(state: State) -> tuple[State, dict[str, Any]]:
         key, sample_key = jax.random.split(state.key)
@@ -305,14 +302,14 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring = insert_all(ring, envs.step(actions))
                     due = run.alive * (step >= warm_up)
                     state, metrics = tune_all(state, members.hp, Replay(offline, ring), due)

@@ -204,7 +204,7 @@ def act(state: State, observations: jax.Array, key: jax.Array, args: Args, actio
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are means over them."""
+    """`num_updates` updates, each on a fresh uniform minibatch of the data; metrics are sums over them."""
 
     def step(state: State) -> tuple[State, dict[str, jax.Array]]:
         key, sample_key = jax.random.split(state.key)

@@ -103,14 +103,14 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys, everyone = members.keys(0), np.ones(len(members.seeds), np.int32)
+            keys = members.keys(0)
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
                 before, parts = jax.tree.map(jnp.copy, state), []
                 for step in range(start, stop):
-                    actions = explore_all(state, members.hp, envs.observations, keys, step * everyone)
+                    actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring = insert_all(ring, envs.step(actions))
                     due = run.alive * (step >= warm_up)
                     state, metrics = tune_all(state, members.hp, Replay(offline, ring), due)

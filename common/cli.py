@@ -67,7 +67,7 @@ def exit_status() -> Iterator[None]:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
         line = f"{error.filename or 'writing results'}: {error.strerror}"
-    except RuntimeError as error:  # of JAX, where updates need more memory than the states that were counted before
+    except RuntimeError as error:  # JAX's: an update needs more memory than was counted at the start
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         line = f"out of memory ({one_line(error)}); train fewer members at a time, or lower --batch-size"
@@ -78,7 +78,7 @@ def exit_status() -> Iterator[None]:
 
 
 class Range(NamedTuple):
-    """The values that a flag may take, written into its type, and how to say so; never infinity or NaN."""
+    """The finite values that a flag may take, as a mark on its type, and the words for them in an error."""
 
     words: str
     low: float
@@ -92,7 +92,7 @@ Positive = Annotated[float, Range("finite and above 0", sys.float_info.min)]
 
 
 def check_ranges(flags: Any) -> None:
-    """UsageError for a number out of its type's range, or else at least 0 for whole numbers and any float."""
+    """UsageError for a number outside its type's Range; without one an int must be at least 0, a float finite."""
     hints = get_type_hints(type(flags), include_extras=True)
     for name, value in (flags._asdict() if isinstance(flags, tuple) else vars(flags)).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -109,7 +109,7 @@ class RunArgs:
     """The flags that every script has; an algorithm's `Args` adds its own, and `hp`, a NamedTuple of floats."""
 
     dataset: str = "offax/hopper/medium-expert-v1"  # Minari id, OGBench name, or path of an .npz or .hdf5 file.
-    env: str | None = None  # Gymnasium id to evaluate in, `module:Name-v0` to import a module. Default: the dataset's.
+    env: str | None = None  # Gymnasium id to act in, `module:Name-v0` to import a module. Default: the dataset's.
     preset: str = "auto"  # Settings of a domain, listed below; auto: by the environment's or the dataset's name.
     seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
@@ -123,7 +123,7 @@ class RunArgs:
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
     max_episode_steps: int = 0  # Steps after which episodes are cut, without a score; 0: the environment's, or 10,000.
-    checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints, beside evaluations'; 0: none (ours).
+    checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints; 0: evaluations' and the last (ours).
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
     keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.
     resume: bool = False  # Continue from the last checkpoint in --run-dir, or start there if there is none.
@@ -178,7 +178,7 @@ def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
 # Families of environments that share settings, by how their name or a part of the dataset's begins.
 FAMILIES = {
     "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
-    "antmaze": r"ant_?maze",
+    "antmaze": r"ant[_-]?maze",
     "locomotion": r"(hopper|halfcheetah|walker2d|ant|humanoid|swimmer)(?![a-z])",
     "kitchen": r"(franka)?kitchen(?![a-z])",
     "adroit": r"(adroithand)?(pen|door|hammer|relocate)(?![a-z])",
@@ -191,7 +191,7 @@ def env_name(env_id: str) -> str:
 
 
 def preset_name(dataset: str, env: str | None) -> str:
-    """The family that the environment's, or else a dataset's name (of a file, its own) stands for, or `none`."""
+    """The key of FAMILIES for the environment's name, or else for the dataset's (of a file, its own); or `none`."""
     names = [env_name(env)] if env else []
     for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
         if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
@@ -216,7 +216,7 @@ def read_flags(args_type: Any, args: Sequence[str] | None = None, **options: Any
 
 
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
-    """Flags, by `read_flags`; those not given come from the preset, then from the class; `preset` says which it was."""
+    """The flags given, else the preset's, else the class's values; `preset` is then the name of the one in use."""
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
     args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
@@ -250,6 +250,6 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
     0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
     """
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # neither a closed terminal nor one without a letter ends a run
+    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks must not end a run
     with exit_status():
         main(parse(args_type, presets))

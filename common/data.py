@@ -30,7 +30,7 @@ class Dataset:
         t, families = self.transitions, optional("benchmarks.families")
         about = {"environment": getattr(self.env_spec, "id", self.env_spec), "transitions": len(t.rewards)}
         about |= {"action_low": self.low.tolist(), "action_high": self.high.tolist()}
-        hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[4:])))
+        hashed = b"".join(map(np.ndarray.tobytes, (t.observations[:1000], t.actions, t.rewards, *t[-2:])))
         about |= {"dataset_sha256": hashlib.sha256(hashed).hexdigest()[:16]}
         return about | ({"dataset_returns": families.returns_of_data(self.env_spec, t)} if families else {})
 
@@ -74,7 +74,7 @@ def spaces_of(spec: Any, announce: bool = False) -> tuple[int, np.ndarray, np.nd
 def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> Recorded:
     """The arrays as float32 transitions with actions rescaled to [-1, 1]; UsageError in one line if they are unfit.
 
-    Without `truncations`, an episode was cut where the next observation is not that of the following row.
+    Without `truncations`, episodes end where a row's next observation is not the following row's observation.
     """
     out, size = {}, arrays["rewards"].size
     for field in Transitions._fields:
@@ -121,6 +121,6 @@ def bounds_of(env: str | None, actions: np.ndarray) -> tuple[np.ndarray, np.ndar
 def load_npz(path: str, env: str | None) -> Dataset:
     """Read an .npz: the arrays of `Transitions` by their names, perhaps without `truncations`, and a text `env`."""
     arrays = read_npz(path, needed=Transitions._fields[:-1])
-    env = env or (np.ravel(arrays["env"]).astype(str)[0] if "env" in arrays else None)
+    env = env or next(iter(np.ravel(arrays.get("env", [])).astype(str)), None)
     bounds = bounds_of(env, arrays["actions"])
     return Dataset(path, check(path, arrays, *bounds), env, *bounds)

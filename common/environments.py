@@ -73,8 +73,9 @@ def make_environment(spec: Any, max_episode_steps: int = 0, **options: Any) -> "
     if env.spec is None or env.spec.max_episode_steps is None:
         env = wrappers.TimeLimit(env, LONGEST_EPISODE)
     env = env if isinstance(env.observation_space, spaces.Box) else wrappers.FlattenObservation(env)
-    env = wrappers.TransformReward(env, scalar)  # some give arrays of one number
-    return wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    env, box = wrappers.TransformReward(env, scalar), env.action_space  # some give arrays of one number
+    env = wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # rescaling rounds
+    return wrappers.RescaleAction(env, box.dtype.type(-1.0), box.dtype.type(1.0))
 
 
 def scalar(value: Any) -> float:
@@ -88,7 +89,7 @@ def evaluation_seed(seed: int, episode: int) -> int:
 
 
 def width_of(episodes: int, total: int) -> int:
-    """How many of a member's episodes run side by side in a population of `total` members, those of other parts too."""
+    """How many of a member's episodes run side by side; `total` counts the members of all parts of --shard."""
     waves = -(-episodes // max(1, MAX_ENVIRONMENTS // total))
     return -(-episodes // waves)
 
@@ -116,7 +117,7 @@ class Evaluator:
         """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
 
         `act(observations [padded, width, obs_dim], keys [padded])` gives actions `[padded, width, action_dim]` in
-        [-1, 1]; the keys are others at every time step, and after other numbers of steps of training that are `done`.
+        [-1, 1]; the keys change with the time step, and with `done`, the steps of training so far.
         Members that are not `alive [padded]` play none, and have returns of 0.
         """
         width, members = width_of(episodes, self.members.total), self.members.count
@@ -134,7 +135,7 @@ class Evaluator:
                 if stopping():
                     return None
                 keys = evaluation_keys(self.members.seeds, done, (wave * 1_000_000 + step) % 2**31)
-                actions = np.asarray(act(self.transform.observations(observations), keys))
+                actions = np.asarray(act(self.transform.observations(observations), keys), np.float32)
                 going, step = [], step + 1
                 for m, j in running:
                     env, i = self.environments[m * width + j], first + j
@@ -171,8 +172,7 @@ class Collector:
 
         Actions beyond their bounds are clipped for the environment alone; those that are not finite are 0.
         """
-        actions = np.asarray(actions)
-        actions = np.where(np.isfinite(actions), actions, np.float32(0.0))
+        actions = np.nan_to_num(np.asarray(actions, np.float32), posinf=0.0, neginf=0.0)
         own = np.clip(actions[: self.padded[-1] + 1].reshape(-1, actions.shape[-1]), -1.0, 1.0)
         steps, after = [], []
         for env, action in zip(self.environments, own, strict=True):

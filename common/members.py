@@ -54,7 +54,7 @@ def use_compilation_cache() -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """The members that this process trains; the last is repeated, `[padded]`, until the devices share them equally."""
+    """The members that this process trains; `[padded]` arrays repeat the last one until devices have equally many."""
 
     indices: list[int]  # the members' numbers among those of all processes, see --shard
     total: int  # of all processes
@@ -111,7 +111,7 @@ class Members:
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
-    def keys(self, number: int) -> jax.Array:  # one for each, which no `split` of the member's own key gives
+    def keys(self, number: int) -> jax.Array:  # one for each, which no `split` of its own key gives
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
@@ -122,7 +122,7 @@ class Members:
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:
         """`function` of one member as a compiled one of all: its arguments and results have a leading axis of members.
 
-        But of a `Replay` the offline rows are shared, and each member is given the whole ring of its device, uncopied.
+        But a `Replay` is not sliced: members share its offline rows and their device's ring, `member` is a row of that.
         The memory of the arguments at `donate` is reused for the results. `batched`: vmapped on a CPU too.
         """
         in_turn = self.mesh.devices.flat[0].platform == "cpu" and not batched
@@ -131,7 +131,7 @@ class Members:
         options = {"xla_cpu_multi_thread_eigen": False} if in_turn and self.total > 1 else {}
         split = P("members")
 
-        def on_device(places: jax.Array, *arguments: Any) -> Any:  # of the members among those of their device
+        def on_device(places: jax.Array, *arguments: Any) -> Any:  # `places`: 0, 1, ... of the members on this device
             own = tuple(None if isinstance(x, Replay) else x for x in arguments)
 
             def one(turn: tuple) -> Any:

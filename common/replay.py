@@ -13,8 +13,8 @@ from common.cli import RunArgs, UsageError
 class Transitions(NamedTuple):
     """Flat transitions, leading axis N. A termination masks the bootstrap, a truncation does not.
 
-    `observations, next_observations [N, obs_dim]`, `actions [N, action_dim]` in [-1, 1], `rewards, terminations,
-    truncations [N]`; all float32, flags 0 or 1. Rows are time-ordered and episodes are contiguous.
+    `observations, next_observations [N, obs_dim]`, `actions [N, action_dim]` in [-1, 1] (AWR collects any), `rewards,
+    terminations, truncations [N]`; all float32, flags 0 or 1. Rows are time-ordered and episodes are contiguous.
     """
 
     observations: jax.Array
@@ -51,7 +51,8 @@ class Recorded(NamedTuple):
         return self.states[self.successors]
 
     def at(self, rows: jax.Array) -> Transitions:
-        return Transitions(*(x[rows] for x in self))._replace(next_observations=self.states[self.successors[rows]])
+        states, actions, rewards, successors, *flags = (x[rows] for x in self)
+        return Transitions(states, actions, rewards, self.states[successors], *flags)
 
 
 def record(transitions: Transitions) -> Recorded:
@@ -106,18 +107,16 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
         mean = transitions.observations.mean(axis=0, dtype=np.float64).astype(np.float32)
         std = transitions.observations.std(axis=0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
     if args.normalize_returns and len(transitions.rewards):
-        spread = float(np.ptp(episode_returns(transitions)))
-        if spread <= 0.0:
+        if (spread := float(np.ptp(episode_returns(transitions)))) <= 0.0:
             raise UsageError("every episode of the dataset has the same return; pass --normalize-returns False")
-        factor = 1000.0 / spread
-        scale *= factor
+        scale *= (factor := 1000.0 / spread)
         if factor > 1.0:
             print(f"--normalize-returns enlarges rewards by {factor:.3g}: it is meant to shrink", file=sys.stderr)
     return Transform(mean, std, scale, args.reward_shift)
 
 
 class Ring(NamedTuple):
-    """The last online transitions of one member: row i of all that were ever `written` is at i modulo the capacity."""
+    """The newest online transitions of one member; the i-th of all `written` so far is in row i % capacity."""
 
     data: Transitions
     written: jax.Array
@@ -125,10 +124,6 @@ class Ring(NamedTuple):
     @property
     def capacity(self) -> int:
         return self.data.rewards.shape[-1]
-
-    @property
-    def size(self) -> jax.Array:  # rows from there on are not yet written
-        return jnp.minimum(self.written, self.capacity)
 
 
 def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
@@ -167,8 +162,9 @@ def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
     offline, ring, member, _ = replay
     num_offline = 0 if offline is None else len(offline.rewards)
     assert num_offline or ring is not None, "nothing to sample from"
-    written = 0 if ring is None else ring.size if member is None else ring.size[member]
-    return jax.random.randint(key, (batch_size,), 0, num_offline + written)
+    written = 0 if ring is None else ring.written if member is None else ring.written[member]
+    filled = 0 if ring is None else jnp.minimum(written, ring.capacity)  # rows from there on are not yet written
+    return jax.random.randint(key, (batch_size,), 0, num_offline + filled)
 
 
 def take(replay: Replay, rows: jax.Array) -> Transitions:

@@ -187,6 +187,6 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
         # The rows that the evaluation had: products of another number of rows differ in the last bits.
         rows = np.concatenate([batch, np.zeros((max(0, width - len(batch)), obs_dim), np.float32)])
         actions = np.asarray(act(state, rows[None], evaluation_keys(np.array([seed]), steps, next(count))))[0]
-        return to_environment(actions[: len(batch)] if np.ndim(observations) > 1 else actions[0])
+        return to_environment(actions[: len(batch)] if np.ndim(observations) > 1 else actions[0]).clip(low, high)
 
     return policy

@@ -28,9 +28,9 @@ from common.replay import Transform
 from common.report import append_rows, claim, fill_tree, read_tree, save_tree, script_of, write_json
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
-STRETCH = 100  # and between looks at signals and divergence
-# Flags that a resumed run may change: those that do not touch the course of the training, and, until the online phase
-# begins, lengths.
+STRETCH = 100  # updates (steps) between looks at signals and divergence
+# What a resumed run may change: flags that training does not depend on, and lengths until the online phase begins. The
+# script may change too, with a warning.
 FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "run_dir", "resume", "quiet"}
 FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity", "keep_best", "script", "script_sha256"}
 LENGTHS = {"num_updates", "online_steps", "max_episode_steps"}
@@ -47,11 +47,11 @@ class Run:
     def __init__(self, name: str, args: RunArgs, members: Members) -> None:
         self.name, self.args, self.members, self.started = name, args, members, time.time()
         self.source = args.env if args.env and not args.num_updates else args.dataset  # online from scratch: no data
-        slug = re.sub(r"[^\w./-]", "_", self.source).strip("./")
+        slug = re.sub(r"[^\w./-]", "_", self.source).strip("./").replace("..", "_")
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # two runs may start in the same second
         self.label = f"{name} {slug} {now}"
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
-        self.path = path / f"part-{args.shard.partition('/')[0]}" if args.shard else path
+        self.path = path / f"part-{int(args.shard.partition('/')[0])}" if args.shard else path
         parts = any(path.glob("part-*"))
         if (path / "config.json").exists() and not parts if args.shard else parts:
             raise UsageError(f"{path} holds a run {'without' if args.shard else 'with'} --shard; use another --run-dir")
@@ -90,7 +90,7 @@ class Run:
         return self.done["pretraining"] if self.phase == "pretraining" else self.done["offline"] + self.done["online"]
 
     def restore(self, trees: dict[str, Any], dataset: Dataset, transform: Transform) -> dict[str, Any]:
-        """`trees`, or what the checkpoint of a resumed run has in their place; a ring, from the online phase on.
+        """The trees to go on with: those given, or of a resumed run the checkpoint's (its ring, once it was online).
 
         It writes config.json, cuts the tables to the checkpoint, and says in one line what the run is about to do.
         UsageError for a checkpoint of another run.
@@ -98,7 +98,7 @@ class Run:
         about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
         script = script_of(sys.modules[type(self.args).__module__])
         known = {"algorithm": self.name, "dataset_sha256": about["dataset_sha256"]} | self.flags | script
-        self.identity, self.before = json.loads(json.dumps(known)), {}  # the latter of the run that is resumed
+        self.identity, self.before = json.loads(json.dumps(known)), {}  # `before`: the resumed run's identity
         found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
             try:
@@ -192,7 +192,7 @@ class Run:
         say(f"\r{text:<100}" if terminal else text, sys.stderr, "" if terminal and done < total else "\n")
 
     def evaluation_due(self) -> bool:
-        """Whether the phase has come to, or past, a step to be evaluated at that has not been."""
+        """Whether a multiple of --eval-every is reached or passed in this phase that no evaluation has followed yet."""
         every, done = self.args.eval_every, self.done[self.phase]
         last = max((row["step"] for row in self.evaluations if row["phase"] == self.phase), default=-1)
         return every > 0 and last < done - done % every
@@ -234,7 +234,7 @@ class Run:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
             self._stop()
-        families, rows = optional("benchmarks.families"), []
+        families, rows, known = optional("benchmarks.families"), [], np.isfinite(result.successes).any()
         domain = families.domain_of(self.env_spec) if families and not self.args.max_episode_steps else None
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
@@ -242,7 +242,7 @@ class Run:
             score = families.normalized_score(domain, returns, success) if domain else None
             for name, x in (("return", returns), ("score", score)):
                 row |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
-            reported = {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
+            reported = {"success_mean": float(np.nan_to_num(success).mean())} if known else {}
             rows.append(row | {"episodes": len(success)} | reported)
         if self.keep_best:
             self.keep_best.keep(self, rows)

@@ -130,6 +130,7 @@ def test_the_preset_is_on_record() -> None:
         ("~/.ogbench/data/humanoidmaze-medium-stitch-v0.npz", None, "ogbench"),
         ("x.npz", "scene-singletask-v0", "ogbench"),
         ("antmaze-large-play-v2.hdf5", None, "antmaze"),
+        ("my/ant-maze-umaze-v0", None, "antmaze"),
         ("D4RL/pointmaze/large-dense-v2", None, "none"),
         ("extra.npz+offax/hopper/medium-v1", None, "locomotion"),
         ("offax/hopper/medium-v1+extra.npz", None, "locomotion"),

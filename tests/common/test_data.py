@@ -374,6 +374,8 @@ def test_npz_that_names_its_environment(tmp_path: Path) -> None:
     assert dataset.transitions.actions.tolist() == [[0.75]] * 5
     other = usage_error(str(tmp_path / "mine.npz"), "MountainCarContinuous-v0")
     assert "1.5 is not in [-1, 1]" in other, "--env comes first"
+    np.savez(tmp_path / "nameless.npz", **good_npz(), env=np.array([]))
+    assert "--env" in usage_error(str(tmp_path / "nameless.npz"))
 
 
 def test_a_folder_is_no_npz(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers.utils import rescale_box
 
 from algorithms import iql
 from benchmarks import families
@@ -256,6 +257,28 @@ def test_actions_are_rescaled_to_the_bounds(action: float, expected: float) -> N
     np.testing.assert_array_equal([env.action_space.low, env.action_space.high], [[-1], [1]])
     env.reset(seed=0)
     assert env.step(np.float32([action]))[1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.filterwarnings("error")
+def test_actions_are_of_the_environments_space_to_the_last_digit(dtype: Any) -> None:
+    """Rescaling by itself leaves bounds as 0.1 and 1.4 by a rounding; and JAX may give 64 bits."""
+    low, high = np.sort(np.random.default_rng(0).uniform(-3, 3, (2, 300)).round(1), axis=0)
+    space, own = box(low, high + 0.1, dtype), box([-1] * 300, [1] * 300, dtype)
+    outside = [rescale_box(space, own.low, own.high)[2](one) for one in (own.low, own.high)]
+    assert not all(map(space.contains, outside))
+
+    class Strict(Toy):
+        action_space = space
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            assert action in space
+            return super().step(action[:1])
+
+    gym.register("OffaxTest/Strict-v0", entry_point=Strict)
+    for end in (-1.0, 1.0):
+        evaluator("Strict", 1).run(lambda x, _, end=end: np.full((*x.shape[:2], 300), end, np.float64), 3)
+        collector("Strict", 1).step(np.full((1, 1, 300), end, np.float64))
 
 
 def test_dictionaries_are_flattened_in_the_order_of_their_names() -> None:

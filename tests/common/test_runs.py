@@ -169,7 +169,7 @@ def test_rows_are_of_their_members_and_of_those_that_have_not_diverged(tmp_path:
     population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5")
     places = np.arange(len(population.seeds))
     returns = np.float64([[1, 3], [10, 30], [100, 300]])
-    result = environments.Returns(returns, np.float64([[0, 1], [1, 1], [0, 0]]))
+    result = environments.Returns(returns, np.float64([[np.nan, 1], [1, 1], [0, 0]]))  # some report success alone
     with Run("iql", args, population) as run:
         run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
         for start, stop in run.chunks("offline", args.num_updates):
@@ -596,12 +596,13 @@ def test_stretches_that_are_whole_have_rows_no_more_often(tmp_path: Path, monkey
     assert rows == list(zip(("12", "20", "25"), map(pytest.approx, means), strict=True))
 
 
-@pytest.mark.parametrize(("first", "then", "word"), [("", "0/2", "without"), ("0/2", "", "with")])
+@pytest.mark.parametrize(("first", "then", "word"), [("", "0/2", "without"), ("00/2", "", "with")])
 def test_a_whole_run_and_parts_do_not_share_a_directory(tmp_path: Path, first: str, then: str, word: str) -> None:
     args = Args(run_dir=str(tmp_path / "run"), num_seeds=2, shard=first)
     begun = Run("iql", args, members.make_members(args))
     report.write_json(begun.path / "config.json", {})  # and no checkpoint yet, or any more
     begun.lock.close()
+    assert begun.path.name == ("part-0" if first else "run")
     args = Args(run_dir=str(tmp_path / "run"), num_seeds=2, shard=then, resume=True)
     with pytest.raises(UsageError, match=f"holds a run {word} --shard"):
         Run("iql", args, members.make_members(args))
@@ -639,6 +640,10 @@ def test_a_policy_gives_actions_between_the_bounds_of_its_environment(finished: 
     for rows in (slice(None), 7):
         outer = low + (high - low) * (inner[rows] + 1.0) / 2.0
         np.testing.assert_allclose(report.load_policy(run)(raw[rows]), outer, rtol=1e-5)
+    bounds = {"action_low": [0.1] * 3, "action_high": [1.4] * 3}  # which rescaling by itself leaves
+    (run / "config.json").write_text(json.dumps(config | bounds))
+    outer = report.load_policy(run)(raw * 1e9)
+    assert outer.min() == np.float32(0.1) and outer.max() == np.float32(1.4)
 
 
 def test_a_policy_says_whether_its_file_is_missing_or_what_it_imports(
@@ -947,10 +952,11 @@ def test_another_configurations_checkpoint(
 
 def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    args = Args()
+    args = Args(dataset="../x/../../../y.npz")
     population = members.make_members(args)
     begun = [Run("iql", args, population) for _ in range(3)]
     assert len({run.path for run in begun}) == 3
+    assert all(run.path.resolve().is_relative_to(tmp_path / "runs" / "iql") for run in begun)
     for run in begun:
         run.lock.close()
 
