@@ -101,7 +101,7 @@ def read(folder: Path) -> list[Cell]:
     runs = {}
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
         if not (run / "command.json").exists():
-            raise UsageError(f"{run} has no command.json")
+            raise UsageError(f"{run} has no command.json: one table holds runs of benchmarks/suite.py alone")
         config, command = read_json(run / "config.json"), read_json(run / "command.json")
         evaluations = Table(run / "evaluations.csv").read()  # none where every member diverged before the first
         ended = (run / "final.json").exists()

@@ -48,8 +48,8 @@ no tanh: the policy's mean does not pass through tanh
 + trunk(observations, training=training)
 
 LayerNorm: the critics have LayerNorm
-- args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, args.layer_norm
-+ args.num_critics, args.hidden_dim, args.num_layers, networks.uniform_fan_in, True
+- *sizes, networks.uniform_fan_in, args.layer_norm
++ *sizes, networks.uniform_fan_in, True
 
 no scalars: the log standard deviation has no learned scale and offset
 - self.param("log_std_scale", nn.initializers.constant(1.0), ())

@@ -33,7 +33,7 @@ def action_bounds(name: str, observations: "gym.Space", actions: "gym.Space") ->
         space = stack.pop()
         if isinstance(space, Dict | Tuple):
             stack += space.values() if isinstance(space, Dict) else space
-        elif not isinstance(space, Box) or len(space.shape) != 1 or space.dtype.kind not in "fi":
+        elif not isinstance(space, Box) or len(space.shape) != 1 or space.dtype.kind not in "fiu":
             raise UsageError(f"{name} has observations in {space}; Offax handles vectors of numbers only")
     if not isinstance(actions, Box) or len(actions.shape) != 1 or actions.dtype.kind != "f":
         raise UsageError(f"{name} has actions in {actions}; Offax handles vectors of floats only")

@@ -187,8 +187,7 @@ def make_members(args: RunArgs) -> Members:
     padded = indices + indices[-1:] * (-len(indices) % len(devices))
     with np.errstate(over="ignore"):  # infinity: that member diverges, and is named
         hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**everyone[i][0]) for i in padded))
-    seeds = np.array([everyone[i][1] for i in padded])
-    swept = [everyone[i][0] for i in indices]
+    seeds, swept = np.array([everyone[i][1] for i in padded]), [everyone[i][0] for i in indices]
     return Members(indices, len(everyone), seeds, hp, swept, Mesh(np.array(devices), ("members",)))
 
 

@@ -51,8 +51,7 @@ class Recorded(NamedTuple):
         return self.states[self.successors]
 
     def at(self, rows: jax.Array) -> Transitions:
-        states, actions, rewards, successors, *flags = (x[rows] for x in self)
-        return Transitions(states, actions, rewards, self.states[successors], *flags)
+        return Transitions(*(x[rows] for x in self))._replace(next_observations=self.states[self.successors[rows]])
 
 
 def record(transitions: Transitions) -> Recorded:

@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON; numbers that are not finite become null."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
     write_atomically(path, lambda file: file.write((json.dumps(finite, indent=2) + "\n").encode()))
 
 
@@ -137,10 +137,11 @@ def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str 
 
 
 def script_of(module: Any) -> dict[str, str]:
-    """How config.json names the file that trained a run; nothing for a notebook's cells."""
-    if not (file := getattr(module, "__file__", None)):
+    """How config.json names the file that trained a run, with a hash of it and common/; {} for a notebook's cells."""
+    if not (file := Path(getattr(module, "__file__", None) or "")).is_file():
         return {}
-    return {"script": Path(file).stem, "script_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}
+    content = b"".join(x.read_bytes() for x in (file, *sorted(Path(__file__).parent.glob("*.py"))))
+    return {"script": file.stem, "script_sha256": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
@@ -162,11 +163,11 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     entries, name = {entry["member"]: entry for entry in config["members"]}, config.get("script", config["algorithm"])
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
-    found = map(optional, (name, f"algorithms.{name}", f"benchmarks.{name}"))
-    if not (script := next((x for x in found if hasattr(x, "Hyperparameters")), None)):  # no folder of that name
+    names = ("__main__", name, f"algorithms.{name}", f"benchmarks.{name}")["script" in config :]  # cells have no file
+    if not (script := next((x for x in map(optional, names) if hasattr(x, "Hyperparameters")), None)):  # no folder
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
-    if any(config.get(key, value) != value for key, value in script_of(script).items()):
-        say(f"{script.__file__} is not the file that trained {path}, or was edited since", sys.stderr)
+    if any(config.get(key) != value for key, value in script_of(script).items()):
+        say(f"{script.__file__} or common/ is not what trained {path}, or was edited since", sys.stderr)
     row, transform = list(entries).index(member), Transform(*map(np.float32, config["transform"].values()))
     low, high = (np.array(config[f"action_{end}"], np.float32) for end in ("low", "high"))
     if (hp := entries[member]["hyperparameters"]).keys() - script.Hyperparameters._fields:
@@ -174,8 +175,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     hp = script.Hyperparameters(**hp)
     flags = {f.name: config["flags"][f.name] for f in dataclasses.fields(script.Args) if f.name in config["flags"]}
     args, obs_dim = script.Args(hp=hp, **flags), len(transform.observation_mean)
-    init = jax.vmap(lambda key: script.init(key, hp, args, obs_dim, len(low)))
-    like = jax.eval_shape(init, jax.random.split(jax.random.key(0), 1))
+    like = jax.eval_shape(jax.vmap(lambda key: script.init(key, hp, args, obs_dim, len(low))), jax.random.key(0)[None])
     state = fill_tree(path, {name: x[row : row + 1] for name, x in arrays.items()}, like, "['state']")
     seed, steps = entries[member]["seed"], about["done"]["offline"] + about["done"]["online"]
     width, count = width_of(args.final_eval_episodes, config["population"]), itertools.count()

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 from typing import Any, Self
 
 import jax
@@ -67,20 +68,23 @@ class Run:
         self.flags |= self.flags.pop("hp")._asdict()
 
     def __enter__(self) -> Self:
-        self.handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (n for n in (SIGINT, SIGTERM, SIGHUP) if n != SIGHUP or getsignal(n) != SIG_IGN)  # nohup's stays
+        self.handlers = {n: signal(n, self._on_signal) for n in numbers}
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            signal(number, handler)
         if kind is not None and self.tracker:
             self.tracker.finish(None, 128 + self.signal if self.signal else 1)
         self.lock.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal:  # the second one does not wait
-            sys.exit(128 + number)
+        if self.signal:  # the second one waits for no updates, as JAX does at an exit; a notebook's kernel lives on
+            (sys.exit if hasattr(sys, "ps1") else os._exit)(128 + number)
         self.signal = number
+        with suppress(OSError):  # `print` may be at work
+            os.write(2, b"stopping once the state is saved; a second signal ends it at once, unsaved\n")
 
     def stopping(self) -> bool:  # a signal came: the run ends once its state is saved
         return bool(self.signal)
@@ -97,8 +101,8 @@ class Run:
         """
         about, self.env_spec, device = dataset.describe(), dataset.env_spec, jax.local_devices()[0]
         script = script_of(sys.modules[type(self.args).__module__])
-        known = {"algorithm": self.name, "dataset_sha256": about["dataset_sha256"]} | self.flags | script
-        self.identity, self.before = json.loads(json.dumps(known)), {}  # `before`: the resumed run's identity
+        known = {"algorithm": self.name} | self.flags | {"dataset_sha256": about["dataset_sha256"]} | script
+        self.identity, self.before = json.loads(json.dumps(known, default=str)), {}  # the latter is the resumed run's
         found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
         if found:
             try:
@@ -113,10 +117,11 @@ class Run:
             if self.args.num_updates < self.done["offline"]:
                 raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
             if odd:
-                what = f"--{odd[0].replace('_', '-')} {self.before.get(odd[0])!r}, not {self.identity[odd[0]]!r}"
+                name = "--" * (odd[0] in self.flags) + odd[0].replace("_", "-")
+                what = f"{name} {self.before.get(odd[0])!r}, not {self.identity[odd[0]]!r}"
                 raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
             if self.before.get("script_sha256") != script.get("script_sha256"):
-                say(f"{self.name}.py was edited since {self.path} was saved, or is another one", sys.stderr)
+                say(f"{self.name}.py or common/ was edited since {self.path} was saved, or is another one", sys.stderr)
             trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
         hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, smaller
 
+from common.report import load_policy
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -73,3 +75,30 @@ def test_commands_name_scripts_and_flags_that_exist() -> None:
         script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
         if "--help" not in words and "`" not in command:
             parse(script.Args, script.PRESETS, words[1:])
+
+
+def test_data_of_a_robot_without_a_simulator_train(
+    tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    (tmp_path / "my_robot.py").write_text(re.search(r"<!-- robot -->\n```python\n(.*?)```", page, re.DOTALL)[1])
+    flags = re.search(r"--env my_robot:MyRobot-v0.*(?=`)", page)[0].split()
+    monkeypatch.syspath_prepend(tmp_path)
+    shapes = {"observations": (20, 7), "actions": (20, 3), "rewards": 20, "next_observations": (20, 7)}
+    arrays = {name: np.random.default_rng(0).uniform(-1.5, 1.5, shape) for name, shape in shapes.items()}
+    np.savez(tmp_path / "my.npz", **arrays, terminations=np.zeros(20))
+    outcome = script(
+        "iql",
+        *small_run,
+        *smaller("iql"),
+        "--dataset",
+        tmp_path / "my.npz",
+        *flags,
+        "--num-updates",
+        2,
+        "--run-dir",
+        tmp_path / "run",
+    )
+    assert outcome.status == 0
+    actions = load_policy(tmp_path / "run")(np.zeros((5, 7)))
+    assert actions.shape == (5, 3) and (np.abs(actions) <= 2).all()

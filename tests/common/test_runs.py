@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -331,6 +331,34 @@ def test_a_signal_between_two_stretches_leaves_a_checkpoint(
     assert done_in(run)["offline"] == 200
 
 
+@pytest.mark.parametrize("notebook", [False, True])
+def test_a_second_signal_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook: bool) -> None:
+    """JAX would wait for its updates at an ordinary exit; but a notebook's kernel shall live."""
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(("at once", status)))
+    monkeypatch.setattr(sys, "exit", lambda status: ended.append(("in order", status)))
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    if not notebook:
+        monkeypatch.delattr(sys, "ps1")
+    with Run("iql", Args(run_dir=str(tmp_path / "run")), members.make_members(Args())) as run:
+        signal.raise_signal(signal.SIGTERM)
+        assert run.stopping() and not ended
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [("in order" if notebook else "at once", 130)]
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_ends_a_run_as_a_signal_does_unless_nohup_keeps_it(tmp_path: Path, handler: Any) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with Run("iql", Args(run_dir=str(tmp_path / "run")), members.make_members(Args())) as run:
+            signal.raise_signal(signal.SIGHUP)
+            assert run.stopping() == (handler == signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_ends_it(
     tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
@@ -367,7 +395,7 @@ def test_a_signal_from_outside_ends_the_process(
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 143
-    assert err.count("\n") == 1 and "Traceback" not in err
+    assert [line.split()[0] for line in err.splitlines()] == ["stopping", "stopped;"]
     done = done_in(run)["offline"]
     assert done > 0 and done == int(rows_of(run / "metrics.csv")[-1]["step"])
 
@@ -580,7 +608,7 @@ def test_an_edited_script_goes_on_and_says_so(
     monkeypatch.setattr(runs, "script_of", lambda module: {"script": "iql", "script_sha256": "0" * 16})
     outcome = iql(*flags, "--num-updates", "20")
     assert outcome.status == 0
-    assert outcome.err == f"iql.py was edited since {tmp_path / 'run'} was saved, or is another one\n"
+    assert outcome.err == f"iql.py or common/ was edited since {tmp_path / 'run'} was saved, or is another one\n"
 
 
 def test_stretches_that_are_whole_have_rows_no_more_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,7 +718,7 @@ def test_a_policy_is_that_of_the_file_that_trained_it_whatever_its_name(
     text = (ROOT / "algorithms" / "iql.py").read_text().replace("jnp.tanh(trunk(", "0.5 * jnp.tanh(trunk(")
     (tmp_path / "halved.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()[:16]
+    sha256 = report.script_of(SimpleNamespace(__file__=tmp_path / "halved.py"))["script_sha256"]
     named, same = (shutil.copytree(finished, tmp_path / name) for name in ("named", "same"))
     for run, script in ((named, "halved"), (same, "iql")):
         config = json.loads((run / "config.json").read_text())
@@ -700,7 +728,38 @@ def test_a_policy_is_that_of_the_file_that_trained_it_whatever_its_name(
     np.testing.assert_allclose(report.load_policy(named)(raw), 0.5 * report.load_policy(finished)(raw), rtol=1e-6)
     assert capsys.readouterr().err == ""
     report.load_policy(same)
-    assert "iql.py is not the file that trained" in capsys.readouterr().err
+    assert "iql.py or common/ is not what trained" in capsys.readouterr().err
+
+
+def test_what_trained_a_run_is_its_file_and_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copytree(ROOT / "common", tmp_path / "common")
+    file = shutil.copy(ROOT / "algorithms" / "iql.py", tmp_path)
+    own = report.script_of(SimpleNamespace(__file__=IQL))
+    monkeypatch.setattr(report, "__file__", str(copy / "report.py"))
+    assert report.script_of(SimpleNamespace(__file__=file)) == own, "where they lie is nothing to them"
+    text = (copy / "networks.py").read_text()
+    (copy / "networks.py").write_text(text.replace("nn.relu(x)", "nn.tanh(x)"))
+    assert report.script_of(SimpleNamespace(__file__=file))["script_sha256"] != own["script_sha256"]
+    assert report.script_of(SimpleNamespace(__file__="<stdin>")) == report.script_of(SimpleNamespace()) == {}
+
+
+def test_a_policy_of_a_notebooks_cells_is_theirs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells with another policy; and without them the file at hand, which may be another."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({k: x for k, x in config.items() if not k.startswith("script")}))
+    raw = np.random.default_rng(0).normal(size=(5, 11))
+    np.testing.assert_array_equal(report.load_policy(run)(raw), report.load_policy(finished)(raw))
+    assert "iql.py or common/ is not what trained" in capsys.readouterr().err
+    cells: dict[str, Any] = {"__name__": "__main__"}
+    text = IQL.read_text().replace("jnp.tanh(trunk(", "0.5 * jnp.tanh(trunk(").partition("if __name__")[0]
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(**cells))
+    exec(text, cells)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(**cells))
+    np.testing.assert_allclose(report.load_policy(run)(raw), 0.5 * report.load_policy(finished)(raw), rtol=1e-6)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_does_not_go_on_with_fewer_updates_than_it_has(small_run: list[str], iql: Any, taken: Path) -> None:
@@ -968,7 +1027,7 @@ def test_another_dataset_of_the_same_name(tmp_path: Path, tiny: Path, small_run:
     assert iql(*small_run, *flags).status == 0
     with np.load(tiny) as file:
         np.savez(data, **dict(file) | {"rewards": file["rewards"] + np.float32(1)})
-    assert_refused(iql(*small_run, *flags), "--dataset", "sha256")
+    assert_refused(iql(*small_run, *flags), "holds a run with dataset-sha256")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other shapes", "other names", "no steps"])
@@ -1030,11 +1089,11 @@ def test_without_a_home_directory_there_is_no_cache(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "closed"])
+@pytest.mark.parametrize("encoding", ["ascii", "closed", "a notebook's"])
 def test_a_terminal_that_cannot_show_what_is_printed(
     tmp_path: Path, small_run: list[str], iql: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    """Letters that it does not have; nobody who reads."""
+    """Letters that it does not have; nobody who reads; what a notebook has in its place."""
 
     class Closed(io.TextIOWrapper):
         def write(self, text: str) -> int:
@@ -1042,7 +1101,8 @@ def test_a_terminal_that_cannot_show_what_is_printed(
 
     run = tmp_path / "gelände"
     flags = [*small_run, "--num-updates", "5", "--num-seeds", "2", "--eval-every", "0", "--run-dir", run]
-    stream = Closed(io.BytesIO()) if encoding == "closed" else io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    streams = {"closed": Closed(io.BytesIO()), "ascii": io.TextIOWrapper(io.BytesIO(), encoding="ascii")}
+    stream = streams.get(encoding, io.StringIO())
     monkeypatch.setattr(sys, "stdout", stream)
     assert iql(*flags).status == 0
     assert (run / "final.json").exists() and (run / "curves.png").exists()
