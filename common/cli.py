@@ -250,7 +250,7 @@ def launch(main: Callable[[A], None], args_type: type[A], presets: dict[str, dic
     0 done; 2 bad usage or bad data, one line on stderr; 3 every member diverged; 128 + n after signal n.
     """
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
-    with suppress(AttributeError):  # of a notebook's
+    with suppress(AttributeError):  # which a notebook's stdout raises
         sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks must not end a run
     with exit_status():
         main(parse(args_type, presets))
