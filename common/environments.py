@@ -98,7 +98,7 @@ class Returns(NamedTuple):
     """Of an evaluation's episodes, `[members, episodes]` each."""
 
     returns: np.ndarray  # undiscounted
-    successes: np.ndarray  # 1 where `info["success"]` was true at some step, NaN where there is no such entry
+    successes: np.ndarray  # 1 where `info["success"]` was true at some step, else 0; NaN where no episode has it
 
 
 class Evaluator:
@@ -145,7 +145,7 @@ class Evaluator:
                     if not (terminated or truncated):
                         going.append((m, j))
                 running = going
-        return Returns(returns, successes)
+        return Returns(returns, np.fmax(successes, 0.0) if np.isfinite(successes).any() else successes)
 
 
 class Collector:
@@ -172,7 +172,7 @@ class Collector:
 
         Actions beyond their bounds are clipped for the environment alone; those that are not finite are 0.
         """
-        actions = np.nan_to_num(np.asarray(actions, np.float32), posinf=0.0, neginf=0.0)
+        actions = np.where(np.isfinite(actions), actions, 0.0).astype(np.float32)  # `keep_finite` finds who diverged
         own = np.clip(actions[: self.padded[-1] + 1].reshape(-1, actions.shape[-1]), -1.0, 1.0)
         steps, after = [], []
         for env, action in zip(self.environments, own, strict=True):

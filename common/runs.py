@@ -239,7 +239,7 @@ class Run:
         """A row of evaluations.csv for each living member; a `result` of None, after a signal, ends the process."""
         if result is None:
             self._stop()
-        families, rows, known = optional("benchmarks.families"), [], np.isfinite(result.successes).any()
+        families, rows = optional("benchmarks.families"), []
         domain = families.domain_of(self.env_spec) if families and not self.args.max_episode_steps else None
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
@@ -247,7 +247,7 @@ class Run:
             score = families.normalized_score(domain, returns, success) if domain else None
             for name, x in (("return", returns), ("score", score)):
                 row |= {f"{name}_{of}": None if x is None else float(getattr(x, of)()) for of in ("mean", "std")}
-            reported = {"success_mean": float(np.nan_to_num(success).mean())} if known else {}
+            reported = {"success_mean": float(success.mean())} if np.isfinite(success).all() else {}
             rows.append(row | {"episodes": len(success)} | reported)
         if self.keep_best:
             self.keep_best.keep(self, rows)

@@ -87,18 +87,7 @@ def test_data_of_a_robot_without_a_simulator_train(
     shapes = {"observations": (20, 7), "actions": (20, 3), "rewards": 20, "next_observations": (20, 7)}
     arrays = {name: np.random.default_rng(0).uniform(-1.5, 1.5, shape) for name, shape in shapes.items()}
     np.savez(tmp_path / "my.npz", **arrays, terminations=np.zeros(20))
-    outcome = script(
-        "iql",
-        *small_run,
-        *smaller("iql"),
-        "--dataset",
-        tmp_path / "my.npz",
-        *flags,
-        "--num-updates",
-        2,
-        "--run-dir",
-        tmp_path / "run",
-    )
-    assert outcome.status == 0
+    flags += ["--dataset", tmp_path / "my.npz", "--num-updates", 2, "--run-dir", tmp_path / "run"]
+    assert script("iql", *small_run, *smaller("iql"), *flags).status == 0
     actions = load_policy(tmp_path / "run")(np.zeros((5, 7)))
     assert actions.shape == (5, 3) and (np.abs(actions) <= 2).all()

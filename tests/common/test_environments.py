@@ -154,7 +154,7 @@ def test_a_member_that_diverged_plays_no_episode() -> None:
     assert Toy.resets == 4
 
 
-@pytest.mark.parametrize("kind", ["any step", "last step", "None", "array"])
+@pytest.mark.parametrize("kind", ["any step", "last step", "success alone", "None", "array"])
 def test_success_is_that_of_any_step(kind: str) -> None:
     """Of episodes of 1 to 4 steps, with odd seeds: success at the last or the first step, whatever else is reported."""
 
@@ -165,6 +165,7 @@ def test_success_is_that_of_any_step(kind: str) -> None:
             info = {
                 "any step": {"success": np.bool_(odd and first)},
                 "last step": {"success": odd} if over else {},
+                "success alone": {"success": True} if odd and over else {},
                 "None": {"success": float(odd) if over else None},
                 "array": {"success": np.array([odd and first])},
             }

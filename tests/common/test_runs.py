@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ def test_rows_are_of_their_members_and_of_those_that_have_not_diverged(tmp_path:
     population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5")
     places = np.arange(len(population.seeds))
     returns = np.float64([[1, 3], [10, 30], [100, 300]])
-    result = environments.Returns(returns, np.float64([[np.nan, 1], [1, 1], [0, 0]]))  # some report success alone
+    result = environments.Returns(returns, np.float64([[0, 1], [1, 1], [0, 0]]))
     with Run("iql", args, population) as run:
         run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
         for start, stop in run.chunks("offline", args.num_updates):
@@ -753,11 +753,10 @@ def test_a_policy_of_a_notebooks_cells_is_theirs(
     raw = np.random.default_rng(0).normal(size=(5, 11))
     np.testing.assert_array_equal(report.load_policy(run)(raw), report.load_policy(finished)(raw))
     assert "iql.py or common/ is not what trained" in capsys.readouterr().err
-    cells: dict[str, Any] = {"__name__": "__main__"}
+    cells = ModuleType("__main__")
     text = IQL.read_text().replace("jnp.tanh(trunk(", "0.5 * jnp.tanh(trunk(").partition("if __name__")[0]
-    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(**cells))
-    exec(text, cells)
-    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(**cells))
+    monkeypatch.setitem(sys.modules, "__main__", cells)
+    exec(text, vars(cells))
     np.testing.assert_allclose(report.load_policy(run)(raw), 0.5 * report.load_policy(finished)(raw), rtol=1e-6)
     assert capsys.readouterr().err == ""
 
@@ -1102,8 +1101,8 @@ def test_a_terminal_that_cannot_show_what_is_printed(
     run = tmp_path / "gelände"
     flags = [*small_run, "--num-updates", "5", "--num-seeds", "2", "--eval-every", "0", "--run-dir", run]
     streams = {"closed": Closed(io.BytesIO()), "ascii": io.TextIOWrapper(io.BytesIO(), encoding="ascii")}
-    stream = streams.get(encoding, io.StringIO())
-    monkeypatch.setattr(sys, "stdout", stream)
+    streams |= {"a notebook's": io.StringIO()}
+    monkeypatch.setattr(sys, "stdout", streams[encoding])
     assert iql(*flags).status == 0
     assert (run / "final.json").exists() and (run / "curves.png").exists()
 
