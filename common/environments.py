@@ -122,8 +122,7 @@ class Evaluator:
         """
         width, members = width_of(episodes, self.members.total), self.members.count
         returns, successes = np.zeros((members, episodes)), np.full((members, episodes), np.nan)
-        while len(self.environments) < members * width:
-            self.environments.append(self.make())
+        self.environments += [self.make() for _ in range(members * width - len(self.environments))]
         observations = np.zeros((len(self.members.seeds), width, len(self.transform.observation_mean)), np.float32)
         for wave, first in enumerate(range(0, episodes, width)):
             places, step = np.ndindex(members, min(width, episodes - first)), 0

@@ -170,6 +170,7 @@ def make_members(args: RunArgs) -> Members:
 
     As many devices as there are members are taken, and JAX is started with each usable CPU core as a device.
     """
+    args.validate()  # which `parse` has done, unless the Args were made without it
     use_compilation_cache()
     grid = parse_grid(args.grid, args.hp._fields)
     everyone = list(itertools.product(grid, range(args.seed, args.seed + args.num_seeds)))

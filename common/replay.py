@@ -87,9 +87,8 @@ class Transform(NamedTuple):
     def rewards(self, rewards: np.ndarray) -> np.ndarray:
         return (self.reward_scale * np.asarray(rewards) + self.reward_shift).astype(np.float32)
 
-    def transitions(self, transitions: Recorded) -> Recorded:
-        states, rewards = self.observations(transitions.states), self.rewards(transitions.rewards)
-        return transitions._replace(states=states, rewards=rewards)
+    def transitions(self, data: Recorded) -> Recorded:
+        return data._replace(states=self.observations(data.states), rewards=self.rewards(data.rewards))
 
 
 def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
+from threading import current_thread, main_thread
 from typing import Any, Self
 
 import jax
@@ -69,7 +70,8 @@ class Run:
 
     def __enter__(self) -> Self:
         numbers = (n for n in (SIGINT, SIGTERM, SIGHUP) if n != SIGHUP or getsignal(n) != SIG_IGN)  # nohup's stays
-        self.handlers = {n: signal(n, self._on_signal) for n in numbers}
+        main = current_thread() is main_thread()  # Python lets no other set handlers
+        self.handlers = {n: signal(n, self._on_signal) for n in numbers if main}
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -142,7 +144,8 @@ class Run:
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         where += f", resumed at {self.done}" if found else ""
-        say(f"{self.name} on {self.source}, preset {self.args.preset}: {where}", sys.stdout)
+        preset = self.args.preset.replace("auto", "none (Args made without common.cli.parse)")
+        say(f"{self.name} on {self.source}, preset {preset}: {where}", sys.stdout)
         return trees
 
     def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:  # without padding; a ring only once it is used

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -357,6 +358,20 @@ def test_a_closed_terminal_ends_a_run_as_a_signal_does_unless_nohup_keeps_it(tmp
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_main_one(tmp_path: Path) -> None:
+    """As a search over hyperparameters starts it: Python lets no other thread set handlers."""
+    before, steps = signal.getsignal(signal.SIGINT), []
+
+    def one() -> None:
+        with Run("iql", Args(run_dir=str(tmp_path / "run")), members.make_members(Args())) as run:
+            steps.append((run.steps(), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=one)
+    thread.start()
+    thread.join()
+    assert steps == [(0, before)] and signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.slow
@@ -1066,6 +1081,21 @@ def test_a_signal_ends_a_run_that_only_evaluates(tmp_path: Path, capsys: pytest.
         run.record_evaluation(None)
     assert caught.value.code == 128 + signal.SIGTERM
     assert "stopped" in capsys.readouterr().err
+
+
+def test_args_made_without_parse_are_checked_and_their_run_says_that_they_have_no_preset(
+    finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="--polyak 2.0: must be from 0 to 1"):
+        main(Args(dataset=str(tiny), env="Hopper-v5", hp=Args().hp._replace(polyak=2.0), run_dir=str(tmp_path / "bad")))
+    assert not (tmp_path / "bad").exists()
+    run = shutil.copytree(finished, tmp_path / "run")
+    flags = json.loads((run / "config.json").read_text())["flags"]
+    same = {f.name: flags[f.name] for f in dataclasses.fields(Args) if f.name != "hp"}
+    hp = Args().hp._replace(**{name: flags[name] for name in Args().hp._fields})
+    for preset, named in (("none", "preset none:"), ("auto", "preset none (Args made without common.cli.parse):")):
+        main(Args(**same | {"hp": hp, "preset": preset, "run_dir": str(run), "resume": True}))
+        assert named in capsys.readouterr().out
 
 
 def test_a_run_directory_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
