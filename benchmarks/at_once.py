@@ -223,7 +223,7 @@ class Population:
         if self.script is emaq and not self.done["pretraining"]:
             self.step(self.fit, "pretraining", self.args.behavior_updates)
         while (done := self.done["offline"]) < updates:
-            every = updates
+            every = 1000  # a signal is heard between two calls
             if self.script is awr:
                 every = self.args.policy_updates
             elif self.script is emaq and self.args.draws_ahead:
@@ -256,6 +256,8 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
         label, _, flags = variant.partition(":")
         one = replace(args, algorithms=(algorithm,), label=label or args.label, extra=f"{args.extra} {flags}")
         jobs += suite.plan(one)
+    if not jobs:
+        raise UsageError("--variants: at least one, '' for the plain one")
     suite.refuse_repeated(jobs)
     check_ranges(args)
     if not all(0 < share <= 1 for share in args.evaluate_at):

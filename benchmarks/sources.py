@@ -95,6 +95,12 @@ def ensure(dataset_id: str) -> Path:
     )
     if _is_whole(directory):
         return directory
+    if dataset_id in gym.registry:
+        how = f"or learn without any: --env {dataset_id} --num-updates 0 --online-steps 1000000"
+        raise UsageError(f"{dataset_id} is an environment; name data, such as offax/hopper/medium-v1, {how}")
+    if re.fullmatch(r"[a-z0-9]+(-[a-z]+)+-v[012]", dataset_id):
+        what = "is called as D4RL's sets are, which are read from their files: give the path of its .hdf5"
+        raise UsageError(f"{dataset_id} {what}; {advice}")
     if not _server_answers():
         raise UsageError(f"{dataset_id} is not in {datasets_root()} and cannot be had from here; {advice}")
     try:

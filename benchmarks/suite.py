@@ -132,6 +132,8 @@ def plan(args: Args) -> list[Job]:
             words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
             results_dir = args.results_dir / args.name / name
             jobs.append(Job(name, find_script(algorithm), (*words, *extra), run_dir, results_dir))
+    if not jobs:
+        raise UsageError("nothing to run: --algorithms and --datasets need one each at least")
     refuse_repeated(jobs)
     return jobs
 

@@ -57,6 +57,9 @@ class Run:
         parts = any(path.glob("part-*"))
         if (path / "config.json").exists() and not parts if args.shard else parts:
             raise UsageError(f"{path} holds a run {'without' if args.shard else 'with'} --shard; use another --run-dir")
+        self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if args.keep_best else None
+        track = args.track or "WANDB_SWEEP_ID" in os.environ
+        self.tracking = optional("benchmarks.tracking", "--track True") if track else None
         self.lock = claim(self.path, args.resume)
         self.checkpoint = self.path / "checkpoint" / "state.npz"
         self.alive = (np.arange(len(members.seeds)) < members.count).astype(np.int32)
@@ -133,10 +136,9 @@ class Run:
         config |= about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
         config |= {"population": self.members.total, "members": members} | script
-        self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if self.args.keep_best else None
-        if self.args.track or "WANDB_SWEEP_ID" in os.environ:
+        if self.tracking:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
-            self.tracker = optional("benchmarks.tracking", "--track True").Tracker(self.args, config, names, self.label)
+            self.tracker = self.tracking.Tracker(self.args, config, names, self.label)
         for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
             os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
         (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on

@@ -145,6 +145,7 @@ def test_a_member_that_diverges_is_named_and_does_not_touch_the_others(tmp_path,
     [
         ({"variants": ("", "wide:--hidden-dim 16")}, "--hidden-dim makes another program"),
         ({"variants": ("", "")}, "more than one run would be called"),
+        ({"variants": ()}, "--variants: at least one"),
         ({"extra": "--keep-best True"}, "--keep-best is for the algorithm's own script"),
         ({"extra": "--online-steps 5"}, "--online-steps is for the algorithm's own script"),
         ({"parts": 2}, "--parts 2: must divide the members"),

@@ -116,6 +116,8 @@ def test_plan_runs_all_algorithms_on_the_first_dataset_first():
         {"extra": '--grid "beta=1'},
         {"name": "a/b"},
         {"datasets": ("x", "x")},
+        {"datasets": ()},
+        {"algorithms": ()},
     ],
 )
 def test_plan_refuses(changes):

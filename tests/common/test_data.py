@@ -561,6 +561,21 @@ def test_malformed_ids(name: str) -> None:
     assert "neither a Minari id" in usage_error(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hopper-medium-v2", "D4RL's sets are, which are read from their files"),
+        ("halfcheetah-medium-expert-v2", "the path of its .hdf5"),
+        ("Hopper-v5", "--env Hopper-v5 --num-updates 0 --online-steps"),
+    ],
+)
+def test_names_of_habit_lead_on_without_a_server(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.setattr(sources, "_server_answers", pytest.fail)
+    assert words in usage_error(name) and not root.exists()
+
+
 def test_no_network_is_said_within_seconds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server here takes the connection and never answers, as a firewall that drops packets."""
     with socket.create_server(("127.0.0.1", 0)) as server:

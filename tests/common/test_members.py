@@ -336,7 +336,7 @@ def test_what_else_is_in_the_population_does_not_matter(four: Given) -> None:
     assert any(not np.isfinite(x).all() for x in leaves(others[0]) if x.dtype == np.float32)
     assert_equal(others[2], four[2])
     assert_equal(others[3], four[3])
-    part = trained(replace(ARGS, shard="1/4"))
+    part = trained(replace(ARGS, shard="1/4", run_dir="unused"))
     assert_equal(part[0], four[1])
 
 

@@ -994,6 +994,9 @@ def test_what_a_copy_lacks_is_said_before_a_finished_run_loses_anything(
     before = snapshot(taken)
     assert_refused(iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True", "--track", "True"), "copy it too")
     assert snapshot(taken) == before
+    new = taken.parent / "new"
+    assert_refused(iql(*small_run, *LONG, "--run-dir", new, "--track", "True"), "copy it too")
+    assert not new.exists()
 
 
 def without(missing: str, module: str, needed_for: str = "") -> Any:
