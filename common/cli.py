@@ -115,7 +115,7 @@ class RunArgs:
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
     grid: str = ""  # Hyperparameter values to combine with each other and every seed: "discount=0.98,0.99 polyak=1".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
-    num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none; data, unread with --env, only scale.
+    num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, and with --env no data are read.
     online_steps: int = 0  # Environment steps of fine-tuning after that, an update each (AWR: in iterations); 0: none.
     random_steps: int = 5_000  # With --num-updates 0, the first steps: uniform actions, no updates (CleanRL's SAC).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
