@@ -66,8 +66,8 @@ def main(args: Args) -> None:
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     transform = fit_transform(dataset.transitions, args)
-    transitions = transform.transitions(dataset.transitions)
-    offline = members.replicate(transitions) if len(transitions.rewards) else None  # none with --env from scratch
+    rows = len(dataset.transitions.rewards)  # none with --env from scratch
+    offline = members.replicate(transform.transitions(dataset.transitions)) if rows else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     warm_up = 0 if args.num_updates else args.random_steps
 

@@ -146,7 +146,7 @@ class Run:
         self.saved = dict(self.done) if found else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         where += f", resumed at {self.done}" if found else ""
-        preset = self.args.preset.replace("auto", "none (Args made without common.cli.parse)")
+        preset = "none (Args made without common.cli.parse)" if self.args.preset == "auto" else self.args.preset
         say(f"{self.name} on {self.source}, preset {preset}: {where}", sys.stdout)
         return trees
 
