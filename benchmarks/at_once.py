@@ -19,7 +19,6 @@ fill `part-I` of the run directory, which are merged as they finish.
 """
 
 import fcntl
-import importlib
 import multiprocessing
 import os
 import shlex
@@ -30,7 +29,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -67,11 +65,6 @@ class Args(suite.Args):
     parts: Count = 1  # Processes that evaluate a run, each an equal share of its members.
 
 
-def script_of(name: str) -> ModuleType:
-    """The module of an algorithm's name."""
-    return importlib.import_module(".".join(suite.find_script(name).with_suffix("").parts))
-
-
 def snapshot(args: RunArgs, step: int) -> Path:
     """Where the states after `step` updates are handed over: in the run directory, or the part's in it."""
     part = f"part-{args.shard.partition('/')[0]}" if args.shard else ""
@@ -87,7 +80,7 @@ def follow(job: Job, algorithm: str, steps: list[int], command: str, turns: Any)
     if trainer:  # training comes first
         os.nice(10)
     started = time.time()
-    script = script_of(algorithm)
+    script = suite.script_of(algorithm)
     args = parse(script.Args, script.PRESETS, list(job.flags))
     members = make_members(args)
     dataset = load(args.dataset, args.env)
@@ -177,7 +170,7 @@ class Population:
     """The members of all jobs, `[jobs, seeds, ...]`, and their training up to a number of updates."""
 
     def __init__(self, algorithm: str, settings: list[RunArgs]) -> None:
-        self.script, self.args, self.settings = script_of(algorithm), settings[0], settings
+        self.script, self.args, self.settings = suite.script_of(algorithm), settings[0], settings
         self.members, transitions = [make_members(one) for one in settings], []
         read = cache(load)  # variants share it
         for args in settings:
@@ -265,8 +258,8 @@ def plan(algorithm: str, args: Args) -> tuple[list[Job], list[RunArgs], list[int
     if args.parts > 1:
         shards = [f"{i}/{args.parts}" for i in range(args.parts)]
         jobs = [replace(job, flags=(*job.flags, "--shard", shard)) for job in jobs for shard in shards]
-    script = script_of(algorithm)
-    if not (hasattr(script, "train") and hasattr(script, "PRESETS")):
+    script = suite.script_of(algorithm)
+    if not hasattr(script, "train"):
         raise UsageError(f"--algorithms {algorithm}: it trains no population, run its own script")
     settings = [parse(script.Args, script.PRESETS, list(job.flags)) for job in jobs]
     for one in settings:

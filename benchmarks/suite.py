@@ -13,6 +13,7 @@ from its checkpoint. A run that fails does not stop the others. Exit status: 0 w
 failed, 2 for bad usage, 128 + n after signal n, with a checkpoint written by the run that it stopped.
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -23,10 +24,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks.tables import file_name
-from common.cli import UsageError, exit_status, read_flags
+from common.cli import UsageError, exit_status, parse, read_flags
 from common.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +103,16 @@ def find_script(algorithm: str) -> Path:
     )
 
 
+def script_of(algorithm: str) -> ModuleType:
+    """The module of an algorithm's script; UsageError if it is none that learns from a dataset."""
+    script = importlib.import_module(".".join(find_script(algorithm).with_suffix("").parts))
+    if not (hasattr(script, "Args") and hasattr(script, "PRESETS")):
+        raise UsageError(f"--algorithms {algorithm}: {algorithm}.py does not learn from a dataset")
+    return script
+
+
 def plan(args: Args) -> list[Job]:
-    """The suite's jobs in order: for each dataset, all algorithms. UsageError where flags make no sense."""
+    """The suite's jobs in order: for each dataset, all algorithms. UsageError for flags that a script would refuse."""
     for flag, name in (("name", args.name), ("label", args.label or "none")):
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise UsageError(f'--{flag} "{name}": letters, digits, "_", "-" and "." only')
@@ -135,6 +145,9 @@ def plan(args: Args) -> list[Job]:
     if not jobs:
         raise UsageError("nothing to run: --algorithms and --datasets need one each at least")
     refuse_repeated(jobs)
+    for algorithm, job in zip(args.algorithms, jobs, strict=False):  # those of the first dataset
+        script = script_of(algorithm)
+        parse(script.Args, script.PRESETS, list(job.flags))
     return jobs
 
 

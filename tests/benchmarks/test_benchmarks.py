@@ -118,6 +118,9 @@ def test_plan_runs_all_algorithms_on_the_first_dataset_first():
         {"datasets": ("x", "x")},
         {"datasets": ()},
         {"algorithms": ()},
+        {"extra": "--expectile 0.9"},  # BC has none
+        {"num_seeds": 0},
+        {"algorithms": ("report",)},  # no script of a run
     ],
 )
 def test_plan_refuses(changes):
