@@ -10,21 +10,23 @@ with target networks Q', and the paper's lambda as the temperature.
 
 Published code computes the weights w(A) in two ways, and each needs a temperature of its own (`--weights`):
 * exp: min(exp(A / temperature), weight_clip), as CORL, which has the strong published offline scores;
-* softmax: batch size * softmax over the batch of min(A, advantage_clip) / softmax_temperature, as the authors' code. A
-  constant added to all advantages changes nothing below the limit: only differences of V(s) matter.
+* softmax: batch size * softmax over the batch of min(A, advantage_clip) / softmax_temperature, as the authors' code.
+  While no advantage is at the limit, a constant added to all of them changes nothing: V(s) matters only by its
+  differences between states.
 
 The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is taken from samples of the policy or from its
 mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip, weight decay,
 batch size, length and normalised observations, and the policy is updated with the new critic (in the authors' code with
 the old one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which
-differs from the paper's table 1 too. In that script batches have 128 transitions before the online phase, and it then
-collects and updates by turns of 1,000. In place of its clamp of Q at 0, where the gradient vanishes,
-`--nonpositive-targets` keeps the targets at or below 0, which returns of such rewards never exceed; positive rewards it
-would erase. `--least-reward r` (ours) keeps them at or above r / (1 - discount), what a reward of r for ever is worth,
-below which the minimum of Q-functions drags Q; r is of the rewards after `--reward-scale` and `--reward-shift`. Two
-more (ours) are for few demonstrations of a task where a policy succeeds or fails by little: `--actor-average` acts by a
-mean of successive policies, which there differ much, and `--observation-noise` blurs the states that the policy learns
-from (for Q-functions: Sinha et al., 2021, arXiv:2103.06326).
+differs from the paper's table 1 too. That script also draws batches of 128 before the online phase, in which it then
+collects 1,000 steps and makes 1,000 updates in turn. It clamps Q itself at 0, where the gradient vanishes;
+`--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. `--least-reward r`
+(ours, r <= 0) keeps the targets at or above r / (1 - discount), the return of a reward of r for ever: the minimum over
+the Q-functions may otherwise drag Q below what any policy earns. Its r is of the rewards after `--normalize-returns`,
+`--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations of a task where a policy succeeds or
+fails by little: `--actor-average` acts by a mean of successive policies, which there differ much, and
+`--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
+arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero (CORL's
@@ -86,9 +88,10 @@ class Args(RunArgs):
     # V(s) from samples of the policy (CORL, authors' locomotion) or its mode (authors' demonstrations).
     value: Literal["sample", "mode"] = "sample"
     value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
-    # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3).
+    # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3: Q itself).
     nonpositive_targets: bool = False
-    # Keep the critic's targets at or above this / (1 - discount), where no reward is less; default: no bound (ours).
+    # Keep the critic's targets at or above this / (1 - discount), where no reward, as learned from, is less than this,
+    # which is at most 0. Default: no bound (ours).
     least_reward: float | None = None
     # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
     observation_noise: NonNegative = 0.0
@@ -108,8 +111,8 @@ class Args(RunArgs):
         discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
         if self.least_reward is not None and np.float32(max(discounts)) >= 1.0:
             raise UsageError("--discount 1: must be below 1 with --least-reward")
-        if self.nonpositive_targets and (self.least_reward or 0.0) > 0.0:
-            raise UsageError(f"--least-reward {self.least_reward}: must not be above 0 with --nonpositive-targets True")
+        if (self.least_reward or 0.0) > 0.0:  # an episode that ends earns less than such a reward for ever
+            raise UsageError(f"--least-reward {self.least_reward}: must not be above 0")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be from --min-log-std to --max-log-std")
         unused = {"exp": {"softmax_temperature", "advantage_clip"}, "softmax": {"temperature", "weight_clip"}}
@@ -174,8 +177,8 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
-    sizes = (args.num_critics, args.hidden_dim, args.num_layers)
-    return Actor(args, action_dim), networks.QEnsemble(*sizes, networks.uniform_fan_in, args.layer_norm)
+    sizes, start = (args.hidden_dim, args.num_layers), networks.uniform_fan_in
+    return Actor(args, action_dim), networks.QEnsemble(args.num_critics, *sizes, start, args.layer_norm)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -222,7 +225,7 @@ def advantage_weights(advantages: jax.Array, hp: Hyperparameters, args: Args) ->
 def actor_loss(
     log_prob: jax.Array, advantages: jax.Array, hp: Hyperparameters, args: Args
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative log-likelihood `[batch]`, weighted by the `advantages [batch]`, which are constants."""
+    """Mean negative `log_prob [batch]`, with the weights of the `advantages [batch]`, which are constants."""
     assert log_prob.shape == advantages.shape, (log_prob.shape, advantages.shape)
     weights = advantage_weights(advantages, hp, args)
     loss = -jnp.mean(weights * log_prob)
@@ -240,7 +243,8 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     actor, critic = modules(args, batch.actions.shape[-1])
     key, next_key, value_key = jax.random.split(state.key, 3)
 
-    next_actions = sample_actions(next_key, *actor.apply(state.actor, batch.next_observations), 1).squeeze(0)
+    next_mean, next_log_std = actor.apply(state.actor, batch.next_observations)
+    next_actions = sample_actions(next_key, next_mean, next_log_std, 1).squeeze(0)
     next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_q
     if args.nonpositive_targets:
@@ -264,7 +268,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     advantages = q[-1] - q[:-1].mean(axis=0)
 
     observations = batch.observations
-    if args.observation_noise > 0.0:  # without it XLA shares this pass with the one above
+    if args.observation_noise > 0.0:  # without noise XLA computes the policy once, here and for V(s) above
         noise = jax.random.normal(jax.random.fold_in(value_key, 1), observations.shape)
         observations = observations + args.observation_noise * observations.std(axis=0) * noise
 
@@ -358,7 +362,7 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})

@@ -503,7 +503,7 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a round of steps in every member's environment, then an iteration on the ring
             envs = Collector(make_env, members, transform, per_member=args.num_environments, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             collected = Episodes(len(members.seeds), args.num_environments)
             for start, stop in run.chunks("online", args.online_steps, every=args.samples_per_iteration, whole=True):
                 if run.evaluation_due():

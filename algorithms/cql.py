@@ -9,11 +9,14 @@ CQL(H): soft actor-critic whose Q-functions are pushed down where they are large
     L_alpha = -log alpha mean (log pi(a~|s) + target entropy)                                        (SAC, Eq. 18)
 
 The first term of the gap stands for the paper's log of the integral of exp(Q_k(s, a)) over a: the a_i are n uniform
-actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density each was drawn with. The sum holds the
-integral 3n times, so the gap is log(3n) too large; that has no gradient, but `--target-gap` counts it in. With
-`--lagrange` the weight has a learned factor, which rises while the gap is above `--target-gap` (Eq. 30).
+actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density each was drawn with. The sum is 3n
+times the integral on average, so the gap is about log(3n) too large; that has no gradient, but `--target-gap` counts it
+in. Weight times gap is the penalty; with `--lagrange` it has a learned factor, which rises while the gap is above
+`--target-gap` (Eq. 30). The factor starts at e, and the gap is compared before its weight, as in CORL and JaxCQL (the
+authors' starts at 1, and weight times gap is compared).
 
-As in the authors' code and in CORL, whose settings are the defaults: the squared error lacks the paper's 1/2; the
+Defaults are CORL's but for `--target-gap`, which is JaxCQL's, and the observations, which CORL normalises everywhere
+and here the presets decide. As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
 target has no entropy term; every loss is that of the parameters before the update (the authors' policy loss has the new
 temperature); the temperature learns at the policy's rate. With `--max-backup` the target takes n actions at s' and, of
 their smallest values over the ensemble, the largest (CORL, JaxCQL; the authors' code maximises each Q-function on its
@@ -26,10 +29,10 @@ Ours: terminations alone cut the bootstrap, and the truncated last step of an ep
 ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
 sampled from the policy (CORL).
 
-    python algorithms/cql.py --dataset offax/hopper/medium-expert-v1
-
 The settings are for an accelerator. Fewer actions and smaller networks for a CPU, in place of the domain's settings:
 `--preset cpu`.
+
+    python algorithms/cql.py --dataset offax/hopper/medium-expert-v1
 """
 
 import math
@@ -169,9 +172,8 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy, a Gaussian squashed by tanh, and the Q-functions, whose last layers start near zero (CORL)."""
-    sizes = (args.num_critics, args.hidden_dim, args.critic_layers)
-    small = partial(networks.orthogonal, gain=1e-2)
-    critic = networks.QEnsemble(*sizes, layer_norm=args.layer_norm, last_init=small)
+    sizes, small = (args.hidden_dim, args.critic_layers), partial(networks.orthogonal, gain=1e-2)
+    critic = networks.QEnsemble(args.num_critics, *sizes, layer_norm=args.layer_norm, last_init=small)
     return Actor(action_dim, args.hidden_dim, args.num_layers), critic
 
 
@@ -205,7 +207,7 @@ def squashed_sample(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tupl
     log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)).
     """
     u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
-    log_det = jnp.sum(2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u)), axis=-1)
+    log_det = jnp.sum(2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u)), axis=-1)
     return jnp.tanh(u), networks.gaussian_log_prob(u, mean, log_std) - log_det
 
 
@@ -396,20 +398,21 @@ def train(
     return repeat(step, state, num_updates)
 
 
-def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
-    """Say roughly how long `count` members take, where that is some hours and there is no accelerator.
+def foretell(args: Args, count: int, done: int, obs_dim: int, action_dim: int) -> None:
+    """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
 
-    Two operations for each weight and row, thrice where there is a gradient, at the 100 GFLOP/s of two common cores.
+    Two operations for each of the `count` members, weight and row, thrice with a gradient, twice where that of the
+    action is enough, at the 100 GFLOP/s of two common cores.
     """
     start = partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim)
     shapes = jax.eval_shape(start, jax.random.key(0), args.hp)
     pi, q = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes.actor, shapes.critic))
     passes = 3 * (3 * args.num_actions + 1) + 2 + (args.num_actions if args.max_backup else 1)  # gap, policy's, target
-    updates = args.num_updates + args.online_steps
+    updates = args.num_updates + args.online_steps - done
     hours = count * updates * 2 * args.batch_size * (pi * 5 + q * passes) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
         advice = "" if args.preset == "cpu" else "; --preset cpu, in place of the domain's, is smaller"
-        print(f"on two CPU cores this takes roughly {hours:.0f} hours in all{advice}", file=sys.stderr)
+        print(f"on two CPU cores this takes roughly {hours:.0f} hours from here on{advice}", file=sys.stderr)
 
 
 def main(args: Args) -> None:
@@ -419,7 +422,6 @@ def main(args: Args) -> None:
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
-    foretell(args, members.count, obs_dim, action_dim)
     warm_up = 0 if args.num_updates else args.random_steps
 
     def explore(state: State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
@@ -439,6 +441,7 @@ def main(args: Args) -> None:
 
     with Run("cql", args, members) as run:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
+        foretell(args, members.count, run.steps(), obs_dim, action_dim)
 
         def evaluate(episodes: int) -> Returns | None:
             return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
@@ -455,7 +458,7 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})

@@ -571,22 +571,23 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     return jax.tree.map(lambda x: x[places], filled)
 
 
-def foretell(args: Args, count: int, obs_dim: int, action_dim: int) -> None:
-    """Say roughly how long `count` members take, where that is some hours and there is no accelerator.
+def foretell(args: Args, count: int, done: dict[str, int], obs_dim: int, action_dim: int) -> None:
+    """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
 
-    Two operations for each weight and row, thrice where there is a gradient, at the 100 GFLOP/s of two common cores.
-    Screening leaves a quarter of the proposals' (results/emaq-speed).
+    Two operations for each of the `count` members, weight and row, thrice with a gradient, at the 100 GFLOP/s of two
+    common cores. Screening leaves a quarter of the proposals' (results/emaq-speed).
     """
     start = partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim)
     shapes = jax.eval_shape(start, jax.random.key(0), args.hp)
     mu, q = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes.behavior, shapes.critic))
     screened = args.screening and args.backup == "max" and args.hp.ensemble_weight == 1.0
-    fits = args.online_steps + args.behavior_updates * (args.num_updates > 0 and not args.behavior_checkpoint)
-    valued = (args.num_updates + args.online_steps) * (3 + args.num_proposals / (4 if screened else 1))
+    online, own_behavior = args.online_steps - done["online"], args.num_updates > 0 and not args.behavior_checkpoint
+    fits = online + (args.behavior_updates - done["pretraining"]) * own_behavior
+    valued = (args.num_updates - done["offline"] + online) * (3 + args.num_proposals / (4 if screened else 1))
     hours = count * 2 * args.batch_size * (mu * 3 * fits + q * valued) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
         advice = "" if args.preset == "cpu" else "; --preset cpu has smaller networks and fewer proposals"
-        print(f"on two CPU cores this takes roughly {hours:.0f} hours in all{advice}", file=sys.stderr)
+        print(f"on two CPU cores this takes roughly {hours:.0f} hours from here on{advice}", file=sys.stderr)
 
 
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
@@ -594,7 +595,6 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
-    foretell(args, members.count, obs_dim, action_dim)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     pool_bytes = len(members.seeds) * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
@@ -625,6 +625,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
             data = (dataset.describe()["dataset_sha256"], args.normalize_observations)
             state = state._replace(**members.shard(borrow(args.behavior_checkpoint, state, members.seeds, data)))
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
+        foretell(args, members.count, run.done, obs_dim, action_dim)
 
         def evaluate(episodes: int) -> Returns | None:
             return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
@@ -655,7 +656,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
         if args.online_steps:  # steps of every member's environment, then as many updates on old and new transitions
             pool, several = None, args.steps_per_iteration > 1
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             for start, stop in run.chunks("online", args.online_steps, args.steps_per_iteration * several, several):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})

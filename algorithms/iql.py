@@ -4,16 +4,18 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
 
     L_V  = mean |expectile - 1(q < V(s))| (q - V(s))^2,   q = min_k Q'_k(s, a)                       (Eq. 5)
     L_Q  = sum_k mean (Q_k(s, a) - r - discount (1 - termination) V(s'))^2                           (Eq. 6)
-    L_pi = -mean min(exp(beta (q - V(s))), 100) log pi(a|s)                                          (Eq. 7)
+    L_pi = -mean min(exp(beta (q - V(s))), weight_clip) log pi(a|s)                                  (Eq. 7)
 
-Settings are the paper's (appendix B) unless a flag says otherwise. From the authors' code alone: the policy's mean
-passes through tanh, its log standard deviation is clipped to [-5, 2], kernels start orthogonal. On D4RL's locomotion
-sets the paper divides rewards by the span of returns, and the code multiplies that by 1000 (CORL does so on Hopper's
-medium and replay sets alone). Returns span thousands there, and rewards shrink; where they span less than 1000,
-rewards grow, most weights end at the clip (actor/clipped_fraction), and a run warns. Ours: terminations alone cut the
-bootstrap, and the truncated last step of an episode is kept and bootstraps; the ensemble may have any size; the
-policy's rate decays by a cosine over the offline phase and is constant at its full value online, so that fine-tuning
-may start from any offline checkpoint (the authors' code does not decay it at all in a run that will be fine-tuned).
+Defaults are the paper's (appendix B) unless a comment names another source. From the authors' code alone: the
+policy's mean passes through tanh, its log standard deviation is clipped to [-5, 2], kernels start orthogonal. On D4RL's
+locomotion sets the paper divides rewards by the span of the returns, and the code multiplies the result by 1000 (CORL
+does so on Hopper's medium and replay sets alone). Those sets' returns span thousands, so that rewards shrink; where
+they span less than 1000, rewards grow, and a run warns: actor/clipped_fraction then tells how many weights are clipped.
+
+Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
+ensemble may have any size; the policy's rate decays by a cosine over the offline phase and is constant at its full
+value online, so that fine-tuning may start from any offline checkpoint (the authors' code does not decay it at all in a
+run that will be fine-tuned).
 
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v1
 """
@@ -63,7 +65,7 @@ class Args(RunArgs):
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (paper: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, appendix B).
     num_layers: Count = 2  # Hidden layers of every network (paper, appendix B).
-    layer_norm: bool = False  # Layer normalisation in the Q- and value functions (FQL's baselines on OGBench).
+    layer_norm: bool = False  # Layer normalisation in the Q- and value functions (IQL in FQL's code).
     dropout: Share = 0.0  # Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen).
     # Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates.
     actor_decay_updates: int | None = None
@@ -74,9 +76,10 @@ class Args(RunArgs):
         return self.num_updates if self.actor_decay_updates is None else self.actor_decay_updates
 
 
-# From the configurations in the authors' code; OGBench's from IQL in FQL's (Park et al., 2025), whose networks have
-# these sizes, but GELU, then layer normalisation, and other initial weights; its advantages are of the critic, not its
-# target, its standard deviation is constant, its discount 0.995 on humanoidmaze, antmaze-giant and antsoccer.
+# From the configurations in the authors' code; OGBench's from IQL in FQL's code (Park et al., 2025). There the networks
+# have these sizes, but GELU before layer normalisation, other initial weights, no tanh on the policy's mean and a
+# constant standard deviation; one step is made on all losses together; advantages are those of the Q-functions, not of
+# their targets; the discount is 0.995 on humanoidmaze, antmaze-giant and antsoccer.
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"expectile": 0.7, "beta": 3.0, "normalize_returns": True},
     "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0},
@@ -176,7 +179,7 @@ def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, 
 def actor_loss(
     log_prob: jax.Array, advantages: jax.Array, hp: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative log-likelihood `[batch]`, weighted by the exponentiated `advantages [batch]`, which are constants."""
+    """Mean negative `log_prob [batch]`, weighted by the exponentiated `advantages [batch]`, which are constants."""
     assert log_prob.shape == advantages.shape, (log_prob.shape, advantages.shape)
     weights = jnp.minimum(jnp.exp(hp.beta * advantages), hp.weight_clip)
     loss = -jnp.mean(weights * log_prob)
@@ -227,12 +230,11 @@ def update(
 
     grads, critic_info = jax.grad(loss_of_critic, has_aux=True)(state.critic)
     critic_params, critic_opt = descend(ADAM, state.critic, grads, state.critic_opt, hp.critic_learning_rate)
-    target_critic = optax.incremental_update(critic_params, state.target_critic, hp.polyak)
 
     new_state = State(
         actor=actor_params,
         critic=critic_params,
-        target_critic=target_critic,
+        target_critic=optax.incremental_update(critic_params, state.target_critic, hp.polyak),
         value=value_params,
         actor_opt=actor_opt,
         critic_opt=critic_opt,
@@ -316,7 +318,7 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})

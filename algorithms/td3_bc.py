@@ -9,12 +9,13 @@ TD3 whose policy also imitates the dataset; the two terms are balanced by the si
 
 The policy and all targets move once in `--policy-delay` updates. States are normalised by the dataset's mean and
 standard deviation (Eq. 4), in the environment too. From the authors' code, not the paper: the scale comes from the
-policy's actions, not the dataset's; the squares of L_pi are averaged over the batch and over the action's dimensions.
+policy's actions, not the dataset's; the squares of L_pi are averaged over the batch and over the action's dimensions;
+the outer clip of a' (the paper clips the noise alone).
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; biases start at zero. The paper has no fine-tuning: online, as in CORL's ReBRAC, the
-weight of the imitation falls from 1 towards 0, linearly, but not below `--online-bc-weight`. Actions are explored with
-TD3's noise (ReBRAC: none).
+weight of the imitation falls from 1 towards 0, linearly, but not below `--online-bc-weight`. Actions that are
+collected have TD3's noise (ReBRAC's: none).
 
     python algorithms/td3_bc.py --dataset offax/hopper/medium-expert-v1
 """
@@ -78,8 +79,9 @@ class Args(RunArgs):
             refuse_sweep(self, {"online_bc_weight", "exploration_noise"}, "with --online-steps 0")
 
 
-# CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the sizes
-# are those of ReBRAC in FQL's code (Park et al., 2025), which has GELU, then layer normalisation; the weight is ours.
+# CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the
+# networks have the sizes of ReBRAC's in FQL's code (Park et al., 2025), whose layers apply GELU, then layer
+# normalisation; alpha is ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
@@ -120,9 +122,8 @@ ADAM = optax.scale_by_adam()
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
-    sizes = (args.hidden_dim, args.num_layers)
-    critic = networks.QEnsemble(args.num_critics, *sizes, networks.uniform_fan_in, args.layer_norm)
-    return Actor(action_dim, *sizes), critic
+    sizes, start = (args.hidden_dim, args.num_layers), networks.uniform_fan_in
+    return Actor(action_dim, *sizes), networks.QEnsemble(args.num_critics, *sizes, start, args.layer_norm)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -164,22 +165,22 @@ def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, 
 def actor_loss(
     actions: jax.Array, data_actions: jax.Array, q: jax.Array, bc_weight: jax.Array | float, hp: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The policy's `actions [batch, action_dim]` of Q-values `q [batch]`, held to the dataset's by `bc_weight`."""
+    """Negative mean of `q [batch]` in units of its size, times alpha, and `bc_weight` times the mean squared error."""
     assert actions.shape == data_actions.shape, (actions.shape, data_actions.shape)
     assert q.shape == actions.shape[:1], (q.shape, actions.shape)
     scale = hp.alpha / jax.lax.stop_gradient(jnp.abs(q).mean())
-    imitation = jnp.mean((actions - data_actions) ** 2)
-    loss = -scale * q.mean() + bc_weight * imitation
+    bc_loss = jnp.mean((actions - data_actions) ** 2)
+    loss = -scale * q.mean() + bc_weight * bc_loss
     return loss, {
         "actor/loss": loss,
-        "actor/bc_loss": imitation,
+        "actor/bc_loss": bc_loss,
         "actor/bc_weight": jnp.asarray(bc_weight),
         "actor/q_scale": scale,
     }
 
 
-def imitation_weight(online_step: jax.Array, args: Args, hp: Hyperparameters) -> jax.Array:
-    """Weight of the imitation: 1 less the share of the online updates that were made, at least `online_bc_weight`."""
+def decayed_bc_weight(online_step: jax.Array, hp: Hyperparameters, args: Args) -> jax.Array:
+    """Weight of the imitation: 1 less the share of the online updates already made, at least `online_bc_weight`."""
     updates = args.online_steps - (0 if args.num_updates else args.random_steps)
     return jnp.maximum(1.0 - online_step / max(updates, 1), hp.online_bc_weight)
 
@@ -203,12 +204,12 @@ def update(
     state = state._replace(critic=critic_params, critic_opt=critic_opt, step=state.step + 1, key=key)
 
     first_critic = critic.clone(num_critics=1)  # the policy follows Q_1 alone
-    bc_weight = imitation_weight(state.online_step, args, hp)
+    first_params = jax.tree.map(lambda x: x[:1], critic_params)
+    bc_weight = decayed_bc_weight(state.online_step, hp, args)
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         actions = actor.apply(params, batch.observations)
-        first = jax.tree.map(lambda x: x[:1], critic_params)
-        q = first_critic.apply(first, batch.observations, actions).squeeze(0)
+        q = first_critic.apply(first_params, batch.observations, actions).squeeze(0)
         return actor_loss(actions, batch.actions, q, bc_weight, hp)
 
     def update_actor(state: State) -> tuple[State, dict[str, jax.Array]]:
@@ -302,7 +303,7 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})

@@ -73,7 +73,7 @@ def exit_status() -> Iterator[None]:
         line = f"out of memory ({one_line(error)}); train fewer members at a time, or lower --batch-size"
     finally:
         say("", sys.stdout, end="")  # Python fails at the exit if it cannot write the rest
-    print("error:", *line.split(), file=sys.stderr)
+    say(" ".join(("error:", *line.split())), sys.stderr)
     sys.exit(2)
 
 
@@ -88,7 +88,7 @@ class Range(NamedTuple):
 Count = Annotated[int, Range("at least 1, below 2^31", 1, 2**31 - 1)]
 Share = Annotated[float, Range("from 0 to 1", 0, 1)]
 NonNegative = Annotated[float, Range("finite and at least 0", 0)]
-Positive = Annotated[float, Range("finite and above 0", sys.float_info.min)]
+Positive = Annotated[float, Range("finite and above 0", float(np.finfo(np.float32).tiny))]  # in 32 bits
 
 
 def check_ranges(flags: Any) -> None:
@@ -113,7 +113,7 @@ class RunArgs:
     preset: str = "auto"  # Settings of a domain, listed below; auto: by the environment's or the dataset's name.
     seed: int = 0  # First seed; it decides networks, minibatches and evaluation.
     num_seeds: Count = 1  # Members with seeds seed, seed + 1, ..., trained in one process.
-    grid: str = ""  # Hyperparameter values to combine with each other and every seed: "discount=0.98,0.99 polyak=1".
+    grid: str = ""  # Values of the "hp options" to combine with each other and every seed: "discount=0.98,0.99".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
     num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, and with --env no data are read.
     online_steps: int = 0  # Environment steps of fine-tuning after that, an update each (AWR: in iterations); 0: none.
@@ -122,7 +122,7 @@ class RunArgs:
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
-    max_episode_steps: int = 0  # Steps after which episodes are cut, without a score; 0: the environment's, or 10,000.
+    max_episode_steps: int = 0  # Steps to cut episodes after, which then have no score; 0: the environment's or 10,000.
     checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints; 0: evaluations' and the last (ours).
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
     keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.
@@ -241,6 +241,9 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
         print(f'\n--grid sweeps any of the "hp options": {", ".join(plain.hp._fields)}')
         raise
     args.validate()
+    for name in parse_grid(args.grid, plain.hp._fields)[0]:
+        if getattr(chosen.hp, name) != getattr(plain.hp, name):
+            raise UsageError(f"--grid sweeps {name}: leave out --{name.replace('_', '-')}, which would have no effect")
     return args
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import UsageError, optional
-from common.environments import action_bounds, make_raw
+from common.environments import LONGEST_EPISODE, action_bounds, make_raw
 from common.replay import Recorded, Transitions, empty_ring, record
 from common.report import read_npz
 
@@ -67,7 +67,7 @@ def spaces_of(spec: Any, announce: bool = False) -> tuple[int, np.ndarray, np.nd
     """What `action_bounds` says of the environment of a gymnasium id or EnvSpec."""
     with make_raw(spec) as made:
         if announce and (made.spec is None or made.spec.max_episode_steps is None):
-            print("no time limit: episodes end after 10,000 steps, or --max-episode-steps", file=sys.stderr)
+            print(f"no time limit: --max-episode-steps, or {LONGEST_EPISODE:,} steps, end episodes", file=sys.stderr)
         return action_bounds(f"environment {getattr(spec, 'id', spec)}", made.observation_space, made.action_space)
 
 

@@ -102,10 +102,7 @@ class Returns(NamedTuple):
 
 
 class Evaluator:
-    """Runs the members' episodes side by side, in waves of at most MAX_ENVIRONMENTS or so.
-
-    Each environment runs one episode and then waits, so long episodes are not under-counted.
-    """
+    """Runs episodes side by side, in waves of about MAX_ENVIRONMENTS, each to its end: none is under-counted."""
 
     def __init__(self, make: Maker, members: Members, transform: Transform) -> None:
         self.make, self.members, self.transform = make, members, transform

@@ -7,7 +7,6 @@ turns, where one matrix product after another is faster than a batched one.
 
 import contextlib
 import itertools
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ def usable_cores() -> int:
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups version 2 and 1
         with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
             quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
-            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+            cores = min(cores, -(-quota // period)) if quota > 0 else cores
     return max(1, cores)
 
 
@@ -111,7 +110,7 @@ class Members:
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
-    def keys(self, number: int) -> jax.Array:  # one for each, which no `split` of its own key gives
+    def keys(self, number: int) -> jax.Array:  # a `number`th key for each, other than all that come of its state's
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
@@ -122,8 +121,8 @@ class Members:
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:
         """`function` of one member as a compiled one of all: its arguments and results have a leading axis of members.
 
-        But a `Replay` is not sliced: members share its offline rows and their device's ring, `member` is a row of that.
-        The memory of the arguments at `donate` is reused for the results. `batched`: vmapped on a CPU too.
+        A `Replay` is not sliced: all get its offline rows and their device's ring, of which row `member` is theirs. The
+        memory of the arguments at `donate` is reused for the results. `batched`: vmapped on a CPU too.
         """
         in_turn = self.mesh.devices.flat[0].platform == "cpu" and not batched
         # On a CPU the devices are the parallelism, one thread each: also where this process has one member of several,
@@ -199,7 +198,7 @@ class Metrics(NamedTuple):
     counts: dict[str, Any]  # how many updates had each
 
     @jax.jit
-    def packed(self) -> jax.Array:  # one array: of several devices, many take longer to fetch than updates to make
+    def packed(self) -> jax.Array:  # as one array: fetching one for each metric may take longer than the updates
         return jnp.stack([x.astype(jnp.float32) for x in jax.tree.leaves(self)])
 
 

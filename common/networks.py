@@ -33,10 +33,10 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32,
     return gain * (q if shape[0] >= shape[1] else q.T)
 
 
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, so that of TD3+BC, CORL and CleanRL.
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, hence that of TD3+BC, CORL and CleanRL.
 uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
-# U(-sqrt(6 / (fan_in + fan_out)), ...): the default of TensorFlow's layers, so that of the authors of AWR and BRAC.
+# U(-sqrt(6 / (fan_in + fan_out)), ...): the default of TensorFlow's layers, hence that of AWR's and BRAC's authors.
 glorot = nn.initializers.glorot_uniform()
 
 
@@ -83,8 +83,8 @@ class QEnsemble(nn.Module):
     @nn.compact
     def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
         axes: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
-        members = nn.vmap(MLP, **axes, axis_size=self.num_critics)
-        q = members(self.hidden_dim, self.num_layers, 1, self.kernel_init, self.layer_norm, last_init=self.last_init)
+        ensemble = nn.vmap(MLP, **axes, axis_size=self.num_critics)
+        q = ensemble(self.hidden_dim, self.num_layers, 1, self.kernel_init, self.layer_norm, last_init=self.last_init)
         # States are repeated, in the rows of one matrix. Sharing their part of the first layer between the n actions
         # is slower on a CPU, CQL's updates by a quarter: its gradient is a sum over n in large strides.
         *leading, action_dim = actions.shape

@@ -95,7 +95,7 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
     """Constants from the dataset, for evaluation and the online phase too; without rows, nothing is normalised.
 
     Observations by their mean and their standard deviation + 1e-3 (TD3+BC, section 5); rewards are multiplied by
-    1000 / (largest - smallest episode return) (IQL, section 5.2). UsageError where all returns are the same.
+    1000 / (largest - smallest episode return) (IQL's code). UsageError where all returns are the same.
     """
     obs_dim, scale = transitions.observations.shape[-1], args.reward_scale
     if not len(transitions.rewards) and (args.normalize_observations or args.normalize_returns):
@@ -149,7 +149,7 @@ class Replay(NamedTuple):
     offline: Recorded | None
     ring: Ring | None = None
     member: jax.Array | None = None
-    extra: Any = None  # likewise, what an algorithm keeps beside the offline rows, [members, rows, ...]
+    extra: Any = None  # likewise [members, rows, ...]: what an algorithm keeps for each offline row
 
 
 def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:

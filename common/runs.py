@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
+from signal import SIG_DFL, SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 from threading import current_thread, main_thread
 from typing import Any, Self
 
@@ -79,7 +79,7 @@ class Run:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         for number, handler in self.handlers.items():
-            signal(number, handler)
+            signal(number, handler or SIG_DFL)  # None: of one that was not set by Python
         if kind is not None and self.tracker:
             self.tracker.finish(None, 128 + self.signal if self.signal else 1)
         self.lock.close()
@@ -271,7 +271,7 @@ class Run:
     def finish(self, result: Returns | None) -> None:
         """The last evaluation, returns.csv, final.json, curves.png and a table; None where every member diverged."""
         last, members, names = {}, [], ("return_mean", "return_std", "score_mean", "score_std", "episodes")
-        if self.signal or result is not None:
+        if self.alive.any():
             self.record_evaluation(result)
             for i in np.flatnonzero(self.alive):
                 who, returns = self.members.who(i), enumerate(result.returns[i].tolist())

@@ -37,6 +37,7 @@ from common.environments import evaluation_seed
 from common.members import Members
 from common.replay import Replay, Transitions
 from common.report import load_policy
+from common.runs import Run
 
 NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("[a-z]*.py"))
 ALIKE = ["awac", "cql", "td3_bc"]
@@ -463,23 +464,31 @@ def test_a_run_in_double_precision(tmp_path: Path, small_run: list[str], spawn: 
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "hours"),
+    ("name", "flags", "done", "hours"),
     [
-        ("emaq", [], (180, 400)),  # results/emaq-speed: 0.7162 s/update, 199 hours of a million
-        ("emaq", ["--num-updates", "20"], (1.5, 6)),  # of the behaviour model
-        ("emaq", ["--preset", "cpu", "--num-updates", "100000"], None),
-        ("cql", [], (15, 80)),
-        ("cql", ["--num-updates", "10000"], None),
-        ("cql", ["--quiet", "True"], None),
+        ("emaq", [], 0, (180, 400)),  # results/emaq-speed: 0.7162 s/update, 199 hours of a million
+        ("emaq", ["--num-updates", "20"], 0, (1.5, 6)),  # of the behaviour model
+        ("emaq", ["--num-updates", "20"], 20, None),
+        ("emaq", ["--preset", "cpu", "--num-updates", "100000"], 0, None),
+        ("cql", [], 0, (15, 80)),
+        ("cql", ["--online-steps", "10"], 800_000, (3, 16)),
+        ("cql", ["--num-updates", "10000"], 0, None),
+        ("cql", ["--quiet", "True"], 0, None),
     ],
 )
-def test_hours_without_an_accelerator_are_said_before_anything_is_compiled(
-    name: str, flags: list[str], hours: tuple[float, float] | None, tiny: Path, script: Any, monkeypatch: Any
+def test_hours_without_an_accelerator_are_said_before_an_update(
+    name: str, flags: list[str], done: int, hours: Any, tiny: Path, script: Any, monkeypatch: Any
 ) -> None:
+    def restore(run: Run, trees: Any, *_: Any) -> Any:
+        run.done |= {"offline": done, "pretraining": 10**6 if done else 0}
+        return trees
+
     def stop(*_: Any) -> None:
         raise cli.UsageError("compiling")
 
-    monkeypatch.setattr(Members, "start", stop)
+    monkeypatch.setattr(Members, "start", lambda *_: None)
+    monkeypatch.setattr(Run, "restore", restore)
+    monkeypatch.setattr(Run, "chunks", stop)
     preset = [] if "--preset" in flags else ["--preset", "locomotion"]
     outcome = script(name, "--dataset", tiny, "--env", "Hopper-v5", *preset, *flags)
     *said, last = outcome.err.splitlines()

@@ -789,10 +789,10 @@ def test_a_least_reward_for_ever_needs_a_discount_below_1(flags: list[str]) -> N
         cli.parse(awac.Args, awac.PRESETS, [*flags, "--least-reward", "-1"])
 
 
-def test_bounds_of_the_targets_that_contradict_each_other_are_refused() -> None:
-    cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "1"])
-    with pytest.raises(UsageError, match="must not be above 0 with --nonpositive-targets True"):
-        cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "1", "--nonpositive-targets", "True"])
+def test_a_positive_least_reward_is_refused_as_an_episode_that_ends_earns_less() -> None:
+    cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "0"])
+    with pytest.raises(UsageError, match="must not be above 0"):
+        cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "1"])
 
 
 @pytest.mark.slow

@@ -523,18 +523,18 @@ def test_every_hyperparameter_of_the_updates_matters() -> None:
 @pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.0])
 def test_the_imitation_weighs_linearly_less_online(least: float) -> None:
     args, hp = replace(ARGS, online_steps=100), HP._replace(online_bc_weight=least)
-    weights = [float(td3_bc.imitation_weight(jnp.asarray(step), args, hp)) for step in range(0, 131, 10)]
+    weights = [float(td3_bc.decayed_bc_weight(jnp.asarray(step), hp, args)) for step in range(0, 131, 10)]
     np.testing.assert_allclose(weights[:11], [max(1 - tenth / 10, least) for tenth in range(11)], atol=1e-6)
     assert weights[0] == 1.0 and weights[11:] == pytest.approx([least] * 3)
     scratch = replace(args, num_updates=0, random_steps=60)  # of whose steps 40 make an update
-    assert float(td3_bc.imitation_weight(jnp.asarray(20), scratch, hp)) == pytest.approx(max(0.5, least))
+    assert float(td3_bc.decayed_bc_weight(jnp.asarray(20), hp, scratch)) == pytest.approx(max(0.5, least))
 
 
 def test_the_imitation_weighs_1_offline_at_any_step() -> None:
     hp = HP._replace(online_bc_weight=0.0)
     state, info = update(fresh()._replace(step=jnp.int32(999_999)), ROWS[0], hp, ARGS)
     assert values_of(info)["actor/bc_weight"] == 1.0 and int(state.online_step) == 0
-    assert td3_bc.imitation_weight(state.online_step, replace(ARGS, online_steps=0), hp) == 1.0
+    assert td3_bc.decayed_bc_weight(state.online_step, hp, replace(ARGS, online_steps=0)) == 1.0
 
 
 def test_the_imitation_falls_with_the_online_updates_alone() -> None:
