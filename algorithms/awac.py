@@ -172,13 +172,13 @@ class State(NamedTuple):
     key: jax.Array
 
 
-ADAM = optax.scale_by_adam()
+ADAM = optax.scale_by_adam()  # without rate and sign, which `descend` applies
 
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
-    sizes, start = (args.hidden_dim, args.num_layers), networks.uniform_fan_in
-    return Actor(args, action_dim), networks.QEnsemble(args.num_critics, *sizes, start, args.layer_norm)
+    sizes, kernel_init = (args.hidden_dim, args.num_layers), networks.uniform_fan_in
+    return Actor(args, action_dim), networks.QEnsemble(args.num_critics, *sizes, kernel_init, args.layer_norm)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:
@@ -243,8 +243,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     actor, critic = modules(args, batch.actions.shape[-1])
     key, next_key, value_key = jax.random.split(state.key, 3)
 
-    next_mean, next_log_std = actor.apply(state.actor, batch.next_observations)
-    next_actions = sample_actions(next_key, next_mean, next_log_std, 1).squeeze(0)
+    next_actions = sample_actions(next_key, *actor.apply(state.actor, batch.next_observations), 1).squeeze(0)
     next_q = critic.apply(state.target_critic, batch.next_observations, next_actions).min(axis=0)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_q
     if args.nonpositive_targets:

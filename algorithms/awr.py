@@ -15,17 +15,19 @@ where V is 0 after a termination and bootstraps after a truncation; lambda = 1 i
 normalised by their running mean and standard deviation (Eq. 58), and the network's output is V (1 - discount), which
 is as scaling rewards by it (Eq. 59).
 
-Offline, an iteration is `--policy-updates` updates of the policy and, before them, `--value-updates` of the value, both
-on minibatches of the whole dataset; only the updates of the policy are counted. A longer `--num-updates` goes on with a
-new iteration: as in one go where the first was a multiple of `--policy-updates`. Online (`--online-steps`; with
-`--num-updates 0` the setting of the paper) it begins with about `--samples-per-iteration` environment steps, from which
-whole episodes enter a ring of the newest `--buffer-size` transitions; with both, data from both are used. Of an episode
-whose beginning is overwritten the rest stays: its returns need nothing of the beginning.
+Offline, an iteration makes `--value-updates` updates of the value function, then `--policy-updates` of the policy, on
+minibatches of the whole dataset; only the policy's are counted. A run that is resumed with a larger `--num-updates`
+begins a new iteration, so it equals a run in one piece if it stopped at a multiple of `--policy-updates`. Online
+(`--online-steps`; with `--num-updates 0` the setting of the paper), an iteration first makes about
+`--samples-per-iteration` environment steps. Episodes that have ended enter a ring of the newest `--buffer-size`
+transitions; after an offline phase, minibatches are of the dataset and the ring. If the beginning of an episode is
+overwritten the rest stays, as its returns do not need the beginning.
 
 Where the paper and the authors' code differ, or say too little:
 * Step size of the value function: 1e-4 in the paper, 1e-2 in the code. 1e-2 is the default: online on Hopper-v5 one of
   three seeds with 1e-4 had not left its first plateau after 300,000 steps, and the others were as with 1e-2
   (results/awr-hopper).
+* Updates in an iteration: the paper's numbers, fewer in one that is cut short; the code's grow with the samples.
 * lambda = 0.95, the policy's fixed standard deviation, and the penalty on means outside the actions' bounds are the
   code's. Sampled actions are regressed on as drawn, also outside the bounds; the environment clips them.
 
@@ -35,7 +37,8 @@ Without the clip of the weights some of the paper's runs, and all three of ours,
 Ours: minibatches are drawn with replacement; the normaliser takes in the new states before the updates of an iteration
 rather than after them, so that a policy acts with the one that it was trained with; the environments of a member go on
 across iterations, so an episode may begin with one policy and end with the next. Evaluations and checkpoints that are
-due within an iteration follow it. There are no random steps: the policy acts from the start.
+due within an iteration follow it. The first online iteration lasts until every member has an episode. There are no
+random steps: the policy acts from the start.
 
     python algorithms/awr.py --dataset offax/hopper/medium-expert-v1
     python algorithms/awr.py --env Hopper-v5 --num-updates 0 --online-steps 1000000
@@ -93,7 +96,7 @@ class Args(RunArgs):
     samples_per_iteration: Count = 2048
     buffer_size: Count = 50_000  # Transitions that are kept of the online phase (paper, appendix C).
     num_environments: Count = 2  # Environments of each member in the online phase (ours).
-    # Mean and standard deviation stay once they are of so many states or more; 0: states as they are (authors' code).
+    # States after which their mean and deviation are frozen (authors' code); 0: states are not normalised.
     normalizer_samples: int = 300_000
     scale_values: bool = True  # The network's output is V (1 - discount) (paper, Eq. 59).
     normalize_advantages: bool = True  # Centre and scale advantages over all rows (paper, Eq. 57).
@@ -201,7 +204,7 @@ def observe(normalizer: Normalizer, data: Replay, limit: jax.Array | int) -> Nor
 
 
 def normalize(normalizer: Normalizer, observations: jax.Array) -> jax.Array:
-    """States in standard deviations, at least 0.01, from the mean; as they are, before any was seen."""
+    """States in standard deviations, at least 0.01 (authors' code), from the mean; as they are before any was seen."""
     std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.count, 1.0))
     return (observations - normalizer.mean) / jnp.where(normalizer.count > 0, jnp.maximum(std, 0.01), 1.0)
 

@@ -28,7 +28,7 @@ of mu on the same minibatch (ours). Slips of the paper: the soft backup lacks th
 ensemble runs over N instead of K. The vae's loss sums over dimensions. BRAC's code averages, so that its divergence,
 which has twice as many, weighs half as much.
 
-The settings of the domains are the paper's, but OGBench's, for an accelerator. Smaller ones for a CPU:
+The settings of the domains, OGBench's apart, are the paper's and meant for an accelerator. Smaller ones for a CPU:
 
     python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v1
 """
@@ -85,7 +85,7 @@ class Args(RunArgs):
     num_critics: Count = 8  # The paper's K: Q-functions (paper, table 2).
     hidden_dim: Count = 750  # Width of every hidden layer of the Q-functions (paper, table 2).
     num_layers: Count = 3  # Hidden layers of the Q-functions (paper, table 2).
-    layer_norm: bool = False  # Layer normalisation in the Q-functions (IFQL in FQL's code).
+    layer_norm: bool = False  # Layer normalisation in the Q-functions (ogbench: as IFQL in FQL's code).
     behavior: Literal["autoregressive", "vae"] = "autoregressive"  # The behaviour model (paper, appendices B and H).
     behavior_updates: int = 200_000  # Updates of the behaviour model before the Q-functions' (ours).
     # Run directory whose behaviour models to use in place of training them (ours).
@@ -242,7 +242,7 @@ class AutoregressivePolicy(nn.Module):
 
 
 class VAEPolicy(nn.Module):
-    """Variational autoencoder of actions given states (Wu et al., 2019; their code, BRAC, clips log std to [-4, 15]).
+    """Variational autoencoder of actions given states (Wu et al., 2019), log std in [-5, 5] (their BRAC: [-4, 15]).
 
     A Gaussian latent of twice the actions' dimensions; the decoder's Gaussian has mean tanh(v) and unit variance.
     """
@@ -283,7 +283,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-ADAM = optax.scale_by_adam()
+ADAM = optax.scale_by_adam()  # without rate and sign, which `descend` applies
 
 
 def modules(args: Args, action_dim: int) -> tuple[AutoregressivePolicy | VAEPolicy, networks.QEnsemble]:
@@ -597,7 +597,8 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
-    pool_bytes = len(members.seeds) * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
+    largest = -(-members.total // int(args.shard.partition("/")[2] or 1))  # of the parts of --shard: all decide alike
+    pool_bytes = largest * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
     if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
         print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)

@@ -65,7 +65,7 @@ class Args(RunArgs):
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (paper: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, appendix B).
     num_layers: Count = 2  # Hidden layers of every network (paper, appendix B).
-    layer_norm: bool = False  # Layer normalisation in the Q- and value functions (IQL in FQL's code).
+    layer_norm: bool = False  # Layer normalisation in the Q- and value functions (ogbench: as IQL in FQL's code).
     dropout: Share = 0.0  # Dropout rate in the policy, while training (paper, appendix B: 0.1 on Adroit and Kitchen).
     # Updates until the cosine takes the policy's rate to 0 (paper, appendix B); 0: never. Default: --num-updates.
     actor_decay_updates: int | None = None
@@ -125,7 +125,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-ADAM = optax.scale_by_adam()
+ADAM = optax.scale_by_adam()  # without rate and sign, which `descend` applies
 
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble, networks.MLP]:

@@ -69,7 +69,7 @@ class Args(RunArgs):
     num_critics: Count = 2
     hidden_dim: Count = 256  # Width of every hidden layer (authors' code).
     num_layers: Count = 2  # Hidden layers of every network (authors' code).
-    layer_norm: bool = False  # Layer normalisation in the Q-functions (ReBRAC in FQL's code).
+    layer_norm: bool = False  # Layer normalisation in the Q-functions (ogbench: as ReBRAC in FQL's code).
     policy_delay: Count = 2  # Critic updates for each update of the policy and the targets (authors' code).
 
     def validate(self) -> None:
@@ -117,13 +117,13 @@ class State(NamedTuple):
     key: jax.Array
 
 
-ADAM = optax.scale_by_adam()
+ADAM = optax.scale_by_adam()  # without rate and sign, which `descend` applies
 
 
 def modules(args: Args, action_dim: int) -> tuple[Actor, networks.QEnsemble]:
     """The policy and the Q-functions."""
-    sizes, start = (args.hidden_dim, args.num_layers), networks.uniform_fan_in
-    return Actor(action_dim, *sizes), networks.QEnsemble(args.num_critics, *sizes, start, args.layer_norm)
+    sizes, kernel_init = (args.hidden_dim, args.num_layers), networks.uniform_fan_in
+    return Actor(action_dim, *sizes), networks.QEnsemble(args.num_critics, *sizes, kernel_init, args.layer_norm)
 
 
 def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_dim: int) -> State:

@@ -139,7 +139,7 @@ def advice(spec: Any, error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return "; install what is missing, or put its folder on PYTHONPATH"
     if isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound):
-        return f' Is its package installed (of gymnasium-robotics: ".[adroit]"), and named module:{name}?'
+        return f' Is its package installed (of gymnasium-robotics: ".[adroit]")? Of a module of yours: module:{name}'
     if isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
         return '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
     return ""

@@ -48,8 +48,8 @@ no tanh: the policy's mean does not pass through tanh
 + trunk(observations, training=training)
 
 LayerNorm: the critics have LayerNorm
-- *sizes, networks.uniform_fan_in, args.layer_norm
-+ *sizes, networks.uniform_fan_in, True
+- *sizes, kernel_init, args.layer_norm
++ *sizes, kernel_init, True
 
 no scalars: the log standard deviation has no learned scale and offset
 - self.param("log_std_scale", nn.initializers.constant(1.0), ())

@@ -159,7 +159,7 @@ def parse_grid(grid: str, names: tuple[str, ...]) -> list[dict[str, float]]:
         name, _, numbers = part.partition("=")
         name = name.replace("-", "_")
         if name not in names or name in values:
-            what = f"{name} is given twice" if name in values else f"no hyperparameter {name}"
+            what = f"{name} is given twice" if name in values else f"{name} is nothing that members may differ in"
             raise UsageError(f"--grid: {what}; choose from {', '.join(names)}")
         values[name] = []
         with suppress(ValueError):
@@ -191,11 +191,11 @@ def env_name(env_id: str) -> str:
 
 
 def preset_name(dataset: str, env: str | None) -> str:
-    """The key of FAMILIES for the environment's name, or else for the dataset's (of a file, its own); or `none`."""
+    """The key of FAMILIES for the name of `env`, or else for those of the dataset and an .npz's `env`; or `none`."""
     names = [env_name(env)] if env else []
     for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
         if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
-            with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` says what
+            with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` tells
                 names.append(env_name(np.ravel(file["env"]).astype(str)[0]))
         names += [Path(one).name] if suffix in (".npz", ".hdf5", ".h5") else one.split("/")
     return next((family for x in names for family, start in FAMILIES.items() if re.match(start, x.lower())), "none")
@@ -220,6 +220,8 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
     args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
+    if stale := set(itertools.chain(*presets.values())) - {*fields, *plain.hp._fields}:
+        raise UsageError(f"PRESETS has {', '.join(sorted(stale))}, which neither Hyperparameters nor Args has")
     switches, given = {name for name, field in fields.items() if field.type is bool}, []
     for word, following in zip(argv, [*argv[1:], "--"], strict=False):  # --track by itself is --track True
         alone = following.startswith(("--", "-h")) and word[:2] == "--" and word[2:].replace("-", "_") in switches

@@ -140,7 +140,7 @@ class Members:
             if not in_turn:
                 return jax.vmap(one)((places, own))
             if len(places) == 1:  # a single member: its arrays stay where they are
-                return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], (places, own))))
+                return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x.squeeze(0), (places, own))))
 
             def in_branch(turn: tuple) -> Any:  # XLA compiles it by itself, to the same bits for any number of members
                 nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, turn))

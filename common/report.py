@@ -129,9 +129,9 @@ def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str 
     wanted = {prefix + keystr(name): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for name, x in leaves}
     found = {k: x for k, x in arrays.items() if re.match(re.escape(prefix) + r"(?!\w)", k)}
     for name in sorted(wanted | found):
-        want, have = (f"{x[name].dtype}{x[name].shape}" if name in x else "nothing" for x in (wanted, found))
+        want, have = (f"{x[name].dtype}{x[name].shape}" if name in x else "missing" for x in (wanted, found))
         if want != have:
-            raise UsageError(f"checkpoint {path} is of another kind of run: {name} is {have} instead of {want}")
+            raise UsageError(f"checkpoint {path} is of another run or script: in it {name} is {have}, here {want}")
     pairs = zip((found[name] for name in wanted), leaves, strict=True)
     return jax.tree.unflatten(structure, [jax.random.wrap_key_data(x) if is_key(old) else x for x, (_, old) in pairs])
 

@@ -1,7 +1,6 @@
 """The run directory: configuration, tables, checkpoint, results; progress, and the signals that end a run well.
 
-Files are written whole or not at all, but for the tables, which grow by whole rows and are cut back to the checkpoint's
-length when a run is resumed. No pickle anywhere.
+Tables grow by whole rows and are cut back to the checkpoint's length when a run is resumed. No pickle anywhere.
 """
 
 import dataclasses
@@ -31,8 +30,7 @@ from common.report import append_rows, claim, fill_tree, read_tree, save_tree, s
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
 STRETCH = 100  # updates (steps) between looks at signals and divergence
-# What a resumed run may change: flags that training does not depend on, and lengths until the online phase begins. The
-# script may change too, with a warning.
+# What a resumed run may change: what training does not depend on, the script (with a warning), lengths until online.
 FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "run_dir", "resume", "quiet"}
 FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity", "keep_best", "script", "script_sha256"}
 LENGTHS = {"num_updates", "online_steps", "max_episode_steps"}
@@ -55,7 +53,8 @@ class Run:
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
         self.path = path / f"part-{int(args.shard.partition('/')[0])}" if args.shard else path
         parts = any(path.glob("part-*"))
-        if (path / "config.json").exists() and not parts if args.shard else parts:
+        alone = (path / "config.json").exists() and not parts  # parts that were merged have one too
+        if alone if args.shard else parts:
             raise UsageError(f"{path} holds a run {'without' if args.shard else 'with'} --shard; use another --run-dir")
         self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if args.keep_best else None
         track = args.track or "WANDB_SWEEP_ID" in os.environ
@@ -123,8 +122,8 @@ class Run:
                 raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
             if odd:
                 name = "--" * (odd[0] in self.flags) + odd[0].replace("_", "-")
-                what = f"{name} {self.before.get(odd[0])!r}, not {self.identity[odd[0]]!r}"
-                raise UsageError(f"{self.path} holds a run with {what}; use another --run-dir")
+                had = f"with {name} {self.before[odd[0]]!r}" if odd[0] in self.before else f"without {name}"
+                raise UsageError(f"{self.path} holds a run {had}, not {self.identity[odd[0]]!r}; use another --run-dir")
             if self.before.get("script_sha256") != script.get("script_sha256"):
                 say(f"{self.name}.py or common/ was edited since {self.path} was saved, or is another one", sys.stderr)
             trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))

@@ -162,9 +162,9 @@ def test_the_behavior_models_of_another_run(
         (["--behavior-checkpoint", "{empty}"], ["there is no file"]),
         (["--dataset", "{other}"], ["another dataset"]),
         (["--normalize-observations", "True"], ["--normalize-observations"]),
-        (["--embedding-dim", "7"], ["another kind of run"]),
-        pytest.param(["--embedding-layers", "2"], ["another kind of run"], marks=pytest.mark.slow),
-        pytest.param(["--behavior", "vae"], ["another kind of run"], marks=pytest.mark.slow),
+        (["--embedding-dim", "7"], ["is of another run or script"]),
+        pytest.param(["--embedding-layers", "2"], ["is of another run or script"], marks=pytest.mark.slow),
+        pytest.param(["--behavior", "vae"], ["is of another run or script"], marks=pytest.mark.slow),
     ],
     ids=["missing", "empty", "dataset", "normalisation", "sizes", "layers", "kind"],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LINES, MODULES, LONGEST = 1_582, 8, 300
+LINES, MODULES, LONGEST = 1_583, 8, 300
 COMMON = sorted(path for path in (ROOT / "common").rglob("*.py") if path.name != "__init__.py")
 
 

@@ -239,6 +239,11 @@ def test_a_module_that_was_not_copied_is_done_without_unless_a_flag_needs_it() -
         cli.optional("benchmarks.no_such_module", "--track True")
 
 
+def test_a_preset_of_what_a_copy_has_renamed_is_named() -> None:
+    with pytest.raises(UsageError, match="PRESETS has temperature, which neither"):
+        parse(Args, PRESETS | {"mine": {"temperature": 3.0, "beta": 3.0}}, [])
+
+
 def test_a_copy_without_benchmarks_has_the_same_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = chosen("--env", "Hopper-v5")
     monkeypatch.setattr(cli, "optional", lambda *_: None)

@@ -366,6 +366,16 @@ def test_each_member_draws_from_its_own_ring() -> None:
     assert np.asarray(found).tolist() == [[10] * 5, [20] * 5, [30] * 5, [30] * 5]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_argument_without_an_axis_of_members_is_refused(count: int, batched: bool) -> None:
+    """One member would else take its first element in silence."""
+    some = members.make_members(iql.Args(num_seeds=count))
+    scaled = some.map(lambda key, scale: scale * jax.random.uniform(key), batched=batched)
+    with pytest.raises((ValueError, TypeError)):
+        scaled(some.keys(0), np.array([1.0, 2.0]))
+
+
 def test_keys_are_of_the_member_the_number_and_the_step() -> None:
     three = members.make_members(iql.Args(num_seeds=3))
     keys = [
