@@ -1,6 +1,6 @@
 """Updates per second of every algorithm on one accelerator, by the size of the population.
 
-    python benchmarks/accelerator.py --out results/accelerator.csv
+    python benchmarks/accelerator.py --out runs/accelerator.csv
 
 Needs jax, flax, optax, numpy and tyro alone: data are random numbers of Hopper's sizes, nothing is evaluated.
 Small populations come first, and every measurement is a row of the CSV as soon as there is one, so that a run that is
@@ -206,6 +206,8 @@ def main(args: Args) -> None:
     check_ranges(args)
     use_compilation_cache()
     fields = peer_sides.synthetic(args.rows, args.obs_dim, args.action_dim)
+    if other := {row["device"] for row in Table(args.out).read()} - {jax.local_devices()[0].device_kind}:
+        raise UsageError(f"{args.out} has rows of {other.pop()}; give another --out")
     began, table, data = time.monotonic(), Table(args.out), record(Transitions(**fields))
     clones = peers.Clones(jax_corl=args.jax_corl, unifloral=args.unifloral)
     sides = [side for name in args.algorithms if name in peers.SETTINGS for side in clones.sides(name) if side.path]

@@ -19,7 +19,7 @@ fill `part-I` of the run directory, which are merged as they finish.
 """
 
 import fcntl
-import multiprocessing
+import multiprocessing.connection
 import os
 import shlex
 import shutil
@@ -59,7 +59,7 @@ class Args(suite.Args):
 
     algorithms: tuple[str, ...] = ("iql",)  # One after the other.
     variants: tuple[str, ...] = ("",)  # Each is "label:flags"; all train side by side.
-    # Shares of the updates after which the policies are evaluated; the last one is 1.
+    # Shares of the updates after which the policies are evaluated, as after all of them.
     evaluate_at: tuple[float, ...] = (0.1, 0.25, 0.4, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
     evaluators: int | None = None  # Processes that evaluate at the same time. Default: the usable cores but one.
     parts: Count = 1  # Processes that evaluate a run, each an equal share of its members.
@@ -213,13 +213,12 @@ class Population:
 
     def advance(self, updates: int) -> None:
         """Train until there were `updates` updates in all."""
-        if self.script is emaq and not self.done["pretraining"]:
-            self.step(self.fit, "pretraining", self.args.behavior_updates)
+        most = 1000  # a signal is heard between two calls
+        while self.script is emaq and (left := self.args.behavior_updates - self.done["pretraining"]) > 0:
+            self.step(self.fit, "pretraining", min(left, most))
         while (done := self.done["offline"]) < updates:
-            every = 1000  # a signal is heard between two calls
-            if self.script is awr:
-                every = self.args.policy_updates
-            elif self.script is emaq and self.args.draws_ahead:
+            every = self.args.policy_updates if self.script is awr else most
+            if self.script is emaq and self.args.draws_ahead:
                 every = -(-self.args.pool_uses * self.rows // self.args.batch_size)
                 if self.drawn != done // every:  # its memory first
                     self.pool, self.drawn = None, done // every
@@ -227,7 +226,8 @@ class Population:
                     keys = jax.device_put(keys, self.device)
                     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, self.drawn)
                     self.pool = self.draw(self.state, self.hp, self.data, None, keys)
-            self.step(self.train, "offline", min(updates - done, every - done % every))
+            stretch = min(updates - done, every - done % every)
+            self.step(self.train, "offline", stretch if self.script is awr else min(stretch, most))
 
     def hand_over(self, before: int) -> None:
         """Write the members of each job for the process that evaluates them."""
@@ -308,8 +308,13 @@ def train(algorithm: str, args: Args) -> list[str]:
         population.advance(step)
         population.hand_over(last)
         print(f"{algorithm} {step}: {time.time() - began:.0f} s", flush=True)
-    for worker in workers:
-        worker.join()
+    left = list(workers)
+    while left:
+        multiprocessing.connection.wait([worker.sentinel for worker in left])
+        for worker in [worker for worker in left if worker.exitcode is not None]:
+            left.remove(worker)
+            if worker.exitcode < 0:  # killed, perhaps in its turn, which it has not given back
+                turns.release()
     return sorted({job.name for job, worker in zip(jobs, workers, strict=True) if worker.exitcode})
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import Curves, curves_of, number, trained_on
+from benchmarks.curves import Curves, curves_of, data_level, number, trained_on
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
 from benchmarks.tables import Table, file_name
 from common.cli import UsageError
@@ -15,7 +15,7 @@ from common.runs import FREE, LENGTHS
 
 NOT_SETTINGS = FREE | LENGTHS - {"max_episode_steps"}
 NOT_SETTINGS |= {"seed", "num_seeds", "grid", "dataset", "shard", "behavior_checkpoint", "keep_best"}
-"""Flags that make no other method of a run: what it is called, how long it is and how often one looks."""
+"""Flags in which runs of one method may differ: data, seeds, lengths, folders, how often it is evaluated and saved."""
 MEASURED = ("return_mean", "return_std", "score_mean", "score_std", "episodes")
 """What an evaluation says of a member."""
 
@@ -107,6 +107,11 @@ def read(folder: Path) -> list[Cell]:
         ended = (run / "final.json").exists()
         final = read_json(run / "final.json") if ended else as_evaluated(run, config, evaluations)
         runs[run] = config, final, command, evaluations
+    hashes: dict[str, Any] = {}
+    for run, (config, *_) in runs.items():
+        digest = config.get("dataset_sha256") if config["flags"]["num_updates"] else None
+        if digest and hashes.setdefault(trained_on(config), digest) != digest:
+            raise UsageError(f"{run} learned from other data than another run on {trained_on(config)}")
     references = references_of({run: config for run, (config, *_) in runs.items()})
     cells: dict[tuple[str, str], Cell] = {}
     for config, final, command, evaluations in runs.values():
@@ -261,7 +266,7 @@ def about_data(cell: Cell) -> dict[str, Any] | None:
 
 def level(cell: Cell, scored: bool) -> float | None:
     """The dataset's own average score or return; None where it was not trained on."""
-    return (about_data(cell) or {}).get("score_mean" if scored else "mean")
+    return data_level(cell.config, scored)
 
 
 def length_in_words(length: tuple[int, int]) -> str:

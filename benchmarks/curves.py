@@ -1,25 +1,21 @@
 """The learning curves of a run: scores above, losses beneath, the offline and the online phase side by side.
 
-    python -m benchmarks.curves RUN_DIR...
-
-A run draws them at its end, into `curves.png`. Without a grid each seed has a thin line, and where there are several
-their interquartile mean a bold one; of a grid each setting has one line, the interquartile mean of its seeds.
+A run draws them at its end, into `curves.png`, and `python -m benchmarks.report RUN_DIR` again. Without a grid each
+seed has a thin line, and where there are several their interquartile mean a bold one; of a grid each setting has one
+line, the interquartile mean of its seeds.
 """
 
 import json
 import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from benchmarks.families import domain_of
 from benchmarks.intervals import aggregate, interquartile_mean
 from benchmarks.tables import Table
-from common.cli import UsageError, exit_status, one_line, read_flags
+from common.cli import one_line
 from common.report import write_atomically
 
 PHASES = {"offline": "gradient updates", "online": "environment steps"}
@@ -36,14 +32,6 @@ Curves = dict[str, dict[int, float]]
 def line_style(number: int) -> dict[str, Any]:
     """Colour and dashes by which the line of this number differs from the nineteen before it."""
     return {"color": f"C{number % 10}", "linestyle": "-" if number % 20 < 10 else "--"}
-
-
-@dataclass(frozen=True)
-class Args:
-    """The learning curves of runs, into curves.png of each."""
-
-    # Directories of runs, e.g. runs/mine.
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR...")]
 
 
 def number(text: str | None) -> float:
@@ -193,7 +181,7 @@ def figure_of(run_dir: Path) -> Any:
     figure = Figure(figsize=(width * len(phases), 0.8 + 1.7 * sum(heights)), layout="constrained")
     options = {"sharex": "col", "squeeze": False, "gridspec_kw": {"height_ratios": heights}}
     all_axes = figure.subplots(len(names), len(phases), **options)
-    level = config.get("dataset_returns", {}).get("score_mean" if scored else "mean") if updates else None
+    level = data_level(config, scored)
     for (row, phase), curves in panels.items():
         axes, out = all_axes[names.index(row), phases.index(phase)], lost[phase]
         for place, setting in reversed(list(enumerate(groups))):  # the best one on top
@@ -234,6 +222,12 @@ def figure_of(run_dir: Path) -> Any:
     return figure
 
 
+def data_level(config: dict[str, Any], scored: bool) -> float | None:
+    """The average score or return of the dataset's own episodes; None where it was not trained on."""
+    trained = config.get("flags", {}).get("num_updates", 1)
+    return config.get("dataset_returns", {}).get("score_mean" if scored else "mean") if trained else None
+
+
 def who(config: dict[str, Any], member: str) -> str:
     """The member's seed, or its number where the seed is not known."""
     return str(
@@ -268,19 +262,3 @@ def draw(run_dir: Path) -> None:
             write_atomically(run_dir / "curves.png", lambda file: figure.savefig(file, dpi=120))
     except Exception as error:  # a run that has trained for days must not end with the error of its figure
         print(f"no curves.png: {one_line(error)}", file=sys.stderr)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; SystemExit(2), with one line on stderr, for what is no run."""
-    with exit_status():
-        args = read_flags(Args, argv, prog="python -m benchmarks.curves")
-        if not args.folders:
-            raise UsageError("name the directory of a run")
-        for folder in args.folders:
-            if not any((folder / name).exists() for name in TABLES):
-                raise UsageError(f"{folder} has neither {' nor '.join(TABLES)}")
-            draw(folder)
-
-
-if __name__ == "__main__":
-    main()

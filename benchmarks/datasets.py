@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stats.add_argument("--env", help="the environment, for files that do not name it")
     stats.add_argument("--page", type=Path, help="write the table and what its columns are into this page too")
     export = commands.add_parser("export", help="write a set as the .npz that a copied algorithm reads by itself")
-    export.add_argument("id", help="dataset id or D4RL .hdf5 path")
+    export.add_argument("id", help="what --dataset takes")
     export.add_argument("path", nargs="?", type=Path, help="default: the id with dashes or the file's name, here")
     export.add_argument("--env", help="the environment, for files that do not name it")
     with exit_status():
@@ -219,10 +219,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if name in there:
                     rows = there[name].get("total_steps", "?")
                     state = f"on disk, {rows} transitions, {megabytes(name):.1f} MB"
-                print(f"{name:46}{state}")
-            for name in ogbench_sets.ids():
+                print(f"{name:50}{state}")
+            sizes = [f"-local{size or ''}-" for size in ogbench_sets.SIZES]
+            for name in [name.replace("-local-", size) for size in sizes for name in ogbench_sets.ids()]:
                 made = (datasets_root() / name / "manifest.json").exists()
-                print(f"{name:46}{'on disk' if made else 'collected on first use, with the extra ogbench'}")
+                print(f"{name:50}{'on disk' if made else 'collected on first use, with the extra ogbench'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of a suite. Runs of different lengths are never side by side: each length has panels of its own."""
+"""The figures of a suite. A run that is shorter than others has its own panel, a red title, or a hollow mark."""
 
 import itertools
 import textwrap

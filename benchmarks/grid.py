@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.curves import data_level
 from benchmarks.figures import data_line, draw_expected_best, panels
 from benchmarks.intervals import aggregate, expected_best, interquartile_mean, summarise
 from benchmarks.tables import aligned
 from common.report import write_atomically
 
 
-def figure_of(members: Sequence[dict[str, Any]]) -> str:
+def unit_of(members: Sequence[dict[str, Any]]) -> str:
     """`score`, or `return` where no member has a score."""
     return "score" if any(member["score_mean"] is not None for member in members) else "return"
 
 
 def level_of(config: dict[str, Any], members: Sequence[dict[str, Any]]) -> float | None:
-    """The average of the dataset's own episodes in the unit of `figure_of`; None where there is none."""
-    return config.get("dataset_returns", {}).get("score_mean" if figure_of(members) == "score" else "mean")
+    """The average of the dataset's own episodes in the unit of `unit_of`; None where there is none."""
+    return data_level(config, unit_of(members) == "score")
 
 
 def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:
@@ -38,7 +39,7 @@ def ranking(members: Sequence[dict[str, Any]]) -> str:
 
     Interquartile mean of the last score, or return, over the seeds that did not diverge, and its 95 % interval.
     """
-    name = figure_of(members)
+    name = unit_of(members)
     rows = []
     for swept, group in by_setting(members).items():
         found = aggregate([member[f"{name}_mean"] for member in group])
@@ -51,7 +52,7 @@ def ranking(members: Sequence[dict[str, Any]]) -> str:
 
 def with_worst(members: Sequence[dict[str, Any]]) -> list[list[float]]:
     """The last figures of each setting's seeds; a seed without one, as it diverged, has the lowest; [] if none has."""
-    column = f"{figure_of(members)}_mean"
+    column = f"{unit_of(members)}_mean"
     if not (found := [member[column] for member in members if member[column] is not None]):
         return []
     worst, groups = min(found), by_setting(members).values()
@@ -65,12 +66,12 @@ def tuning(members: Sequence[dict[str, Any]]) -> str:
     mean, deviation = expected_best(groups)
     budgets = [k for k in range(1, len(mean) + 1) if k == len(mean) or k & (k - 1) == 0]
     rows = [[k, float(mean[k - 1]), float(deviation[k - 1])] for k in budgets]
-    return aligned(["settings tried", f"expected {figure_of(members)} of the best", "deviation"], rows)
+    return aligned(["settings tried", f"expected {unit_of(members)} of the best", "deviation"], rows)
 
 
 def table(final: dict[str, Any], level: float | None) -> str:
     """The last evaluation in text: members, or a grid's settings from best to worst, and the data's own `level`."""
-    members, figure = final["members"], figure_of(final["members"])
+    members, figure = final["members"], unit_of(final["members"])
     whole = (final if "aggregate" in final else summarise(members))["aggregate"][figure]
     rows = [[f"seed {m['seed']}", m[f"{figure}_mean"], None, None] for m in members]
     rows += [["interquartile mean", whole["iqm"], whole["ci_low"], whole["ci_high"]]] if len(members) > 1 else []
@@ -123,7 +124,7 @@ def plot(path: Path, members: Sequence[dict[str, Any]], title: str, level: float
     members that diverged; dashed the `level` of the data. Then the settings of two hyperparameters as a map, and the
     expected best of k settings.
     """
-    name = figure_of(members)
+    name = unit_of(members)
     sweeps, settings = sweeps_of(members, f"{name}_mean"), with_worst(members)
     map_too = len(sweeps) == 2 and min(map(len, interactions(members, f"{name}_mean")[:2])) > 1
     figure, all_axes = panels(len(sweeps) + map_too + (len(settings) > 1), height=3.4)

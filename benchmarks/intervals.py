@@ -81,9 +81,9 @@ def expected_best(settings: Strata) -> tuple[np.ndarray, np.ndarray]:
     return means, np.sqrt(((scores[:, None] - means) ** 2 * weights).sum(axis=0))
 
 
-def regret(steps: Sequence[float], scores: Sequence[float], best: float = 100.0) -> float:
-    """How far below `best` the scores were, averaged over the steps between the evaluations."""
-    return float(best - np.trapezoid(scores, steps) / (steps[-1] - steps[0]))
+def regret(steps: Sequence[float], scores: Sequence[float]) -> float:
+    """How far below an expert's 100 the scores were, averaged over the steps between the evaluations."""
+    return float(100.0 - np.trapezoid(scores, steps) / (steps[-1] - steps[0]))
 
 
 def aggregate(values: Sequence[float | None]) -> dict[str, Any]:

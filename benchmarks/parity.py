@@ -40,7 +40,6 @@ from benchmarks.peer_sides import UNIT, PeerError, Side
 from benchmarks.provenance import provenance
 from benchmarks.tables import Table, commit_of, write_text
 from common.cli import Count, UsageError, exit_status, read_flags
-from common.members import usable_cores
 
 CHANGES_TEXT = """
 no tanh: the policy's mean does not pass through tanh
@@ -321,7 +320,7 @@ def page(args: Args, about: dict[str, Any], rows: Sequence[dict[str, Any]], begu
             *notes,
             "\nThe changes:\n",
             *(f"```diff\n{CHANGES[name]}\n```\n" for name in used),
-            f"- processor: {about['cpu']['model']}, {usable_cores()} cores; updates on its cores",
+            f"- processor: {about['cpu']['model']}, {about['cpu']['cores']} cores; updates on its cores",
             f"- date: {begun} to {peers.now()}; commit: {commit_of(about)}",
             *peers.sources(args, about),
         ]

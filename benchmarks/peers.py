@@ -50,7 +50,6 @@ from benchmarks.peer_sides import ONCE, OURS, Info, PeerError, Side
 from benchmarks.provenance import commit_at, provenance
 from benchmarks.tables import Table, aligned, commit_of, write_text
 from common.cli import Count, Positive, UsageError, check_ranges, exit_status, read_flags
-from common.members import usable_cores
 
 TITLES = {"iql": "IQL", "td3_bc": "TD3+BC", "awac": "AWAC", "cql": "CQL"}
 SETTINGS = {
@@ -347,7 +346,7 @@ def page(
             f"- data: {rows} random transitions, {peer_sides.OBS_DIM} observations, {peer_sides.ACTION_DIM} actions; "
             f"batch {batch}, layers of {width}",
             f"- {args.rounds} rounds of at least {args.seconds:g} s for each side, one side at a time",
-            f"- processor: {about['cpu']['model']}, {usable_cores()} cores{load}",
+            f"- processor: {about['cpu']['model']}, {about['cpu']['cores']} cores{load}",
             f"- updates on: {', '.join(sorted(devices)) or 'nothing'}",
             f"- date: {begun} to {now()}; commit: {commit_of(about)}",
             *sources(args, about),
@@ -379,7 +378,7 @@ def main(args: Args) -> int:
     """Compare, print the table, write the results; the exit status."""
     args.validate()
     about, begun = provenance(), now()
-    shared = {"cpu": about["cpu"]["model"], "cores": usable_cores(), "git_commit": commit_of(about)}
+    shared = {"cpu": about["cpu"]["model"], "cores": about["cpu"]["cores"], "git_commit": commit_of(about)}
     shared |= versions(about)
     table = None
     if args.out is not None:

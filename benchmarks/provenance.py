@@ -1,13 +1,14 @@
-"""Where a result comes from: what config.json and every page say of the code and the machine."""
+"""Where a result comes from: what config.json and every page say of the code, the processor and the usable cores."""
 
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from common.members import usable_cores
 
 
 def commit_at(path: Path) -> dict[str, Any]:
@@ -32,5 +33,5 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         **commit_at(Path(__file__).parent),
-        "cpu": {"model": model[1] if model else platform.processor(), "cores": os.cpu_count()},
+        "cpu": {"model": model[1] if model else platform.processor(), "cores": usable_cores()},
     }

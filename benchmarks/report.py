@@ -8,16 +8,17 @@ merges the parts that are there (`benchmarks/merge.py`), and says which are miss
 settings, says what tuning gains, and draws `grid.png` (`benchmarks/grid.py`).
 
 Of a suite it reads `config.json`, `final.json`, `evaluations.csv` and `command.json` in each folder below, and writes
-into its own `README.md`, `scores.csv` (a row for each seed), `scores.png`, `profiles.png` (how likely each score is),
-`best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`. A run that was cut off, without `final.json`,
-counts as one that ended with its last evaluation.
+into its own `README.md`, `scores.csv` (a row for each seed), `scores.png`, `profiles.png` (the share of runs above each
+score), `best_of_k.png` (what tuning gains) and, for each dataset, `curves_*.png`. A run that was cut off, without
+`final.json`, counts as one that ended with its last evaluation.
 `--page README.md` puts the table of scores there too. `--against num_proposals` adds a table and a figure of the score
 against that setting, in which the runs differ. `--at 40000` adds a table of the evaluations after so many updates,
 for runs of different lengths.
 Text of your own in the folder's `notes.md` goes under the table of scores.
 
-Scores are those of the last policy, never of the best one. A number over seeds is their interquartile mean with a 95 %
-stratified bootstrap interval (Agarwal et al., 2021): the strata are the datasets, seeds are drawn within each.
+Scores are those of the last policy; the best one stands in one table, as a bound. A number over seeds is their
+interquartile mean with a 95 % stratified bootstrap interval (Agarwal et al., 2021): the strata are the datasets, seeds
+are drawn within each.
 """
 
 import math
@@ -387,6 +388,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
     command = f"python benchmarks/report.py results/{folder.resolve().name}"
     command += f" --against {against}" if against else ""
     command += f" --at {at}" if at else ""
+    command += f" --page {page}" if page else ""
     parts = [
         f"# Results: {folder.resolve().name}\n",
         f"Made from the files beside it by `{command}`.\n",
@@ -422,7 +424,6 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
             ]
         parts += [
             *([notes.read_text()] if (notes := folder / "notes.md").exists() else []),
-            origin(scored),
             "![Final scores](scores.png)\n",
             *evaluation_practice(folder, scored, colors),
         ]
@@ -431,7 +432,7 @@ def write(folder: Path, against: str = "", at: int = 0, page: Path | None = None
         return [f"{about['mean']:.0f}", f"{about['min']:.0f} to {about['max']:.0f}", str(about["episodes"])]
 
     heads = ["data, average", "worst to best episode", "episodes"]
-    parts += ["## Return\n", table(cells, "return_mean", returns, heads), origin(cells)]
+    parts += ["## Return\n", table(cells, "return_mean", returns, heads)]
     if tuned := [cell for cell in scored if all(cell.length)]:
         parts += [
             "## Fine-tuning\n",

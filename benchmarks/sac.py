@@ -256,7 +256,7 @@ def main(args: Args) -> None:
     table = Table(run_dir / "training.csv")
     # What comes after the checkpoint, or is another run's, goes; also behavior_policies.py's measurements of it.
     for written in (table, Table(run_dir / "snapshots.csv")):
-        written.rewind(lambda row: int(row["steps"]) <= first)
+        written.replace([row for row in written.read() if int(row["steps"]) <= first])
     for snapshot in (run_dir / "snapshots").glob("*.npz"):
         if int(snapshot.stem) > first:
             snapshot.unlink()

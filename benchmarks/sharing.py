@@ -39,7 +39,7 @@ class Args:
     rounds: Count = 3  # Measurements of each, in turn.
     seconds: Positive = 10.0  # Least time of each.
     cgroup: Path | None = None  # A cgroup that the runs are put into.
-    out: Path = Path("results/sharing")  # Where results go, without suffix; a CSV that exists is gone on with.
+    out: Path = Path("runs/sharing")  # Where results go, without suffix; a CSV that exists is gone on with.
 
 
 def together(count: int, threads: int, args: Args) -> list[float]:
@@ -63,15 +63,15 @@ def together(count: int, threads: int, args: Args) -> list[float]:
 
 def report(out: Path) -> str:
     """The medians of the CSV, as Markdown."""
-    rows = Table(out.with_suffix(".csv")).read()
+    rows = Table(out.with_name(f"{out.name}.csv")).read()
     found: dict[tuple[str, int, int], list[float]] = {}
     for row in rows:
         key = (row["quota"], int(row["processes"]), int(row["threads"]))
         found.setdefault(key, []).append(float(row["updates_per_second"]))
     lines = ["# IQL on shared cores\n\nMade by `python benchmarks/sharing.py`; rows with a quota by `--cgroup` too.\n"]
-    lines += ["One member in each run, on random data. `quota`: none, or the name of the cgroup that limits the cores"]
-    lines += ["(`half`: one core of two); `threads each` is NPROC. Runs start together and each ends by itself: the"]
-    lines += ["last ones have fewer beside them, so that the sum of several is a little high.\n"]
+    lines += ["One member in each run, on random data. `quota`: none, or the name of the cgroup that limits the cores;"]
+    lines += ["`threads each` is NPROC. Runs start together and each ends by itself: the last ones have fewer beside"]
+    lines += ["them, so that the sum of several is a little high.\n"]
     lines += ["| quota | runs at once | threads each | updates/s, sum | min | max | rounds |", "|" + " --: |" * 7]
     for key, rates in sorted(found.items()):
         numbers = [f"{x:.0f}" for x in (statistics.median(rates), min(rates), max(rates))]
@@ -87,7 +87,7 @@ def main(args: Args) -> None:
     check_ranges(args)
     if not args.processes or min((*args.processes, *args.threads)) < 1:
         raise UsageError("--processes and --threads must be at least 1")
-    about, table = provenance(), Table(args.out.with_suffix(".csv"))
+    about, table = provenance(), Table(args.out.with_name(f"{args.out.name}.csv"))
     made = {"processor": about["cpu"]["model"], "cores": about["cpu"]["cores"], "git_commit": commit_of(about)}
     if any(row[name] != str(value) for row in table.read() for name, value in made.items()):
         raise UsageError(f"{table.path} has rows of another machine or commit; give another --out")
@@ -101,7 +101,7 @@ def main(args: Args) -> None:
                 table.append([row | made])
                 print(", ".join(f"{name} {row[name]}" for name in ("processes", "threads", "updates_per_second")))
     text = report(args.out)
-    write_text(args.out.with_suffix(".md"), text)
+    write_text(args.out.with_name(f"{args.out.name}.md"), text)
 
 
 if __name__ == "__main__":

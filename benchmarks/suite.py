@@ -17,7 +17,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 
 from benchmarks.tables import file_name
 from common.cli import UsageError, exit_status, parse, read_flags
-from common.report import write_json
+from common.report import write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("config.json", "final.json", "evaluations.csv")
@@ -88,9 +87,11 @@ class Job:
         """Copy the small files to the results, in place of those of an earlier run."""
         self.results_dir.mkdir(parents=True, exist_ok=True)
         for name in (*KEPT, "command.json"):
-            (self.results_dir / name).unlink(missing_ok=True)
-            if (self.run_dir / name).exists():  # no evaluation where every member diverged before the first
-                shutil.copyfile(self.run_dir / name, self.results_dir / name)
+            source, kept = self.run_dir / name, self.results_dir / name
+            if source.exists():
+                write_atomically(kept, lambda file, source=source: file.write(source.read_bytes()))
+            else:  # no evaluation where every member diverged before the first
+                kept.unlink(missing_ok=True)
 
 
 def find_script(algorithm: str) -> Path:
@@ -161,7 +162,6 @@ def refuse_repeated(jobs: list[Job]) -> None:
 def run(job: Job) -> int:
     """Start or resume the job and wait for it; its exit status, 128 + n after signal n. Output goes to log.txt."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    (job.run_dir / "command.json").unlink(missing_ok=True)  # until it has finished with this command
     received: list[int] = []
     start = time.time()
     with open(job.run_dir / "log.txt", "a") as log:
@@ -189,12 +189,10 @@ def run(job: Job) -> int:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    if received:
-        return 128 + received[0]
     if status in (0, DIVERGED):
         record = {"command": job.command, "exit_status": status, "seconds": time.time() - start}
         write_json(job.run_dir / "command.json", record)
-    return status
+    return 128 + received[0] if received else status
 
 
 def last_line(path: Path) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,6 @@ class Table:
         if self.path.exists() and not (text := self.path.read_bytes()).endswith(b"\n"):
             os.truncate(self.path, text.rfind(b"\n") + 1)
         append_rows(self.path, rows)
-
-    def rewind(self, keep: Callable[[dict[str, str]], bool]) -> None:
-        """Drop the rows for which `keep` is false: those written after the checkpoint that is gone on from."""
-        self.replace([row for row in self.read() if keep(row)])
 
     def replace(self, rows: Sequence[dict[str, str]]) -> None:
         """Have these rows alone, with the columns of all; without any, no file."""

@@ -11,7 +11,8 @@ Without the flag it is IQL, with 17 observations and 6 actions (those of HalfChe
   else the machine does meets them alike; the load average at each start is recorded. More members stop paying at the
   smallest population whose median is within 3 % of the best.
 * time to the first update: from just before the process is started until the first row of metrics.csv is written,
-  with --num-updates 1, so that this row is one update. Cold: JAX's compilation cache is empty; warm: a run has filled
+  with --num-updates 1, so that this row is one update; and again with what a run does first by default, an
+  evaluation of the untrained policy. Cold: JAX's compilation cache is empty; warm: a run has filled
   it. Python and its packages are on the disk or in the system's page cache, as they happen to be.
 * peak memory: the process's largest resident set (`ru_maxrss` of wait4), over the whole run. The first run of a size
   compiles, which takes up to 200 MiB more; the others find its programs in the cache. Memory per member: the slope of

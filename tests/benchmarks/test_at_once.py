@@ -160,8 +160,8 @@ def test_what_is_no_single_population_is_refused(tmp_path, sets, changes, words)
 
 
 def test_what_cannot_be_trained_from_outside_is_refused(tmp_path, sets):
-    for name in ("bcq", "sac"):
-        with pytest.raises(UsageError, match=f"--algorithms {name}: it trains no population"):
+    for name, what in (("bcq", "it trains no population"), ("sac", "sac.py does not learn from a dataset")):
+        with pytest.raises(UsageError, match=f"--algorithms {name}: {what}"):
             at_once.plan(name, arguments(tmp_path, sets, "iql", algorithms=(name,)))
 
 

@@ -196,12 +196,3 @@ def test_a_figure_that_fails_is_a_line_on_stderr(
     curves.draw(run)
     assert capsys.readouterr().err == "no curves.png: no space left\n"
     assert not (run / "curves.png").exists()
-
-
-def test_the_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    curves.main([str(write_run(tmp_path / "run", {0: [1.0]}))])
-    assert (tmp_path / "run" / "curves.png").exists()
-    for words in ([], [str(tmp_path)]):
-        with pytest.raises(SystemExit, match="2"):
-            curves.main(words)
-        assert capsys.readouterr().err.count("\n") == 1

@@ -29,6 +29,7 @@ from common.replay import Transitions, episode_returns, record
 
 TRANSITIONS = 480
 RANDOM = "offax/hopper/random-v1"
+OGBENCH = [*ogbench_sets.ids(), *(name.replace("-local-", "-local-1m-") for name in ogbench_sets.ids())]
 
 
 @pytest.fixture
@@ -470,7 +471,8 @@ def test_the_choice_refuses_what_is_not_a_run(tmp_path: Path) -> None:
 def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*offax_sets.ids(), *ogbench_sets.ids()]
+    assert [line.split()[0] for line in lines] == [*offax_sets.ids(), *OGBENCH]
+    assert "ogbench/scene-play-local-1m-v0" in "".join(lines)
     assert all("collected on first use" in line for line in lines)
     arrays = hopper_like(40) | {"rewards": np.ones(40)}  # an episode that is truncated, and one that terminates
     np.savez(tmp_path / "mine.npz", env="Hopper-v5", **arrays)
@@ -562,7 +564,7 @@ def test_own_sets_are_listed_and_described_without_their_environment(
     capsys.readouterr()
     datasets.main([])
     listed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert listed.keys() == {*offax_sets.ids(), *ogbench_sets.ids(), "mine/unmade-v0", "pictures-v1"}
+    assert listed.keys() == {*offax_sets.ids(), *OGBENCH, "mine/unmade-v0", "pictures-v1"}
     assert listed["pictures-v1"] == ["on", "disk,", "77", "transitions,", "3.0", "MB"]
     datasets.main(["stats"])
     out, error = capsys.readouterr()
