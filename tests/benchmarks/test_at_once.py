@@ -162,7 +162,7 @@ def test_what_is_no_single_population_is_refused(tmp_path, sets, changes, words)
 def test_what_cannot_be_trained_from_outside_is_refused(tmp_path, sets):
     for name, what in (("bcq", "it trains no population"), ("sac", "sac.py does not learn from a dataset")):
         with pytest.raises(UsageError, match=f"--algorithms {name}: {what}"):
-            at_once.plan(name, arguments(tmp_path, sets, "iql", algorithms=(name,)))
+            at_once.plan(name, arguments(tmp_path, sets, "iql", algorithms=(name,), extra=""))
 
 
 def test_datasets_of_other_sizes_are_refused(tmp_path, sets):
