@@ -553,8 +553,8 @@ def write_page(args: Report) -> int:
     often, last = (report.unique([cell.config["flags"][name] for cell in cells]) for name in EPISODES)
     parts = [
         "# The Adroit door\n",
-        "Made from the files beside it by `python benchmarks/adroit_door.py report`. The task, the data and the two "
-        "protocols are described at the head of that file.\n",
+        f"Made from the files beside it by `python benchmarks/adroit_door.py report --results {args.results}`. The "
+        "task, the data and the two protocols are described at the head of that file.\n",
         "Success rate in per cent: the share of episodes in which the door is open at some step, "
         f"{' or '.join(map(str, last))} for each seed at the last policy and {' or '.join(map(str, often))} elsewhere. "
         "Mean over the seeds [the lowest, the highest] of the last policy, not of the best one. Each evaluation by "
