@@ -158,11 +158,11 @@ def measure(name: str, count: int, args: Args, data: Recorded) -> dict[str, Any]
     }
 
 
-def measure_peers(side: Side, count: int, seconds: float) -> dict[str, Any]:
-    """One row: `count` single runs of a peer at once, each in a process of its own."""
+def measure_peers(side: Side, count: int, rows: int, seconds: float) -> dict[str, Any]:
+    """One row: `count` single runs of a peer at once, each in a process of its own, on as many `rows` as ours."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         data = Path(folder, "synthetic.npz")
-        np.savez(data, **peer_sides.synthetic())
+        np.savez(data, **peer_sides.synthetic(rows))
         began = time.perf_counter()
 
         def start(_: int) -> peers.Worker:
@@ -206,8 +206,6 @@ def main(args: Args) -> None:
     check_ranges(args)
     use_compilation_cache()
     fields = peer_sides.synthetic(args.rows, args.obs_dim, args.action_dim)
-    if other := {row["device"] for row in Table(args.out).read()} - {jax.local_devices()[0].device_kind}:
-        raise UsageError(f"{args.out} has rows of {other.pop()}; give another --out")
     began, table, data = time.monotonic(), Table(args.out), record(Transitions(**fields))
     clones = peers.Clones(jax_corl=args.jax_corl, unifloral=args.unifloral)
     sides = [side for name in args.algorithms if name in peers.SETTINGS for side in clones.sides(name) if side.path]
@@ -217,9 +215,13 @@ def main(args: Args) -> None:
             if count <= LARGEST.get(name, count) and (name in LARGEST or count != 2):
                 jobs.append((name, count, partial(measure, name, count, args, data)))
         for side in sides if count <= args.processes and count != 2 else []:
-            jobs.append((f"{side.algorithm}, {side.name}", count, partial(measure_peers, side, count, args.seconds)))
+            jobs.append(
+                (f"{side.algorithm}, {side.name}", count, partial(measure_peers, side, count, args.rows, args.seconds))
+            )
     if sides:  # they share the device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if other := {row["device"] for row in table.read()} - {jax.local_devices()[0].device_kind}:
+        raise UsageError(f"{args.out} has rows of {other.pop()}; give another --out")
     done = {(row["algorithm"], row["members"]) for row in table.read()}
     made = {"jax": jax.__version__, "commit": commit_of(provenance())}
     for name, count, job in jobs:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import bc, cells, report, sharing, suite, throughput
 from benchmarks.peer_sides import synthetic
+from benchmarks.provenance import provenance
 from benchmarks.tables import Table
 from common.cli import UsageError
 from common.replay import Replay, Transitions
@@ -374,6 +375,22 @@ def test_report_of_fine_tuning_is_of_the_members_that_are_left(tmp_path):
     row = cells_of(part, "iql, easy, 1 diverged")
     assert row[3:] == ["15.0 [10.0, 20.0]", "50.0 [40.0, 60.0]", "67.5 [60.0, 75.0]"]
     assert cells_of(part, "awac, easy, 1 diverged")[3:] == ["-", "50.0 [40.0, 60.0]", "-"]
+
+
+def test_runs_on_different_data_of_one_name_are_in_no_table(tmp_path):
+    for algorithm, data in (("bc", "1a"), ("iql", "1a"), ("awac", "2b")):
+        write_run(tmp_path, algorithm, "easy", [10.0])
+        file = tmp_path / f"{algorithm}_easy" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset_sha256": data}))
+    with pytest.raises(UsageError, match="learned from other data than another run on easy"):
+        report.read(tmp_path)
+    shutil.rmtree(tmp_path / "awac_easy")
+    assert len(report.read(tmp_path)) == 2
+
+
+def test_the_cores_of_a_page_are_those_that_a_run_may_use(monkeypatch):
+    monkeypatch.setenv("NPROC", "7")
+    assert provenance()["cpu"]["cores"] == 7
 
 
 @undrawn

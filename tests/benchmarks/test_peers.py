@@ -340,9 +340,15 @@ def test_single_runs_of_a_peer_share_the_accelerator(monkeypatch):
             closed.append(self)
 
     monkeypatch.setattr(peers, "Worker", Fake)
-    row = accelerator.measure_peers(side("JAX-CORL"), 3, 2.0)
+    row = accelerator.measure_peers(side("JAX-CORL"), 3, 300, 2.0)
     assert (row["algorithm"], row["members"], row["device"]) == ("iql, JAX-CORL", 3, "a device")
     assert row["updates_per_second"] == (10 + 20 + 30) / 2 and len(closed) == 3
+
+
+def test_the_rates_of_two_devices_do_not_share_a_table(tmp_path):
+    (tmp_path / "rates.csv").write_text("algorithm,members,device\niql,1,another device\n")
+    with pytest.raises(UsageError, match="has rows of another device; give another --out"):
+        accelerator.main(accelerator.Args(out=tmp_path / "rates.csv"))
 
 
 def test_an_error_of_ours_is_not_reported_as_a_peers(tmp_path, monkeypatch):
