@@ -19,7 +19,6 @@ from which a run that is stopped goes on. Doing it again is harmless: datasets m
 their hash and collected anew.
 """
 
-import csv
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -142,8 +141,7 @@ def main(args: Args) -> None:
     paths = {int(path.stem): path for path in sorted((args.run_dir / "snapshots").glob("*.npz"))}
     if not curve.exists() or not paths:
         raise UsageError(f"{args.run_dir} is not the directory of a SAC run: it needs training.csv and snapshots/")
-    with open(curve) as file:
-        print(f"{env_id}: {list(csv.DictReader(file))[-1]['steps']} steps of training, {len(paths)} snapshots")
+    print(f"{env_id}: {Table(curve).read()[-1]['steps']} steps of training, {len(paths)} snapshots")
     quiet_mujoco()
     low, high = REFERENCE_RETURNS[name]
     args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ that were done is measured, and the result compared with that of all. A row for 
 to `<output>.md`.
 """
 
-import csv
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,8 +112,7 @@ def run(args: Args) -> None:
 
 def report(path: Path, args: Args) -> str:
     """The Markdown page made from the CSV at `path`."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = Table(path).read()
     lines = ["| dataset | updates | done | least | most |", "| :-- | --: | --: | --: | --: |"]
     for row in rows:
         shares = " | ".join(f"{float(row[name]):.1%}" for name in ("evaluated_share", "least", "most"))

@@ -22,7 +22,6 @@ how many proposals screening leaves to the other Q-functions depends on the trai
 measurement to `<output>.csv` and the table made from them to `<output>.md`.
 """
 
-import csv
 import os
 import statistics
 import sys
@@ -219,8 +218,7 @@ def run(args: Args) -> None:
 
 def report(path: Path, args: Args, script: emaq.Args) -> str:
     """The Markdown page made from the CSV at `path`."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = Table(path).read()
     times: dict[str, list[float]] = {}
     for row in rows:
         times.setdefault(row["version"], []).append(float(row["seconds_per_update"]))

@@ -27,7 +27,6 @@ the redrawing of its proposals falls into the time that is measured. Rows go to 
 the pages that have a place for it.
 """
 
-import csv
 import importlib
 import json
 import os
@@ -76,7 +75,6 @@ class Args:
     repeats: Count = 5  # Measurements of each figure.
     timed_updates: Count = 4000  # Updates of all members together that are timed in a run; at least 1000 of each.
     transitions: Count = 200_000  # Rows of the synthetic dataset.
-    start_up: bool = True  # Measure the time to the first update too.
     # Measure every algorithm instead. Of the flags above it uses --timed-updates: its lengths are for 4000.
     algorithms: bool = False
     # Without its endings .csv and .md. Default: results/throughput, or results/speed for all algorithms.
@@ -164,12 +162,11 @@ def plan(args: Args, repeat: int) -> list[Job]:
         updates = STRETCH + max(1000, -(-args.timed_updates // members // 1000) * 1000)
         flags = f"--num-seeds {members} --num-updates {updates} --eval-every 0 {shared}"
         jobs.append(Job("updates/s", members, flags, "rates"))
-    if args.start_up:
-        # Without and with what the script does first by default: evaluate ten episodes of the untrained policy.
-        for ending, every in (("", 0), (", evaluation first", 10_000)):
-            for kind in ("cold", "warm"):
-                flags = f"--num-seeds 1 --num-updates 1 --eval-every {every} {shared}"
-                jobs.append(Job(f"first update, {kind}{ending}", 1, flags, f"start-{repeat}{ending}"))
+    # Without and with what the script does first by default: evaluate ten episodes of the untrained policy.
+    for ending, every in (("", 0), (", evaluation first", 10_000)):
+        for kind in ("cold", "warm"):
+            flags = f"--num-seeds 1 --num-updates 1 --eval-every {every} {shared}"
+            jobs.append(Job(f"first update, {kind}{ending}", 1, flags, f"start-{repeat}{ending}"))
     return jobs
 
 
@@ -270,8 +267,7 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
 
 def report(path: Path) -> str:
     """The Markdown page made from the CSV at `path`."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = Table(path).read()
     groups: dict[tuple[str, int], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["quantity"], int(row["members"])), []).append(row)
