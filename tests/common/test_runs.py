@@ -163,6 +163,18 @@ def test_final_json_follows_from_its_members(finished: Path) -> None:
     assert final["wall_clock_seconds"] > 0 and final["updates_per_second"] > 0
 
 
+def test_who_diverges_as_a_signal_comes_has_ended(tmp_path: Path, tiny: Path) -> None:
+    """There is nothing to go on with: status 3 and a final.json, as without the signal."""
+    args = Args(dataset=str(tiny), env="Hopper-v5", quiet=True, run_dir=str(tmp_path), num_updates=30)
+    population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5")
+    with Run("iql", args, population) as run, pytest.raises(SystemExit, match="3"):
+        run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
+        for _, stop in run.chunks("offline", args.num_updates):
+            run.signal = signal.SIGTERM
+            run.record(stop, Metrics({"loss": np.array([np.inf])}, {"loss": np.array([1])}), np.array([False]))
+    assert json.loads((tmp_path / "final.json").read_text())["members"][0]["diverged"]["metric"] == "loss"
+
+
 def test_rows_are_of_their_members_and_of_those_that_have_not_diverged(tmp_path: Path, tiny: Path) -> None:
     """Without any training: half of six members on two devices; the first of them breaks in the second stretch."""
     shape = {"num_updates": 30, "eval_every": 10, "num_seeds": 6, "seed": 4, "shard": "1/2"}
