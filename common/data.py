@@ -67,7 +67,7 @@ def spaces_of(spec: Any, announce: bool = False) -> tuple[int, np.ndarray, np.nd
     """What `action_bounds` says of the environment of a gymnasium id or EnvSpec."""
     with make_raw(spec) as made:
         if announce and (made.spec is None or made.spec.max_episode_steps is None):
-            print(f"no time limit: --max-episode-steps, or {LONGEST_EPISODE:,} steps, end episodes", file=sys.stderr)
+            print(f"no time limit: episodes end at {LONGEST_EPISODE:,} steps, or --max-episode-steps", file=sys.stderr)
         return action_bounds(f"environment {getattr(spec, 'id', spec)}", made.observation_space, made.action_space)
 
 

@@ -110,7 +110,7 @@ class Members:
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
-    def keys(self, number: int) -> jax.Array:  # a `number`th key for each, other than all that come of its state's
+    def keys(self, number: int) -> jax.Array:  # one for each, unlike all of its state; `number` tells uses apart
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
