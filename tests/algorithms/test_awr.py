@@ -970,7 +970,6 @@ def test_what_fits_is_not_refused() -> None:
         ["--grid", "weight_clip=1,20"],
         ["--grid", "momentum=0.5,0.9"],
         ["--grid", "temperature=0.5,1", "--clip-weights", "False", "--optimizer", "adam"],
-        ["--grid", "discount=0.9,0.99", "--discount", "1"],  # which no member has
         ["--discount", "1", "--scale-values", "False"],
     ):
         cli.parse(awr.Args, awr.PRESETS, arguments)

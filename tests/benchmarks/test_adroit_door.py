@@ -531,7 +531,7 @@ def test_pages_that_would_mislead_are_refused(tmp_path: Path) -> None:
         door.main(["report", "--results", str(tmp_path)])
     (tmp_path / "data.json").unlink()
     write_run(tmp_path, "iql", {"offline": {0: [0.9] * 4}}, 0, digest="3")
-    with pytest.raises(UsageError, match="results of binary on different data"):
+    with pytest.raises(UsageError, match="learned from other data than another run"):
         door.main(["report", "--results", str(tmp_path)])
     shutil.rmtree(tmp_path / "iql_door-binary-1.35-v1")
     write_run(tmp_path, "iql", {"offline": {0: [0.9] * 4}}, 0, environment="Hopper-v5")

@@ -538,7 +538,7 @@ def test_the_command_line_builds_and_refuses(root: Path, capsys: pytest.CaptureF
     datasets.main(["build", RANDOM])
     assert capsys.readouterr().out == f"{root / RANDOM}\n"
     datasets.main(["list"])
-    assert f"{RANDOM:46}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
+    assert f"{RANDOM:50}on disk, {TRANSITIONS} transitions" in capsys.readouterr().out
     for words, message in (
         (["stats", "x/y"], "'x/y' is neither"),
         (["build", "offax/x-v0"], "no dataset"),
