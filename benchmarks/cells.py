@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import Curves, curves_of, data_level, number, trained_on
+from benchmarks.curves import Curves, curves_of, number, trained_on
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
 from benchmarks.tables import Table, file_name
 from common.cli import UsageError
@@ -262,11 +262,6 @@ def last_evaluations(cell: Cell, count: int) -> dict[str, list[tuple[int, float]
 def about_data(cell: Cell) -> dict[str, Any] | None:
     """Returns of the dataset's own episodes; None where it was not trained on."""
     return cell.config.get("dataset_returns") if cell.config["flags"]["num_updates"] else None
-
-
-def level(cell: Cell, scored: bool) -> float | None:
-    """The dataset's own average score or return; None where it was not trained on."""
-    return data_level(cell.config, scored)
 
 
 def length_in_words(length: tuple[int, int]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cells import Cell, length_in_words, level, summary, unique
-from benchmarks.curves import PHASES, describe, lost_by, plot, score_name
+from benchmarks.cells import Cell, length_in_words, summary, unique
+from benchmarks.curves import PHASES, data_level, describe, lost_by, plot, score_name
 from benchmarks.intervals import expected_best, performance_profile
 
 COLUMNS = 3
@@ -76,7 +76,7 @@ def plot_scores(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> No
                 continue
             for cell in panel:
                 plot_seeds(axes, cell, algorithms.index(cell.algorithm), colors[cell.algorithm])
-            data_line(axes.axvline, level(panel[0], True))
+            data_line(axes.axvline, data_level(panel[0].config, True))
             title = axes.set_title(f"{panel[0].dataset}\nafter {length_in_words(panel[0].length)}", fontsize=8)
             title.set_color(SHORTER if panel[0].length != lengths[0] else "black")
             axes.set_yticks(range(len(algorithms)), labels, fontsize=8)
@@ -85,7 +85,7 @@ def plot_scores(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> No
             axes.tick_params(labelbottom=True, labelsize=8)
             axes.grid(axis="x", alpha=0.2)
     notes = ["bar: 95 % interval"] * any(len(cell.values("score_mean")) > 1 for cell in cells)
-    notes += ["dashed: the data's average"] * any(level(cell, True) is not None for cell in cells)
+    notes += ["dashed: the data's average"] * any(data_level(cell.config, True) is not None for cell in cells)
     notes += ["red: shorter than the others"] * (len(lengths) > 1)
     name = score_name([cell.config for cell in cells])
     figure.supxlabel("; ".join([name, *notes]), fontsize=9)
@@ -132,10 +132,10 @@ def plot_curves(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> No
             shorter = True
         plot(axes, curves, lost, color=colors[cell.algorithm], markersize=4.0)
         axes.set_xlim(-0.04 * longest[phase] - 0.5, 1.04 * longest[phase] + 0.5)
-        data_line(axes.axhline, level(cell, scored))
+        data_line(axes.axhline, data_level(cell.config, scored))
         axes.tick_params(labelsize=8, labelleft=True)
         axes.grid(alpha=0.2)
-    notes = ["dashed: the data's average"] * (level(cells[0], scored) is not None)
+    notes = ["dashed: the data's average"] * (data_level(cells[0].config, scored) is not None)
     notes += ["red: shorter than the others"] * shorter
     figure.suptitle("; ".join([cells[0].dataset, *notes]), fontsize=10)
     figure.supylabel(score_name([cell.config for cell in cells]) if scored else "return", fontsize=9)
@@ -182,7 +182,7 @@ def plot_expected_best(path: Path, tuned: dict[str, dict[str, Strata]], cells: S
         for number, (algorithm, settings) in enumerate(algorithms.items()):
             draw_expected_best(axes, settings, f"C{number}", algorithm)
         here = [cell for cell in cells if cell.dataset == dataset]
-        data_line(axes.axhline, level(here[0], True))
+        data_line(axes.axhline, data_level(here[0].config, True))
         for cell in here:
             if cell.algorithm == "bc" and (value := summary([cell.values("score_mean")])):
                 axes.axhline(value["iqm"], color="black", linestyle=":", linewidth=1.2, label="bc")
@@ -215,7 +215,7 @@ def plot_against(path: Path, lines: dict[str, dict[float, Cell]], name: str) -> 
             if cell.lost:
                 where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
                 axes.text(place, 0.01, f"{len(cell.lost)} diverged", fontsize=7, color=color, **where)
-        data_line(axes.axhline, level(next(iter(line.values())), True))
+        data_line(axes.axhline, data_level(next(iter(line.values())).config, True))
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set_xlim(-0.3, len(values) - 0.7)
         axes.set_title(short(label), fontsize=8)
