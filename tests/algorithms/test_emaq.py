@@ -333,7 +333,7 @@ def test_terminations_mask_and_truncations_bootstrap_by_hand() -> None:
     assert targets_of(q, hp, PLAIN, rewards=rewards, terminations=zero, truncations=one).tolist() == [12, 22]
 
 
-@pytest.mark.parametrize("width", [8, 10])
+@pytest.mark.parametrize("width", [pytest.param(8, marks=pytest.mark.slow), 10])
 def test_units_added_for_a_gpu_change_no_value(width: int) -> None:
     args = replace(PLAIN, hidden_dim=width)
     state, batch = initialise(jax.random.key(0), HP, args, OBS, ACT), random_batch()

@@ -135,7 +135,7 @@ def test_a_policy_that_draws_repeats_its_last_evaluation(run: Path, name: str) -
         assert np.min(taken) >= 0.15 and np.max(taken) <= 0.3 and len(np.unique(taken, axis=0)) == LIMIT
 
 
-@pytest.mark.parametrize("name", ["awr", pytest.param("emaq", marks=pytest.mark.slow), "iql"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("awr", "emaq")), "iql"])
 def test_an_evaluation_that_fails_in_the_online_phase_leaves_a_checkpoint_to_go_on_from(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -169,7 +169,7 @@ def test_an_evaluation_that_fails_in_the_online_phase_leaves_a_checkpoint_to_go_
         ("iql", False, 0),
         ("iql", True, 10 + 8),
         pytest.param("emaq", False, 0, marks=pytest.mark.slow),
-        ("emaq", True, 10 + 8),
+        pytest.param("emaq", True, 10 + 8, marks=pytest.mark.slow),
     ],
 )
 def test_a_member_stays_as_it_was_before_the_stretch_that_broke_it(
@@ -202,7 +202,10 @@ def test_a_member_stays_as_it_was_before_the_stretch_that_broke_it(
     assert all(np.isfinite(array).all() for key, array in arrays.items() if key.startswith("['state']"))
 
 
-@pytest.mark.parametrize(("name", "more"), [("iql", []), ("emaq", []), ("emaq", ["--steps-per-iteration", "5"])])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("iql", []), pytest.param("emaq", [], marks=pytest.mark.slow), ("emaq", ["--steps-per-iteration", "5"])],
+)
 def test_from_scratch_the_first_steps_are_uniform_and_without_updates(
     tmp_path: Path,
     small_run: list[str],
