@@ -23,16 +23,15 @@ collects 1,000 steps and makes 1,000 updates in turn. It clamps Q itself at 0, w
 `--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. `--least-reward r`
 (ours, r <= 0) keeps the targets at or above r / (1 - discount), the return of a reward of r for ever: the minimum over
 the Q-functions may otherwise drag Q below what any policy earns. Its r is of the rewards after `--normalize-returns`,
-`--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations of a task where a policy succeeds or
-fails by little: `--actor-average` acts by a mean of successive policies, which there differ much, and
-`--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
-arXiv:2103.06326).
+`--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations, where successive policies differ much
+in success: `--actor-average` acts by their moving average, and `--observation-noise` blurs the states that the policy
+learns from (for Q-functions: Sinha et al., 2021, arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero (CORL's
 do not), last layers as the others (in the authors' code near zero), targets as copies; the log standard deviation is
-clipped to its limits (in the authors' code it is a sigmoid between them). Fine-tuning goes on with the same update, on
-the union of the dataset and the policy's own samples.
+clipped to its limits, beyond which it no longer learns (in the authors' code it is a sigmoid between them). Fine-tuning
+goes on with the same update, on the union of the dataset and the policy's own samples.
 
     python algorithms/awac.py --dataset offax/hopper/medium-expert-v1
 """
@@ -60,8 +59,8 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
-    # For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 locomotion,
-    # 0.3 manipulation).
+    # For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 on
+    # locomotion, 0.3 on manipulation).
     temperature: Positive = 1 / 3
     softmax_temperature: Positive = 2.0  # For --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations).
     weight_clip: Positive = 100.0  # Largest weight of a transition for --weights exp (CORL).
@@ -90,8 +89,8 @@ class Args(RunArgs):
     value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
     # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3: Q itself).
     nonpositive_targets: bool = False
-    # Keep the critic's targets at or above this / (1 - discount), where no reward, as learned from, is less than this,
-    # which is at most 0. Default: no bound (ours).
+    # A lower bound r <= 0 of all rewards after scaling and shift: targets stay at or above r / (1 - discount), the
+    # least return that there can be. Default: no bound (ours).
     least_reward: float | None = None
     # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
     observation_noise: NonNegative = 0.0
@@ -111,7 +110,7 @@ class Args(RunArgs):
         discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
         if self.least_reward is not None and np.float32(max(discounts)) >= 1.0:
             raise UsageError("--discount 1: must be below 1 with --least-reward")
-        if (self.least_reward or 0.0) > 0.0:  # an episode that ends earns less than such a reward for ever
+        if (self.least_reward or 0.0) > 0.0:  # an episode that ends returns less than r / (1 - discount)
             raise UsageError(f"--least-reward {self.least_reward}: must not be above 0")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be from --min-log-std to --max-log-std")

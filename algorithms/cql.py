@@ -3,7 +3,7 @@
 CQL(H): soft actor-critic whose Q-functions are pushed down where they are large and up at the dataset's actions:
 
     y     = r + discount (1 - termination) min_j Q'_j(s', a'),   a' ~ pi(.|s')
-    gap_k = mean (log (sum_i exp(Q_k(s, a_i)) / p(a_i)) - Q_k(s, a))
+    gap_k = mean (log sum_i (exp(Q_k(s, a_i)) / p(a_i)) - Q_k(s, a))
     L_Q   = sum_k (mean (Q_k(s, a) - y)^2 + weight gap_k)                                                  (Eq. 4)
     L_pi  = mean (alpha log pi(a~|s) - min_k Q_k(s, a~)),   a~ ~ pi(.|s)                           (SAC, Eq. 7, 9)
     L_alpha = -log alpha mean (log pi(a~|s) + target entropy)                                        (SAC, Eq. 18)
@@ -13,10 +13,10 @@ actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density e
 times the integral on average, so the gap is about log(3n) too large; that has no gradient, but `--target-gap` counts it
 in. Weight times gap is the penalty; with `--lagrange` it has a learned factor, which rises while the gap is above
 `--target-gap` (Eq. 30). The factor starts at e, and the gap is compared before its weight, as in CORL and JaxCQL (the
-authors' starts at 1, and weight times gap is compared).
+authors' starts at 1, and weight times gap is compared). It is at most a million, as theirs, whose clip it cannot leave.
 
-Defaults are CORL's but for `--target-gap`, which is JaxCQL's, and the observations, which CORL normalises everywhere
-and here the presets decide. As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
+Defaults are CORL's but for `--target-gap`, which is JaxCQL's, and the observations, which CORL normalises but on
+AntMaze, and here the presets decide. As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
 target has no entropy term; every loss is that of the parameters before the update (the authors' policy loss has the new
 temperature); the temperature learns at the policy's rate. With `--max-backup` the target takes n actions at s' and, of
 their smallest values over the ensemble, the largest (CORL, JaxCQL; the authors' code maximises each Q-function on its
@@ -29,8 +29,8 @@ Ours: terminations alone cut the bootstrap, and the truncated last step of an ep
 ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
 sampled from the policy (CORL).
 
-The settings are for an accelerator. Fewer actions and smaller networks for a CPU, in place of the domain's settings:
-`--preset cpu`.
+The settings are for an accelerator. `--preset cpu` has locomotion's with fewer actions and smaller networks; on other
+domains keep theirs and add `--num-actions 4 --num-layers 2 --critic-layers 2`.
 
     python algorithms/cql.py --dataset offax/hopper/medium-expert-v1
 """
@@ -82,7 +82,7 @@ class Args(RunArgs):
     hp: Hyperparameters = Hyperparameters()
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (authors' code, CORL: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (authors' code, CORL).
-    num_layers: Count = 3  # Hidden layers of the policy (authors' code, CORL).
+    num_layers: Count = 3  # Hidden layers of the policy; for the Q-functions --critic-layers (authors' code, CORL).
     critic_layers: Count = 3  # Hidden layers of every Q-function (authors' code, CORL: 3; CORL on AntMaze: 5).
     layer_norm: bool = False  # Layer normalisation in the Q-functions (ours).
     num_actions: Count = 10  # The n of the gap and of --max-backup (authors' code, CORL: 10).
@@ -126,7 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic_layers": 4,
         "layer_norm": True,
     },
-    "cpu": {"num_actions": 4, "num_layers": 2, "critic_layers": 2},  # ours, for any domain: cheaper
+    "cpu": {"num_actions": 4, "num_layers": 2, "critic_layers": 2, "normalize_observations": True},  # ours: cheaper
 }
 
 
@@ -288,15 +288,10 @@ def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: jax.Arr
     return log_alpha * (entropy - target_entropy)
 
 
-def penalty_factor(log_factor: jax.Array) -> jax.Array:
-    """The penalty's factor, from 0 to a million (authors' code)."""
-    return jnp.minimum(jnp.exp(log_factor), 1e6)
-
-
 # Eq. (30)
 def factor_loss(log_factor: jax.Array, gap: jax.Array, hp: Hyperparameters) -> jax.Array:
     """Raises the penalty's factor while the mean `gap` of the Q-functions is above its target."""
-    return -penalty_factor(log_factor) * hp.conservative_weight * (gap - hp.target_gap)
+    return -jnp.exp(log_factor) * hp.conservative_weight * (gap - hp.target_gap)
 
 
 def data_log_prob(actions: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
@@ -337,7 +332,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     next_v = next_value(next_q, next_log_prob, alpha, args.entropy_backup)
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_v
     sampled, log_density = penalised_actions(penalty_key, mean, log_std, args.num_actions)
-    weight = hp.conservative_weight * (penalty_factor(state.log_factor) if args.lagrange else 1.0)
+    weight = hp.conservative_weight * (jnp.exp(state.log_factor) if args.lagrange else 1.0)
 
     def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         q = critic.apply(params, batch.observations, batch.actions)
@@ -354,6 +349,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     if args.lagrange:
         grads = jax.grad(factor_loss)(state.log_factor, critic_info["critic/gap"], hp)
         log_factor, factor_opt = descend(ADAM, state.log_factor, grads, state.factor_opt, hp.critic_learning_rate)
+        log_factor = jnp.minimum(log_factor, math.log(1e6))  # above its limit it would have no gradient back
 
     new_state = State(
         actor=actor_params,
@@ -411,7 +407,8 @@ def foretell(args: Args, count: int, done: int, obs_dim: int, action_dim: int) -
     updates = args.num_updates + args.online_steps - done
     hours = count * updates * 2 * args.batch_size * (pi * 5 + q * passes) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
-        advice = "" if args.preset == "cpu" else "; --preset cpu, in place of the domain's, is smaller"
+        smaller = "; --num-actions 4 --num-layers 2 --critic-layers 2 is cheaper"
+        advice = smaller if args.num_actions > 4 else ""
         print(f"on two CPU cores this takes roughly {hours:.0f} hours from here on{advice}", file=sys.stderr)
 
 

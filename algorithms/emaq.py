@@ -9,7 +9,7 @@ the best of N actions that mu proposes; larger N is bolder:
     L_Q  = sum_k mean (Q_k(s, a) - y)^2                                                            (Eq. 10)
 
 with n = 1 .. N and target networks Q'; the ensemble comes first, then the maximum. The agent draws N actions of mu and
-takes the best by Ens(Q_1, ..., Q_K) (algorithm 1).
+takes the best by Ens(Q_1, ..., Q_K) (algorithm 1, the policy at test time).
 
 Variants: `--backup soft` weights the proposals by softmax(alpha Ens) in place of the maximum (Eq. 71, 74); `--behavior
 vae` takes a variational autoencoder for mu (appendix H). Online (appendix F) the agent explores: it draws from mu with
@@ -17,16 +17,17 @@ logits divided by tau, takes the action of largest mean_k Q_k + beta std_k Q_k (
 
 Two things are done faster than in the paper:
 * mu is frozen, so its proposals for the dataset's next states are drawn ahead, into a pool, and anew after
-  `--pool-uses` uses of a state. The pool holds bins; the place within a bin is drawn at each use. So a later dimension
-  was drawn given other places in the earlier dimensions' bins than those used: off by a bin's width at most.
+  `--pool-uses` uses of a state. The pool holds bins; the place within a bin is drawn at each use. A later dimension was
+  therefore drawn given other values of the earlier ones than the update uses, in the same bins.
 * with lambda = 1 the target is max_n min_k. The minimum over some of the Q-functions bounds that over all of them from
   above: a proposal whose bound is not above the best full minimum so far skips the others. Targets are the same.
 
-Open in the paper: discount and initialisation, here those of BRAC's code, in which it was written; length of mu's
+Open in the paper: discount and initialisation, here those of BRAC's code, in which EMaQ was written; length of mu's
 training, no normalisation (ours); online, targets use mu without tau, and each update of the Q-functions comes with one
 of mu on the same minibatch (ours). Slips of the paper: the soft backup lacks the discount (Eq. 68, 70, 71), the test
-ensemble runs over N instead of K. The vae's loss sums over dimensions. BRAC's code averages, so that its divergence,
-which has twice as many, weighs half as much.
+ensemble runs over N instead of K. The vae's loss sums over dimensions, with a weight of 0.5 for the divergence (ours).
+BRAC's code, which the paper did not change, averages: its divergence, a mean over twice as many dimensions, weighs half
+of that; appendix H.1 to the letter, a Gaussian likelihood and 0.5 times the divergence, would be a weight of 1.
 
 The settings of the domains, OGBench's apart, are the paper's and meant for an accelerator. Smaller ones for a CPU:
 
@@ -137,7 +138,7 @@ class Args(RunArgs):
         return bool(self.proposal_pool and self.num_updates) and self.behavior == "autoregressive"
 
 
-# The paper's tables 2 and 3. N it tunes for each dataset; those here are among the ones that it tried.
+# The paper's tables 2 and 3. The paper tunes N for each dataset; these are among the values that it tried.
 # On OGBench N is that of IFQL, the baseline in FQL's code (Park et al., 2025) that takes the best of N samples.
 TABLE_3 = {"batch_size": 128, "num_critics": 16, "hidden_dim": 256, "num_layers": 4, "prefix_dim": 128, "num_bins": 80}
 TABLE_3 |= {"embedding_dim": 256, "embedding_layers": 4, "head_dim": 128, "head_layers": 1}
@@ -597,7 +598,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
-    largest = -(-members.total // int(args.shard.partition("/")[2] or 1))  # of the parts of --shard: all decide alike
+    largest = -(-members.total // int(args.shard.partition("/")[2] or 1))  # in any part of --shard: all decide alike
     pool_bytes = largest * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
     if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"

@@ -9,13 +9,14 @@ Values are learned from dataset actions alone; an expectile stands in for the ma
 Defaults are the paper's (appendix B) unless a comment names another source. From the authors' code alone: the
 policy's mean passes through tanh, its log standard deviation is clipped to [-5, 2], kernels start orthogonal. On D4RL's
 locomotion sets the paper divides rewards by the span of the returns, and the code multiplies the result by 1000 (CORL
-does so on Hopper's medium and replay sets alone). Those sets' returns span thousands, so that rewards shrink; where
-they span less than 1000, rewards grow, and a run warns: actor/clipped_fraction then tells how many weights are clipped.
+does so on Hopper's medium and replay sets alone). Returns of D4RL's locomotion sets span thousands, so that rewards
+shrink; where returns span less than 1000, rewards grow, and a run warns: actor/clipped_fraction then tells how many
+weights are clipped.
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; the policy's rate decays by a cosine over the offline phase and is constant at its full
 value online, so that fine-tuning may start from any offline checkpoint (the authors' code does not decay it at all in a
-run that will be fine-tuned).
+run that will be fine-tuned: `--actor-decay-updates 0`).
 
     python algorithms/iql.py --dataset offax/hopper/medium-expert-v1
 """
@@ -44,8 +45,8 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
-    # Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data (paper, section
-    # 5: 0.7 locomotion, 0.9 AntMaze).
+    # Expectile of the value regression; 0.5 is policy evaluation, towards 1 the best action of the data (paper: 0.7 on
+    # locomotion, 0.9 on AntMaze).
     expectile: Share = 0.7
     # Inverse temperature of the policy's weights; 0 is behaviour cloning (paper: 3 locomotion, 10 AntMaze).
     beta: NonNegative = 3.0
@@ -76,7 +77,7 @@ class Args(RunArgs):
         return self.num_updates if self.actor_decay_updates is None else self.actor_decay_updates
 
 
-# From the configurations in the authors' code; OGBench's from IQL in FQL's code (Park et al., 2025). There the networks
+# From the configurations in the authors' code; OGBench's from IQL in FQL's code (Park et al., 2025), whose networks
 # have these sizes, but GELU before layer normalisation, other initial weights, no tanh on the policy's mean and a
 # constant standard deviation; one step is made on all losses together; advantages are those of the Q-functions, not of
 # their targets; the discount is 0.995 on humanoidmaze, antmaze-giant and antsoccer.
@@ -212,7 +213,7 @@ def update(
 
     grads, value_info = jax.grad(loss_of_value, has_aux=True)(state.value)
     value_params, value_opt = descend(ADAM, state.value, grads, state.value_opt, hp.value_learning_rate)
-    both = jnp.stack([batch.observations, batch.next_observations])  # one larger product instead of two
+    both = jnp.stack([batch.observations, batch.next_observations])  # V(s) and V(s') in one product
     v, next_v = value.apply(value_params, both).squeeze(-1)
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -299,7 +300,7 @@ def main(args: Args) -> None:
 
     with Run("iql", args, members) as run:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
-        planned = run.before.get("num_updates", args.num_updates)
+        planned = run.before.get("num_updates", args.num_updates)  # of the run that is resumed
         if args.actor_decay_updates is None and planned != args.num_updates:
             print(f"the policy's rate decays over {args.num_updates} updates now, not {planned}", file=sys.stderr)
 

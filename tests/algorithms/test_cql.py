@@ -483,8 +483,10 @@ def test_factor_rises_while_the_gap_is_above_its_target() -> None:
 
     assert after(-50.0)[0] > 1.0 > after(50.0)[0]
     assert after(-50.0)[1]["critic/weight"] == pytest.approx(math.e * HP.conservative_weight, rel=1e-6)
-    assert after(-50.0, state._replace(log_factor=jnp.asarray(14.0)))[0] == 14.0  # e^14 is above the clip
-    assert cql.penalty_factor(jnp.asarray(14.0)) == 1e6
+    limit = state._replace(log_factor=jnp.asarray(math.log(1e6)))
+    most, least = after(-50.0, limit), after(1e9, limit)
+    assert most[0] == pytest.approx(math.log(1e6)) and least[0] < most[0], "at a million it goes no further, but back"
+    assert most[1]["critic/weight"] == pytest.approx(1e6 * HP.conservative_weight, rel=1e-5)
     without, info = after(-50.0, fresh(), ARGS)
     assert without == 1.0 and info["critic/weight"] == HP.conservative_weight
 
