@@ -119,7 +119,8 @@ class Args(RunArgs):
 
 
 # CORL's, and the authors' script for human demonstrations with rewards of 0 and -1. OGBench's are ours: the networks'
-# sizes and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC.
+# sizes and the weights exp(10 A) of IQL in FQL's code (Park et al., 2025), which has no AWAC, and normalised
+# observations.
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"temperature": 1 / 3},
     "antmaze": {"temperature": 0.1, "reward_shift": -1.0},

@@ -81,7 +81,7 @@ class Args(RunArgs):
 
 # CORL's: the paper's alpha everywhere. On AntMaze the paper does not normalise states, CORL does. On OGBench the
 # networks have the sizes of ReBRAC's in FQL's code (Park et al., 2025), whose layers apply GELU, then layer
-# normalisation; alpha is ours.
+# normalisation; alpha and normalised observations are ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"alpha": 2.5},
     "antmaze": {"alpha": 2.5, "reward_shift": -1.0},
