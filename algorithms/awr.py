@@ -31,8 +31,8 @@ Where the paper and the authors' code differ, or say too little:
 * lambda = 0.95, the policy's fixed standard deviation, and the penalty on means outside the actions' bounds are the
   code's. Sampled actions are regressed on as drawn, also outside the bounds; the environment clips them.
 
-Without the clip of the weights some of the paper's runs, and all three of ours, ended in numbers that are not finite
-(results/awr-hopper).
+Without the clip of the weights (`--weight-clip 1e30`) some of the paper's runs, and all three of ours, ended in numbers
+that are not finite (results/awr-hopper).
 
 Ours: minibatches are drawn with replacement; the normaliser takes in the new states before the updates of an iteration
 rather than after them, so that a policy acts with the one that it was trained with; the environments of a member go on
@@ -44,8 +44,8 @@ random steps: the policy acts from the start.
     python algorithms/awr.py --env Hopper-v5 --num-updates 0 --online-steps 1000000
 """
 
+import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -70,14 +70,13 @@ class Hyperparameters(NamedTuple):
 
     # The paper's beta, in standard deviations of the advantage; large is behaviour cloning (authors' code).
     temperature: Positive = 1.0
-    weight_clip: Positive = 20.0  # Largest weight of a transition (paper, appendix C).
+    weight_clip: Positive = 20.0  # Largest weight of a transition; 1e30: no clip (paper, appendix C).
     discount: Share = 0.99  # Discount factor (authors' code).
     td_lambda: Share = 0.95  # lambda of the TD(lambda) returns; 1: Monte Carlo (authors' code).
     actor_learning_rate: NonNegative = 5e-5  # Step size of the policy (paper, appendix C).
     value_learning_rate: NonNegative = 1e-2  # Step size of the value function (authors' code; paper, appendix C: 1e-4).
     momentum: Share = 0.9  # Momentum for --optimizer sgd (paper, appendix C).
-    # Standard deviation of the policy; with --learn-std True, at the start (authors' code: 0.4, Ant 0.2).
-    std: Positive = 0.4
+    std: Positive = 0.4  # Standard deviation of the policy (authors' code: 0.4, Ant 0.2).
     bound_weight: NonNegative = 10.0  # Weight of the penalty on mean actions outside [-1, 1] (authors' code).
 
 
@@ -100,8 +99,6 @@ class Args(RunArgs):
     normalizer_samples: int = 300_000
     scale_values: bool = True  # The network's output is V (1 - discount) (paper, Eq. 59).
     normalize_advantages: bool = True  # Centre and scale advantages over all rows (paper, Eq. 57).
-    clip_weights: bool = True  # Limit the weights by weight_clip (paper, appendix C).
-    learn_std: bool = False  # Learn the standard deviation, one for each action dimension (authors' code: fixed).
     random_steps: Literal[0] = 0  # None: the policy acts from the start (ours).
 
     def validate(self) -> None:
@@ -110,17 +107,10 @@ class Args(RunArgs):
         discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
         if self.scale_values and np.float32(max(discounts)) >= 1.0:
             raise UsageError("--discount 1: must be below 1, or pass --scale-values False")
-        if self.value_share.numerator * self.policy_updates >= 2**31:
+        if math.lcm(self.value_updates, self.policy_updates) >= 2**31:  # the most that `train` divides
             raise UsageError(f"--value-updates {self.value_updates}: too many beside --policy-updates for 32 bits")
-        if not self.clip_weights:
-            refuse_sweep(self, {"weight_clip"}, "with --clip-weights False")
         if self.optimizer != "sgd":
             refuse_sweep(self, {"momentum"}, f"with --optimizer {self.optimizer}")
-
-    @property
-    def value_share(self) -> Fraction:
-        """Updates of the value function for each one of the policy."""
-        return Fraction(self.value_updates, self.policy_updates)
 
 
 # The defaults, for each family. The authors' settings differ by environment instead: the policy's step size (Hopper
@@ -236,10 +226,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     actor, value = modules(args, action_dim)
     actor_key, value_key, key = jax.random.split(key, 3)
     observations, none = jnp.zeros((1, obs_dim)), jnp.zeros(2, jnp.int32)
-    actor_params = {"mean": actor.init(actor_key, observations)}
-    if args.learn_std:
-        actor_params["log_std"] = jnp.full(action_dim, jnp.log(hp.std))
-    value_params = value.init(value_key, observations)
+    actor_params, value_params = actor.init(actor_key, observations), value.init(value_key, observations)
     return State(
         actor=actor_params,
         value=value_params,
@@ -251,12 +238,9 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
     )
 
 
-def policy(
-    params: Any, normalizer: Normalizer, observations: jax.Array, hp: Hyperparameters, args: Args, action_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mean `[batch, action_dim]` and log standard deviation `[action_dim]` of the Gaussian policy."""
-    mean = modules(args, action_dim)[0].apply(params["mean"], normalize(normalizer, observations))
-    return mean, params["log_std"] if args.learn_std else jnp.full(action_dim, jnp.log(hp.std))
+def policy_mean(params: Any, normalizer: Normalizer, observations: jax.Array, args: Args, action_dim: int) -> jax.Array:
+    """Mean `[batch, action_dim]` of the Gaussian policy; its standard deviation is `hp.std` everywhere."""
+    return modules(args, action_dim)[0].apply(params, normalize(normalizer, observations))
 
 
 def value_scale(hp: Hyperparameters, args: Args) -> jax.Array | float:
@@ -316,8 +300,7 @@ def advantage_weights(advantages: jax.Array, written: jax.Array, hp: Hyperparame
         mean = jnp.sum(jnp.where(written, advantages, 0.0)) / count
         std = jnp.sqrt(jnp.sum(jnp.where(written, (advantages - mean) ** 2, 0.0)) / count)
         advantages = (advantages - mean) / (std + 1e-5)
-    weights = jnp.exp(advantages / hp.temperature)
-    return jnp.minimum(weights, hp.weight_clip) if args.clip_weights else weights
+    return jnp.minimum(jnp.exp(advantages / hp.temperature), hp.weight_clip)
 
 
 # Eq. (56)
@@ -367,8 +350,8 @@ def update_actor(
     """One step of the policy towards the actions of the batch, weighted by `weights [batch]`."""
 
     def loss_of_actor(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        mean, log_std = policy(params, state.normalizer, batch.observations, hp, args, batch.actions.shape[-1])
-        return actor_loss(networks.gaussian_log_prob(batch.actions, mean, log_std), weights, mean, hp)
+        mean = policy_mean(params, state.normalizer, batch.observations, args, batch.actions.shape[-1])
+        return actor_loss(networks.gaussian_log_prob(batch.actions, mean, jnp.log(hp.std)), weights, mean, hp)
 
     grads, info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
     actor_params, actor_opt = descend(optimizer(hp, args), state.actor, grads, state.actor_opt, hp.actor_learning_rate)
@@ -385,10 +368,8 @@ def act(
     sample: bool,
 ) -> jax.Array:
     """Actions `[batch, action_dim]`: the mean within [-1, 1] for evaluation, or a sample, as drawn, to collect data."""
-    mean, log_std = policy(state.actor, state.normalizer, observations, hp, args, action_dim)
-    if sample:
-        return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-    return jnp.clip(mean, -1.0, 1.0)
+    mean = policy_mean(state.actor, state.normalizer, observations, args, action_dim)
+    return mean + hp.std * jax.random.normal(key, mean.shape) if sample else jnp.clip(mean, -1.0, 1.0)
 
 
 def train(
@@ -416,8 +397,8 @@ def train(
     limit = jnp.where(num_updates > 0, args.normalizer_samples, 0)
     state = state._replace(normalizer=observe(state.normalizer, data, limit))
     targets = values_and_returns(state, data, hp, args)[1]
-    share, per = args.value_share.as_integer_ratio()
-    num_value_updates = (share * num_updates + per - 1) // per
+    divisor = math.gcd(args.value_updates, args.policy_updates)  # without it, the product may exceed 32 bits
+    num_value_updates = -(-(args.value_updates // divisor) * num_updates // (args.policy_updates // divisor))
     state, of_value = repeat(value_step, state, num_value_updates)
     values, returns, written = values_and_returns(state, data, hp, args)
     weights = advantage_weights(returns - values, written, hp, args)

@@ -28,8 +28,8 @@ from common.replay import Replay, Transitions, record
 from common.runs import Run
 
 ARGS = awr.Args(hidden_dim=8, num_layers=2, batch_size=BATCH, value_updates=3, policy_updates=4)
-PLAIN = replace(ARGS, normalizer_samples=0, scale_values=False, normalize_advantages=False, clip_weights=False)
-HP = awr.Hyperparameters()
+PLAIN = replace(ARGS, normalizer_samples=0, scale_values=False, normalize_advantages=False)
+HP, NO_CLIP = awr.Hyperparameters(), 3e38  # float32 ends at 3.4e38
 train = jax.jit(awr.train, static_argnames="args")
 evaluate = jax.jit(awr.values_and_returns, static_argnames="args")
 observe = jax.jit(awr.observe, static_argnames="limit")
@@ -43,9 +43,9 @@ double = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
 def fresh(args: awr.Args = ARGS, seed: int = 0, obs_dim: int = OBS, action_dim: int = ACT) -> awr.State:
     """A new state, its policy's last layer made large enough for means on both sides of the bounds."""
     state = jax.jit(awr.init, static_argnums=(2, 3, 4))(jax.random.key(seed), HP, args, obs_dim, action_dim)
-    layers = dict(state.actor["mean"]["params"])
+    layers = dict(state.actor["params"])
     layers[max(layers)] = jax.tree.map(lambda x: 300 * x, layers[max(layers)])
-    return state._replace(actor=state.actor | {"mean": {"params": layers}})
+    return state._replace(actor={"params": layers})
 
 
 def assert_close(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -325,12 +325,12 @@ def weights_of(advantages: Any, written: Any = None, args: awr.Args = ARGS, **hp
 
 ADVANTAGES = np.random.default_rng(0).normal(0.3, 2.0, 40)
 STANDARDISED = (ADVANTAGES - ADVANTAGES.mean()) / ADVANTAGES.std()
-RAW, UNCLIPPED = replace(ARGS, normalize_advantages=False), replace(ARGS, clip_weights=False)
+RAW = replace(ARGS, normalize_advantages=False)
 
 
 def test_weights_are_exponentials_of_normalised_advantages() -> None:
     assert_close(weights_of(ADVANTAGES, temperature=0.7, weight_clip=1e9), np.exp(STANDARDISED / 0.7), rtol=1e-4)
-    raw = weights_of(ADVANTAGES, args=PLAIN, temperature=0.7)
+    raw = weights_of(ADVANTAGES, args=RAW, temperature=0.7, weight_clip=NO_CLIP)
     assert_close(raw, np.exp(ADVANTAGES / 0.7), rtol=1e-4)
     assert raw.max() > 20 * 2, "nothing is clipped"
 
@@ -339,8 +339,9 @@ def test_weights_are_exponentials_of_normalised_advantages() -> None:
 def test_offset_and_scale_of_the_advantages_do_not_matter(factor: float, offset: float) -> None:
     changed = factor * ADVANTAGES + offset
     assert_close(weights_of(changed, temperature=0.5), weights_of(ADVANTAGES, temperature=0.5), rtol=1e-3)
-    for args in (RAW, PLAIN):
-        assert np.abs(weights_of(changed, args=args) - weights_of(ADVANTAGES, args=args)).max() > 0.1
+    for clip in (HP.weight_clip, NO_CLIP):
+        raw = [weights_of(advantages, args=RAW, weight_clip=clip) for advantages in (changed, ADVANTAGES)]
+        assert np.abs(raw[0] - raw[1]).max() > 0.1
 
 
 def test_weights_are_clipped_from_ln_20_on() -> None:
@@ -361,7 +362,7 @@ def test_a_high_temperature_is_behaviour_cloning() -> None:
     log_prob = awr.networks.gaussian_log_prob(*(jnp.asarray(x) for x in (actions, mean, np.log(std))))
     for weights in (
         weights_of(ADVANTAGES, temperature=1e7),
-        weights_of(1e3 * ADVANTAGES, args=PLAIN, temperature=1e10),
+        weights_of(1e3 * ADVANTAGES, args=RAW, temperature=1e10, weight_clip=NO_CLIP),
         weights_of(np.full(40, 2.5), temperature=0.1),  # equal advantages
     ):
         assert_close(weights, np.ones(40), rtol=1e-5)
@@ -369,10 +370,10 @@ def test_a_high_temperature_is_behaviour_cloning() -> None:
         assert float(loss) == pytest.approx(-density.mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("args", [UNCLIPPED, PLAIN])
+@pytest.mark.parametrize("args", [ARGS, RAW])
 def test_a_low_temperature_leaves_the_best_alone(args: awr.Args) -> None:
-    weights = weights_of(np.roll(np.linspace(-3, 3, 12), 4), args=args, temperature=0.04)
-    assert np.isfinite(weights).all() and weights[3] == weights.max()
+    weights = weights_of(np.roll(np.linspace(-3, 3, 12), 4), args=args, temperature=0.04, weight_clip=NO_CLIP)
+    assert weights[3] == weights.max() < NO_CLIP
     assert np.sort(weights)[-2] < 1e-3 * weights[3]
 
 
@@ -384,10 +385,12 @@ def test_statistics_are_those_of_written_rows() -> None:
 
 
 def test_without_the_clip_weights_overflow() -> None:
-    """In float32 from exp(88.7) on; with the clip they are 20."""
-    advantages = [88.0, 89.0, -1e6]
-    np.testing.assert_array_equal(np.isinf(weights_of(advantages, args=PLAIN)), [False, True, False])
-    np.testing.assert_array_equal(weights_of(advantages, args=RAW), [20, 20, 0])
+    """In float32 from exp(88.7) on; with the clip they are 20, and with one of 1e30 as large from exp(69.1) on."""
+    advantages = [68.0, 88.0, 89.0, -1e6]
+    weights = weights_of(advantages, args=RAW, weight_clip=np.inf)
+    assert_close(weights, [np.exp(68.0), np.exp(88.0), np.inf, 0], rtol=1e-4)
+    assert_close(weights_of(advantages, args=RAW, weight_clip=1e30), [np.exp(68.0), 1e30, 1e30, 0], rtol=1e-4)
+    np.testing.assert_array_equal(weights_of(advantages, args=RAW), [20, 20, 20, 0])
 
 
 # ---- the normaliser ----
@@ -486,8 +489,8 @@ def numpy_optimizer(args: awr.Args, learning_rate: float, momentum: float) -> An
     return NumpyMomentum(learning_rate, momentum) if args.optimizer == "sgd" else NumpyAdam(learning_rate)
 
 
-STEP = HP._replace(actor_learning_rate=3e-2, value_learning_rate=1e-2, momentum=0.7, discount=0.5)
-LEARNED = replace(ARGS, optimizer="adam", learn_std=True, num_layers=1, scale_values=False)
+STEP = HP._replace(actor_learning_rate=3e-2, value_learning_rate=1e-2, momentum=0.7, discount=0.5, std=0.5)
+ADAM = replace(ARGS, optimizer="adam", num_layers=1, scale_values=False)
 
 
 def test_value_loss_is_half_the_squared_error() -> None:
@@ -517,7 +520,7 @@ def test_losses_do_not_broadcast() -> None:
         awr.actor_loss(jnp.zeros((4, 1)), jnp.zeros(4), jnp.zeros((4, 2)), HP)
 
 
-@pytest.mark.parametrize("args", [ARGS, LEARNED], ids=["sgd", "adam"])
+@pytest.mark.parametrize("args", [ARGS, ADAM], ids=["sgd", "adam"])
 def test_steps_of_the_value_function(args: awr.Args) -> None:
     """Gradients by central differences of the loss; then by hand v = g + m v, p -= rate v, or Adam."""
     state = start = fresh(args)._replace(normalizer=seen(STATES))
@@ -540,22 +543,18 @@ def test_steps_of_the_value_function(args: awr.Args) -> None:
     assert trees_equal(*(jax.random.key_data(x.key) for x in (state, start)))
 
 
-@pytest.mark.parametrize("args", [ARGS, LEARNED], ids=["sgd", "adam"])
+@pytest.mark.parametrize("args", [ARGS, ADAM], ids=["sgd", "adam"])
 def test_steps_of_the_policy(args: awr.Args) -> None:
     state = start = fresh(args)._replace(normalizer=seen(STATES))
-    actor, optimizer = {"mean": double(state.actor["mean"]["params"])}, numpy_optimizer(args, 3e-2, 0.7)
-    if args.learn_std:
-        assert_close(state.actor["log_std"], np.full(ACT, np.log(0.4)))
-        actor["log_std"] = double(state.actor["log_std"])
+    actor, optimizer = double(state.actor["params"]), numpy_optimizer(args, 3e-2, 0.7)
     for i in range(2):
         batch, weights = trajectories([BATCH], seed=i)[0], np.random.default_rng(i).uniform(0, 3, BATCH)
         batch = batch._replace(actions=1.5 * batch.actions)  # also beyond the bounds: regressed on as drawn
         x = normalised(batch.observations, STATES)
 
         def loss(params: Any, x: np.ndarray = x, batch: Transitions = batch, weights: np.ndarray = weights) -> float:
-            mean, std = numpy_mlp(params["mean"], x)[0], np.exp(params.get("log_std", np.log([0.4, 0.4])))
-            z = (batch.actions - mean) / std
-            log_prob = (-0.5 * z**2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+            mean = numpy_mlp(params, x)[0]
+            log_prob = stats.norm(mean, 0.5).logpdf(batch.actions).sum(axis=1)
             excess = np.maximum(np.abs(mean) - 1, 0)
             return -np.mean(weights * log_prob) + HP.bound_weight * 0.5 * np.mean((excess**2).sum(axis=1))
 
@@ -564,9 +563,7 @@ def test_steps_of_the_policy(args: awr.Args) -> None:
         assert i > 0 or float(info["actor/bound_loss"]) > 1e-3
         actor = optimizer.step(actor, central_differences(loss, actor))
         assert int(state.step) == i + 1
-    assert_close(state.actor["mean"]["params"], actor["mean"], rtol=1e-3, atol=1e-4)
-    if args.learn_std:
-        assert_close(state.actor["log_std"], actor["log_std"], rtol=1e-3, atol=1e-4)
+    assert_close(state.actor["params"], actor, rtol=1e-3, atol=1e-4)
     moves = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), start.actor, state.actor)
     assert min(jax.tree.leaves(moves)) > 1e-3
     others = {"actor": 0, "actor_opt": 0, "step": 0, "key": 0}
@@ -585,9 +582,7 @@ def numpy_iteration(
     table = joined([*offline, *([] if log is None else [jax.tree.map(lambda x: x[stored], joined(log.episodes))])])
     states, scale, key = table.observations, scale_of(hp, args), state.key
     x = normalised(states, states) if args.normalizer_samples else double(states)
-    value, actor = double(state.value["params"]), {"mean": double(state.actor["mean"]["params"])}
-    if args.learn_std:
-        actor["log_std"] = double(state.actor["log_std"])
+    value, actor = double(state.value["params"]), double(state.actor["params"])
     value_opt = numpy_optimizer(args, hp.value_learning_rate, hp.momentum)
     actor_opt = numpy_optimizer(args, hp.actor_learning_rate, hp.momentum)
 
@@ -608,8 +603,7 @@ def numpy_iteration(
         advantages = found() - values(states)
         if args.normalize_advantages:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-5)
-        weights = np.exp(advantages / hp.temperature)
-        return np.minimum(weights, hp.weight_clip) if args.clip_weights else weights
+        return np.minimum(np.exp(advantages / hp.temperature), hp.weight_clip)
 
     targets, old_weights, drawn = found(), weights_now(), []
     for _ in range(math.ceil(args.value_updates * num_updates / args.policy_updates)):
@@ -623,16 +617,12 @@ def numpy_iteration(
     for _ in range(num_updates):
         drawn.append(rows())
         i = drawn[-1]
-        mean, inputs = numpy_mlp(actor["mean"], x[i])
-        std = np.exp(actor.get("log_std", np.log(np.full(ACT, hp.std))))
-        z, excess = (table.actions[i] - mean) / std, np.maximum(np.abs(mean) - 1, 0) * np.sign(mean)
-        log_prob = (-0.5 * z**2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+        mean, inputs = numpy_mlp(actor, x[i])
+        z, excess = (table.actions[i] - mean) / hp.std, np.maximum(np.abs(mean) - 1, 0) * np.sign(mean)
+        log_prob = (-0.5 * z**2 - np.log(hp.std) - 0.5 * np.log(2 * np.pi)).sum(axis=1)
         losses.append(-np.mean(weights[i] * log_prob) + hp.bound_weight * 0.5 * np.mean((excess**2).sum(axis=1)))
-        share = weights[i, None] / BATCH
-        grads = {"mean": numpy_gradients(actor["mean"], inputs, -share * z / std + hp.bound_weight * excess / BATCH)}
-        if args.learn_std:
-            grads["log_std"] = np.sum(share * (1 - z**2), axis=0)
-        actor = actor_opt.step(actor, grads)
+        delta = (-weights[i, None] * z / hp.std + hp.bound_weight * excess) / BATCH
+        actor = actor_opt.step(actor, numpy_gradients(actor, inputs, delta))
     num_offline = sum(len(one.rewards) for one in offline)
     if log is not None:
         assert (np.concatenate(drawn) >= num_offline).any()
@@ -643,8 +633,8 @@ def numpy_iteration(
 # What differs from the defaults, the dataset's episodes, the ring's, the updates of the policy.
 ITERATIONS = {
     "offline": ({}, [7, 1, 20, 12], None, 4),
-    "adam": (vars(LEARNED) | {"normalizer_samples": 0, "normalize_advantages": False}, [15, 9], None, 3),
-    "both": ({"scale_values": False, "clip_weights": False}, [7, 20], [4, 9, 2], 2),
+    "adam": (vars(ADAM) | {"normalizer_samples": 0, "normalize_advantages": False}, [15, 9], None, 3),
+    "both": ({"scale_values": False}, [7, 20], [4, 9, 2], 2),
     "online": ({"num_layers": 1, "optimizer": "adam"}, [], [9, 8, 20, 14], 5),
 }
 
@@ -655,6 +645,7 @@ def test_an_iteration_equals_an_independent_numpy_version(case: str) -> None:
     args = replace(ARGS, **changes)
     hp = STEP._replace(temperature=0.6, weight_clip=3.0, value_learning_rate=0.1, td_lambda=0.8)
     hp = hp._replace(temperature=3.0) if not args.normalize_advantages else hp
+    hp = hp._replace(weight_clip=NO_CLIP) if case == "both" else hp
     episodes = trajectories(offline, seed=3)
     log = filled(30, online, seed=8) if online else None
     if log is not None and case == "online":  # as in a population: another member's ring beside it
@@ -666,9 +657,7 @@ def test_an_iteration_equals_an_independent_numpy_version(case: str) -> None:
     after, metrics = train(state, hp, data, num_updates, args)
     expected = numpy_iteration(state, data, episodes, log, num_updates, hp, args)
     assert_close(after.value["params"], expected["value"], rtol=5e-3, atol=5e-4)
-    assert_close(after.actor["mean"]["params"], expected["actor"]["mean"], rtol=5e-3, atol=5e-4)
-    if args.learn_std:
-        assert_close(after.actor["log_std"], expected["actor"]["log_std"], rtol=1e-3)
+    assert_close(after.actor["params"], expected["actor"], rtol=5e-3, atol=5e-4)
     assert float(means(metrics)["actor/loss"]) == pytest.approx(expected["loss"], rel=1e-3)
     assert trees_equal(*(jax.random.key_data(key) for key in (after.key, expected["key"])))
     assert int(after.step) == num_updates
@@ -686,7 +675,7 @@ def test_value_updates_are_in_proportion_rounded_up() -> None:
         assert int(metrics.counts["actor/loss"]) == int(state.step) == num_updates
 
 
-@pytest.mark.parametrize(("value", "policy"), [(1_000_000, 1_000_000), (300_000, 200_000)])
+@pytest.mark.parametrize(("value", "policy"), [(1_000_000, 1_000_000), (300_000, 200_000), (1, 2**31 - 1)])
 def test_iterations_may_be_long(value: int, policy: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of a million updates, as a single pass over the data: their product is no number of 32 bits."""
     counts: list[int] = []
@@ -793,33 +782,28 @@ def test_random_episodes_come_out_as_they_went_in() -> None:
 # ---- acting ----
 
 
-@pytest.mark.parametrize("args", [ARGS, LEARNED], ids=["fixed", "learned"])
-def test_act_gives_the_mean_within_bounds_or_a_sample_as_drawn(args: awr.Args) -> None:
+def test_act_gives_the_mean_within_bounds_or_a_sample_as_drawn() -> None:
     """The policy's mean is [1.5, -0.2] in every state."""
-    state, hp = fresh(args), HP._replace(std=0.3)
-    layers = jax.tree.map(jnp.zeros_like, dict(state.actor["mean"]["params"]))
+    state, hp = fresh(), HP._replace(std=0.3)
+    layers = jax.tree.map(jnp.zeros_like, dict(state.actor["params"]))
     layers[max(layers)]["bias"] = jnp.array([1.5, -0.2])
-    state = state._replace(actor={"mean": {"params": layers}})
-    deviations = [0.3, 0.3]
-    if args.learn_std:
-        deviations = [0.1, 0.6]
-        state = state._replace(actor=state.actor | {"log_std": jnp.log(jnp.array(deviations))})
+    state = state._replace(actor={"params": layers})
     act = jax.jit(awr.act, static_argnames=("args", "action_dim", "sample"))
     states = np.zeros((50_000, OBS), np.float32)
-    mean = act(state, hp, states[:3], jax.random.key(0), args, ACT, sample=False)
+    mean = act(state, hp, states[:3], jax.random.key(0), ARGS, ACT, sample=False)
     assert_close(mean, np.tile([1.0, -0.2], (3, 1)))
-    samples = np.asarray(act(state, hp, states, jax.random.key(1), args, ACT, sample=True))
-    z = (samples - [1.5, -0.2]) / deviations
+    samples = np.asarray(act(state, hp, states, jax.random.key(1), ARGS, ACT, sample=True))
+    z = (samples - [1.5, -0.2]) / 0.3
     for column in z.T:
         assert stats.kstest(column, "norm").pvalue > 1e-4
     assert abs(np.corrcoef(z.T)[0, 1]) < 0.02
-    assert not np.array_equal(samples, act(state, hp, states, jax.random.key(2), args, ACT, sample=True))
+    assert not np.array_equal(samples, act(state, hp, states, jax.random.key(2), ARGS, ACT, sample=True))
 
 
 def test_acting_is_on_normalised_states() -> None:
     state, x = fresh()._replace(normalizer=seen(STATES)), joined(trajectories([5], seed=7)).observations
     found = awr.act(state, HP, x, jax.random.key(0), ARGS, ACT, sample=False)
-    mean = numpy_mlp(double(state.actor["mean"]["params"]), normalised(x, STATES))[0]
+    mean = numpy_mlp(double(state.actor["params"]), normalised(x, STATES))[0]
     assert_close(found, np.clip(mean, -1, 1), rtol=1e-3, atol=1e-4)
     assert 0 < (np.abs(mean) > 1).mean() < 1
 
@@ -846,55 +830,49 @@ def bandit(actions: Any) -> Transitions:
     return Transitions(one, actions, zero, one, zero + 1, zero)
 
 
-def learned_gaussian(
-    actions: np.ndarray, advantages: np.ndarray, hp: awr.Hyperparameters, args: awr.Args
-) -> tuple[float, float]:
-    """Mean and deviation of the policy that many updates with the weights of these advantages end at."""
+def learned_mean(actions: np.ndarray, advantages: np.ndarray, hp: awr.Hyperparameters, args: awr.Args) -> float:
+    """The mean of the policy that many updates with the weights of these advantages end at."""
     weights = jnp.asarray(weights_of(advantages, args=args, temperature=hp.temperature))
     state = fitted_actor(fresh(args, obs_dim=1, action_dim=1), bandit(actions), weights, hp, args)
-    mean, log_std = awr.policy(state.actor, state.normalizer, jnp.ones((1, 1)), hp, args, 1)
-    return float(mean[0, 0]), float(jnp.exp(log_std[0]))
+    return float(awr.policy_mean(state.actor, state.normalizer, jnp.ones((1, 1)), args, 1)[0, 0])
 
 
 FIT = {
-    "sgd": (replace(PLAIN, learn_std=True), HP._replace(actor_learning_rate=5e-3)),
-    "adam": (replace(PLAIN, learn_std=True, optimizer="adam"), HP._replace(actor_learning_rate=1e-2)),
+    "sgd": (PLAIN, HP._replace(actor_learning_rate=5e-3)),
+    "adam": (replace(PLAIN, optimizer="adam"), HP._replace(actor_learning_rate=1e-2)),
 }
 
 
 @pytest.mark.parametrize(("name", "temperature"), crossed(FIT, [0.3, 2.0]))
 def test_policy_improvement_in_closed_form(name: str, temperature: float) -> None:
-    """pi is proportional to mu(a) exp(A / temperature): a Gaussian takes over its mean and its deviation."""
+    """pi is proportional to mu(a) exp(A / temperature): a Gaussian of whatever fixed deviation takes over its mean."""
     args, hp = FIT[name]
     hp = hp._replace(temperature=temperature)
     actions = np.array([-0.8, -0.8, -0.8, 0.1, 0.5, 0.5, 0.5, 0.9])  # thus mu
     advantages = np.array([-0.2, -0.2, -0.2, 0.3, 0.1, 0.1, 0.1, -0.1])
     tilted = np.exp(advantages / temperature)
     mean = np.average(actions, weights=tilted)
-    deviation = np.sqrt(np.average((actions - mean) ** 2, weights=tilted))
     assert mean - actions.mean() > 0.02
-    assert learned_gaussian(actions, advantages, hp, args) == pytest.approx((mean, deviation), abs=2e-3)
+    for std in (0.4, 0.7):
+        assert learned_mean(actions, advantages, hp._replace(std=std), args) == pytest.approx(mean, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", FIT)
 def test_the_odds_of_two_actions(name: str) -> None:
     """mu takes -0.5 six times of eight; the mean tells with which probability pi takes 0.5."""
     args, hp = FIT[name]
-    mean, std = learned_gaussian(np.array([-0.5] * 6 + [0.5] * 2), np.array([-0.1] * 6 + [0.6] * 2), hp, args)
+    mean = learned_mean(np.array([-0.5] * 6 + [0.5] * 2), np.array([-0.1] * 6 + [0.6] * 2), hp, args)
     odds = 1 / 3 * np.exp((0.6 + 0.1) / HP.temperature)
-    share = odds / (1 + odds)
-    assert (mean + 0.5, std) == pytest.approx((share, np.sqrt(share * (1 - share))), abs=2e-3)
+    assert mean + 0.5 == pytest.approx(odds / (1 + odds), abs=2e-3)
 
 
 def test_the_bound_holds_means_back() -> None:
     """Every action is 1.5: the minimum of (1.5 - m)^2 / 2 std^2 + bound_weight (m - 1)^2 / 2."""
     args, hp = FIT["adam"]
-    for bound_weight in (0.0, 10.0):
-        one, fixed = hp._replace(bound_weight=bound_weight), replace(args, learn_std=False)
-        mean, std = learned_gaussian(np.full(8, 1.5), np.zeros(8), one, fixed)
-        precision = 1 / HP.std**2
+    for bound_weight, std in ((0.0, 0.4), (10.0, 0.4), (10.0, 0.7)):
+        mean = learned_mean(np.full(8, 1.5), np.zeros(8), hp._replace(bound_weight=bound_weight, std=std), args)
+        precision = 1 / std**2
         assert mean == pytest.approx((1.5 * precision + bound_weight) / (precision + bound_weight), abs=1e-3)
-        assert std == pytest.approx(HP.std)
 
 
 @partial(jax.jit, static_argnames="args")
@@ -943,7 +921,6 @@ def test_values_are_those_of_the_policies_weighted_by_their_visits(scale_values:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--grid", "weight_clip=1,20", "--clip-weights", "False"], "weight_clip has no effect with --clip-weights"),
         (["--grid", "momentum=0.5,0.9", "--optimizer", "adam"], "momentum has no effect with --optimizer adam"),
         (["--discount", "1"], "--scale-values False"),
         (["--grid", "discount=0.9,1"], "--scale-values False"),
@@ -967,9 +944,9 @@ def test_what_does_not_fit_is_refused(
 
 def test_what_fits_is_not_refused() -> None:
     for arguments in (
-        ["--grid", "weight_clip=1,20"],
+        ["--grid", "weight_clip=1,20,1e30"],
         ["--grid", "momentum=0.5,0.9"],
-        ["--grid", "temperature=0.5,1", "--clip-weights", "False", "--optimizer", "adam"],
+        ["--grid", "temperature=0.5,1", "--weight-clip", "1e30", "--optimizer", "adam"],
         ["--discount", "1", "--scale-values", "False"],
     ):
         cli.parse(awr.Args, awr.PRESETS, arguments)
@@ -982,8 +959,8 @@ def test_defaults_are_those_of_the_paper_and_of_its_authors() -> None:
     assert {name: getattr(args.hp, name) for name in (paper | code)} == paper | code
     assert (args.optimizer, args.hidden_dim, args.num_layers, args.batch_size) == ("sgd", 128, 2, 256)
     assert (args.value_updates, args.policy_updates, args.buffer_size) == (200, 1000, 50_000)
-    assert (args.samples_per_iteration, args.normalizer_samples, args.learn_std) == (2048, 300_000, False)
-    assert args.scale_values and args.normalize_advantages and args.clip_weights
+    assert (args.samples_per_iteration, args.normalizer_samples) == (2048, 300_000)
+    assert args.scale_values and args.normalize_advantages
 
 
 def test_networks_start_as_those_of_the_authors() -> None:
@@ -991,13 +968,13 @@ def test_networks_start_as_those_of_the_authors() -> None:
     args = awr.Args()
     state = jax.jit(lambda key: awr.init(key, args.hp, args, 11, 3))(jax.random.key(0))
     bounds = [(6 / (11 + 128)) ** 0.5, (6 / (128 + 64)) ** 0.5]
-    for params, outputs, last in ((state.actor["mean"], 3, 0.01), (state.value, 1, (6 / 65) ** 0.5)):
+    for params, outputs, last in ((state.actor, 3, 0.01), (state.value, 1, (6 / 65) ** 0.5)):
         layers = [params["params"][f"Dense_{i}"] for i in range(3)]
         assert [layer["kernel"].shape for layer in layers] == [(11, 128), (128, 64), (64, outputs)]
         for layer, bound in zip(layers, [*bounds, last], strict=True):
             assert not np.any(layer["bias"])
             assert stats.kstest(np.ravel(layer["kernel"]), stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-4
-    assert list(state.actor) == ["mean"], "the deviation is fixed"
+        assert list(params) == ["params"] and len(params["params"]) == 3, "the policy's deviation is fixed"
 
 
 # ---- runs ----
@@ -1185,10 +1162,10 @@ def test_resuming_in_the_online_phase(
 def test_without_the_clip_a_run_diverges_and_says_so(
     tmp_path: Path, small_run: list[str], script: Callable[..., Any]
 ) -> None:
-    """At a temperature of 1e-3 deviations the largest weight is beyond float32; another member goes on."""
+    """At a temperature of 1e-3 deviations the largest weights are 1e30, which is no clip; another member goes on."""
     run = tmp_path / "run"
     arguments = [*small_run, *SMALL, "--num-updates", "8", "--grid", "temperature=1e-3,1", "--run-dir", run]
-    outcome = script("awr", *arguments, "--clip-weights", "False")
+    outcome = script("awr", *arguments, "--weight-clip", "1e30")
     assert outcome.status == 0 and outcome.err.count("\n") == 1
     assert "member 0 (seed 0, temperature=0.001) diverged: actor/" in outcome.err
     members = json.loads((run / "final.json").read_text())["members"]
