@@ -4,7 +4,7 @@ Each iteration fits a value function to the returns of the data, then the policy
 its advantage:
 
     V    = argmin_V  mean (G - V(s))^2                                                                    (Eq. 56)
-    A    = G - V(s),   normalised over all rows: (A - mean A) / std A                                     (Eq. 57)
+    A    = G - V(s),   normalised over all rows: (A - mean A) / (std A + 1e-5)                            (Eq. 57)
     pi   = argmax_pi mean w(A) log pi(a|s),   w(A) = min(exp(A / temperature), weight_clip)               (Eq. 38, 55)
 
 with the TD(lambda) return G of the whole trajectory, computed backwards and anew from the latest V in each iteration:
@@ -94,12 +94,12 @@ class Args(RunArgs):
     # Environment steps in an online iteration (authors' code; paper, appendix C: about 2000).
     samples_per_iteration: Count = 2048
     buffer_size: Count = 50_000  # Transitions that are kept of the online phase (paper, appendix C).
-    num_environments: Count = 2  # Environments of each member in the online phase (ours).
+    num_environments: Count = 2  # Environments of each member in the online phase (ours; authors' code: 1).
     # States after which their mean and deviation are frozen (authors' code); 0: states are not normalised.
     normalizer_samples: int = 300_000
     scale_values: bool = True  # The network's output is V (1 - discount) (paper, Eq. 59).
     normalize_advantages: bool = True  # Centre and scale advantages over all rows (paper, Eq. 57).
-    random_steps: Literal[0] = 0  # None: the policy acts from the start (ours).
+    random_steps: Literal[0] = 0  # Always 0: the policy acts from the start (ours).
 
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the other flags make unused."""
