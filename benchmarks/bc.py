@@ -40,6 +40,7 @@ class Args(RunArgs):
     """BC: behaviour cloning."""
 
     hp: Hyperparameters = Hyperparameters()
+    num_updates: Count = 1_000_000  # Updates (CORL).
     normalize_observations: bool = True  # Centre and scale states by the dataset's mean and standard deviation (CORL).
     hidden_dim: Count = 256  # Width of every hidden layer (CORL).
     num_layers: Count = 2  # Hidden layers of the policy (CORL).
@@ -140,9 +141,9 @@ def train(
 def main(args: Args) -> None:
     """The run: load, initialise, train offline; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
-    dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    dataset = load(args.dataset, args.env)
     transform = fit_transform(dataset.transitions, args)
-    offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
+    offline = members.replicate(transform.transitions(dataset.transitions))
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
 
     train_all = members.map(partial(train, args=args))

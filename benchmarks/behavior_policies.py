@@ -36,7 +36,7 @@ from benchmarks.offax_sets import Episode, Layers, process_map, run_episodes
 from benchmarks.tables import Table
 from common.cli import Count, Range, UsageError, check_ranges, exit_status, read_flags
 from common.members import usable_cores
-from common.report import write_atomically
+from common.report import read_npz, write_atomically
 
 Several = Annotated[int, Range("at least 2", 2)]  # of which one can say how far they are apart
 NUM_MIXED = 16
@@ -80,9 +80,9 @@ Measure = Callable[[Sequence[int], int], list[Measured]]  # snapshots, by their 
 
 def read_snapshot(path: Path) -> Layers:
     """Layers of a snapshot, rounded to float16."""
-    with np.load(path, allow_pickle=False) as file:
-        depth = sum(name.startswith("w") for name in file.files)
-        return [(file[f"w{i}"].astype(np.float16), file[f"b{i}"].astype(np.float16)) for i in range(depth)]
+    arrays = read_npz(path)
+    depth = sum(name.startswith("w") for name in arrays)
+    return [(arrays[f"w{i}"].astype(np.float16), arrays[f"b{i}"].astype(np.float16)) for i in range(depth)]
 
 
 def measure(env_id: str, path: Path, episodes: int, run: Callable[..., Iterable[list[Episode]]] = map) -> Measured:

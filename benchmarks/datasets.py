@@ -96,7 +96,7 @@ def on_disk() -> dict[str, dict[str, Any]]:
 
 def megabytes(name: str) -> float | None:
     """Size on disk of a file, or of a set with all that is in its directory."""
-    path = next((path for path in (Path(name).expanduser(), datasets_root() / name) if path.exists()), None)
+    path = next((path for path in (datasets_root() / name, Path(name).expanduser()) if path.exists()), None)
     files = [path, *path.rglob("*")] if path else []
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6 if files else None
 
@@ -202,10 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in args.ids or [name for name, of in known.items() if not of.size]:
                 print((ogbench_sets if name.startswith("ogbench/") else offax_sets).ensure(name))
         elif args.command == "export":
-            file = Path(args.id)
+            file = Path(args.id).expanduser()
             path = args.path or Path(file.name if file.exists() else args.id.replace("/", "-")).with_suffix(".npz")
-            if file.exists() and path.exists() and path.samefile(file):
-                raise UsageError(f"{path} is the set itself; name another file to write")
+            read = [part for part in (file, *(Path(x).expanduser() for x in args.id.split("+"))) if part.exists()]
+            if path.exists() and any(map(path.samefile, read)):
+                raise UsageError(f"{path} is the set itself or a part of it; name another file to write")
             print(write_npz(load(args.id, args.env), path))
         elif args.command == "stats":
             rows = [row_of(name, args.env) for name in args.ids or on_disk()]

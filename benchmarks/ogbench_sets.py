@@ -224,8 +224,8 @@ def transitions(name: str, arrays: Mapping[str, np.ndarray], goal: Goal) -> dict
     if missing := [key for key in needed if key not in arrays]:
         raise UsageError(f"{name} has no array {missing[0]}; it has {', '.join(arrays)}")
     last = arrays["terminals"].astype(bool).reshape(-1)
-    if odd := [key for key in needed if len(arrays[key]) != len(last)]:
-        raise UsageError(f"{name}: {odd[0]} has {len(arrays[odd[0]])} rows, terminals have {len(last)}")
+    if odd := [key for key in needed if arrays[key].shape[:1] != last.shape]:
+        raise UsageError(f"{name}: {odd[0]} has the shape {list(arrays[odd[0]].shape)}, terminals {len(last)} rows")
     if not last[-1:].all() or last.all():
         raise UsageError(f"{name}: terminals must mark the last of several states of each trajectory, and the last row")
     width = max((at.stop for at, _, _ in goal.places), default=0)

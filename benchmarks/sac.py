@@ -39,7 +39,7 @@ from common.environments import Collector, make_environment
 from common.members import Members, Metrics, repeat
 from common.networks import descend
 from common.replay import Replay, Ring, Transform, Transitions, empty_ring, insert
-from common.report import fill_tree, read_tree, save_tree
+from common.report import fill_tree, read_tree, save_tree, write_atomically
 
 
 class Hyperparameters(NamedTuple):
@@ -246,15 +246,16 @@ def main(args: Args) -> None:
     (run_dir / "snapshots").mkdir(parents=True, exist_ok=True)
     state = init(jax.random.key(args.seed), args, obs_dim, action_dim)
     ring = empty_ring(args.num_steps, obs_dim, action_dim)
-    checkpoint, first = run_dir / "checkpoint.npz", 0
+    checkpoint, first, table = run_dir / "checkpoint.npz", 0, Table(run_dir / "training.csv")
     if checkpoint.exists():
         arrays, metadata = read_tree(checkpoint)
         ours, theirs = json.loads(json.dumps(asdict(args))), metadata["args"]
         if odd := [name for name in ours if name not in FREE and theirs.get(name) != ours[name]]:
             raise UsageError(f"{run_dir} holds a run with {odd[0]} {theirs.get(odd[0])}; use another --run-dir")
         (state, ring), first = fill_tree(checkpoint, arrays, (state, ring)), metadata["steps"]
-    table = Table(run_dir / "training.csv")
-    # What comes after the checkpoint, or is another run's, goes; also behavior_policies.py's measurements of it.
+    elif table.path.exists():
+        raise UsageError(f"{run_dir} holds a run without a checkpoint; delete it, or use another --run-dir")
+    # What comes after the checkpoint goes; also behavior_policies.py's measurements of it.
     for written in (table, Table(run_dir / "snapshots.csv")):
         written.replace([row for row in written.read() if int(row["steps"]) <= first])
     for snapshot in (run_dir / "snapshots").glob("*.npz"):
@@ -290,12 +291,14 @@ def main(args: Args) -> None:
             row |= {"length_mean": float(lengths.mean())}
             row |= {name: float(np.mean([m[name] for m in metrics])) if metrics else None for name in means}
             table.append([row])
-            np.savez(run_dir / "snapshots" / f"{steps:09d}.npz", **export_policy(state.actor))
+            layers = export_policy(state.actor)
+            write_atomically(run_dir / "snapshots" / f"{steps:09d}.npz", lambda file: np.savez(file, **layers))  # noqa: B023
             rate = (steps - first) / seconds
             print(f"{args.env} {steps}: return {row['return_mean']:.0f}, {rate:.0f} steps/s", flush=True)
             episodes.clear()
             metrics.clear()
-        if steps // args.checkpoint_every > (steps - args.num_envs) // args.checkpoint_every:
+        last = steps + args.num_envs > args.num_steps
+        if last or steps // args.checkpoint_every > (steps - args.num_envs) // args.checkpoint_every:
             save_tree(checkpoint, (state, ring), {"steps": steps, "args": asdict(args)})
 
 

@@ -190,7 +190,7 @@ def _server_answers() -> bool:
     def ask() -> None:
         try:
             urllib.request.urlopen(url, timeout=offax_sets.NETWORK_SECONDS).close()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter for an HF_ENDPOINT that is no address
             if not isinstance(error, urllib.request.HTTPError):  # which is an answer all the same
                 return
         answered.set()

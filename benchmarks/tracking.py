@@ -3,12 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.cli import RunArgs, one_line
+from common.cli import RunArgs, UsageError, one_line
 from common.report import read_json, write_json
 
 OWN = ("phase", "step", "member", "seed")  # columns of the tables that say whose a row is
@@ -33,8 +34,9 @@ class Tracker:
         kept, ids = Path(config["run_dir"]) / "wandb.json", {}
         saved = Path(config["run_dir"]) / "checkpoint" / "state.npz"  # without it the run starts anew
         if args.resume and saved.exists() and kept.exists() and not self.swept:
-            record = read_json(kept)
-            ids, label = record["ids"], record["group"]
+            with suppress(UsageError, KeyError):  # damaged: as if there were none
+                record = read_json(kept)
+                ids, label = record["ids"], record["group"]
         elif args.shard:
             label = str(Path(config["run_dir"]).parent)
 

@@ -503,9 +503,10 @@ def test_a_file_is_exported_by_its_own_name(tmp_path: Path, monkeypatch: pytest.
     np.savez(tmp_path / "sets" / "mine.npz", env="Hopper-v5", **hopper_like(40))
     datasets.main(["export", str(tmp_path / "sets" / "mine.npz")])
     written = (tmp_path / "mine.npz").read_bytes()
-    with pytest.raises(SystemExit, match="2"):
-        datasets.main(["export", "mine.npz"])
-    assert (tmp_path / "mine.npz").read_bytes() == written, "not over the set itself"
+    for name in ("mine.npz", "mine.npz+sets/mine.npz"):
+        with pytest.raises(SystemExit, match="2"):
+            datasets.main(["export", name, "mine.npz"])
+    assert (tmp_path / "mine.npz").read_bytes() == written, "not over the set itself, nor a part of it"
 
 
 def test_coverage_is_the_side_of_the_box_whichever_way_it_is_turned() -> None:

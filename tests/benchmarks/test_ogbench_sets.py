@@ -91,7 +91,8 @@ def test_the_reward_counts_the_subgoals_that_are_missed() -> None:
     ("change", "message"),
     [
         ({"qpos": None}, "has no array qpos"),
-        ({"actions": np.zeros((4, 1))}, "actions has 4 rows, terminals have 5"),
+        ({"actions": np.zeros((4, 1))}, r"actions has the shape \[4, 1\], terminals 5 rows"),
+        ({"actions": np.zeros(())}, r"actions has the shape \[\], terminals 5 rows"),
         ({"terminals": np.array([0, 0, 1, 0, 0])}, "terminals must mark"),
         ({"terminals": np.ones(5)}, "terminals must mark"),
     ],

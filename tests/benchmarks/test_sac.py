@@ -102,7 +102,11 @@ def test_a_run_leaves_snapshots_and_a_curve_and_goes_on_from_its_checkpoint(tmp_
     for name, value in (("env", "Walker2d-v5"), ("seed", 1), ("hp", args.hp._replace(discount=0.9))):
         with pytest.raises(UsageError, match=f"{name} .*another --run-dir"):
             sac.main(replace(args, **{name: value}))
+    (tmp_path / "run" / "checkpoint.npz").unlink()
+    with pytest.raises(UsageError, match="without a checkpoint"):
+        sac.main(args)
     assert (tmp_path / "run" / "training.csv").read_text() == before
+    assert len(list((tmp_path / "run" / "snapshots").glob("*.npz"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,19 @@ def test_long_names_and_groups_are_cut_to_what_wandb_takes(tmp_path: Path, monke
     assert found == [(name[-128:], (200 * "b" + "label")[-128:]) for name in names]
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"group": "g"}'])
+def test_a_damaged_record_of_the_wandb_runs_is_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    wandb, checkpoint = fake(monkeypatch), tmp_path / "checkpoint" / "state.npz"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    (tmp_path / "wandb.json").write_text(damaged)
+    Tracker(RunArgs(resume=True), config_of(tmp_path), ["only"], "label")
+    (run,) = wandb.runs
+    assert "id" not in run.options and run.options["group"] == "label"
+
+
 def test_a_resumed_run_goes_on_in_wandb_and_parts_share_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

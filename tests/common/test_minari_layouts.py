@@ -1,6 +1,6 @@
 """AntMaze, PointMaze and Kitchen as Minari's sets of them are recorded: small ones, made by the same rules, are read.
 
-They need gymnasium-robotics. FrankaKitchen-v1 besides needs an older MuJoCo than 4.0 (3.6 does).
+They need gymnasium-robotics. FrankaKitchen-v1 besides needs a MuJoCo older than 3.10.
 """
 
 from pathlib import Path
