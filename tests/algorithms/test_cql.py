@@ -590,6 +590,7 @@ def test_presets_and_sweeps() -> None:
     assert args.hp.target_gap == 7.0 and args.hp.conservative_weight == 5.0
     replace(args, grid="target_gap=1,2").validate()
     args = cli.parse(cql.Args, cql.PRESETS, ["--preset", "cpu", "--num-actions", "2"])
+    assert args.normalize_observations, "raw ones lose on Hopper what the preset has"
     assert (args.preset, args.num_actions, args.num_layers, args.critic_layers) == ("cpu", 2, 2, 2)
     args = cli.parse(cql.Args, cql.PRESETS, ["--preset", "cpu", "--dataset", "D4RL/antmaze/umaze-v1"])
     assert (args.num_actions, args.lagrange, args.hp) == (4, False, cql.Hyperparameters())
