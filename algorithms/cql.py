@@ -13,7 +13,8 @@ actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density e
 times the integral on average, so the gap is about log(3n) too large; that has no gradient, but `--target-gap` counts it
 in. Weight times gap is the penalty; with `--lagrange` it has a learned factor, which rises while the gap is above
 `--target-gap` (Eq. 30). The factor starts at e, and the gap is compared before its weight, as in CORL and JaxCQL (the
-authors' starts at 1, and weight times gap is compared). It is at most a million, as theirs, whose clip it cannot leave.
+authors' starts at 1, and weight times gap is compared). Its limit is a million, as theirs (which, once above it, has no
+gradient and stays there).
 
 Defaults are CORL's but for `--target-gap`, which is JaxCQL's, and the observations, which CORL normalises but on
 AntMaze, and here the presets decide. As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
