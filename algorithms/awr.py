@@ -70,7 +70,7 @@ class Hyperparameters(NamedTuple):
 
     # The paper's beta, in standard deviations of the advantage; large is behaviour cloning (authors' code).
     temperature: Positive = 1.0
-    weight_clip: Positive = 20.0  # Largest weight of a transition; 1e30: no clip (paper, appendix C).
+    weight_clip: Positive = 20.0  # Largest weight of a transition (paper, appendix C); 1e30: no clip.
     discount: Share = 0.99  # Discount factor (authors' code).
     td_lambda: Share = 0.95  # lambda of the TD(lambda) returns; 1: Monte Carlo (authors' code).
     actor_learning_rate: NonNegative = 5e-5  # Step size of the policy (paper, appendix C).
@@ -107,7 +107,7 @@ class Args(RunArgs):
         discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
         if self.scale_values and np.float32(max(discounts)) >= 1.0:
             raise UsageError("--discount 1: must be below 1, or pass --scale-values False")
-        if math.lcm(self.value_updates, self.policy_updates) >= 2**31:  # the most that `train` divides
+        if math.lcm(self.value_updates, self.policy_updates) >= 2**31:  # the largest product in `train`
             raise UsageError(f"--value-updates {self.value_updates}: too many beside --policy-updates for 32 bits")
         if self.optimizer != "sgd":
             refuse_sweep(self, {"momentum"}, f"with --optimizer {self.optimizer}")

@@ -408,8 +408,7 @@ def foretell(args: Args, count: int, done: int, obs_dim: int, action_dim: int) -
     updates = args.num_updates + args.online_steps - done
     hours = count * updates * 2 * args.batch_size * (pi * 5 + q * passes) / 1e11 / 3600
     if hours > 1.5 and jax.default_backend() == "cpu" and not args.quiet:
-        smaller = "; --num-actions 4 --num-layers 2 --critic-layers 2 is cheaper"
-        advice = smaller if args.num_actions > 4 else ""
+        advice = "; --num-actions 4 --num-layers 2 --critic-layers 2 is cheaper" if args.num_actions > 4 else ""
         print(f"on two CPU cores this takes roughly {hours:.0f} hours from here on{advice}", file=sys.stderr)
 
 

@@ -33,7 +33,7 @@ import tyro
 
 from algorithms import emaq
 from common import networks
-from common.cli import NonNegative, Share, UsageError, launch
+from common.cli import Count, NonNegative, Share, UsageError, launch
 from common.networks import descend
 from common.replay import Transitions
 
@@ -63,6 +63,7 @@ class Args(emaq.Args):
     """BCQ: batch-constrained Q-learning."""
 
     hp: Hyperparameters = Hyperparameters()
+    num_updates: Count = 1_000_000  # Updates (as EMaQ).
     backup: tyro.conf.Suppress[Literal["max"]] = "max"  # The best proposal: the softmax is EMaQ's alone.
     steps_per_iteration: tyro.conf.Suppress[Literal[1]] = 1  # Of EMaQ's online phase.
 

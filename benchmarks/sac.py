@@ -291,8 +291,8 @@ def main(args: Args) -> None:
             row |= {"length_mean": float(lengths.mean())}
             row |= {name: float(np.mean([m[name] for m in metrics])) if metrics else None for name in means}
             table.append([row])
-            layers = export_policy(state.actor)
-            write_atomically(run_dir / "snapshots" / f"{steps:09d}.npz", lambda file: np.savez(file, **layers))  # noqa: B023
+            snapshot = run_dir / "snapshots" / f"{steps:09d}.npz"
+            write_atomically(snapshot, partial(np.savez, **export_policy(state.actor)))
             rate = (steps - first) / seconds
             print(f"{args.env} {steps}: return {row['return_mean']:.0f}, {rate:.0f} steps/s", flush=True)
             episodes.clear()

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # which line an operation is of: an eighth of a run
 # Compiling is most of the tests' time: small programs need no optimisation, and XLA's older emitters take a third of
 # the time of its newer ones. Without fused multiply-adds they too give every layout of a population the same bits.
-# A program's code is made in one piece: in several it is made in parallel, where both cores have work already.
+# Each program is compiled in one piece: to split it pays where a core is idle, and here both have work.
 _flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if platform.machine() == "x86_64":
     _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=SSE4_2"]

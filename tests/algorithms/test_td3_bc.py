@@ -619,7 +619,7 @@ def test_policy_of_a_bandit_is_the_balance_of_reward_and_imitation() -> None:
     batch = jax.tree.map(np.float32, batch)
     level, square = 0.6 + behaviour.mean(axis=0) @ slope, slope @ slope
     start = fresh(LEARNER, obs_dim=5)
-    for alpha in (0.0, 1.0, 100.0):
+    for alpha in (0.0, 0.3, 1.0, 100.0):
         hp = HP._replace(alpha=alpha, actor_learning_rate=2e-3, critic_learning_rate=3e-3)
         actor = double(learn(start, batch, hp, 1500, 500).actor["params"]["MLP_0"])
         policy = np.tanh(numpy_mlp(actor, states)[0])

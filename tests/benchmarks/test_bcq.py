@@ -122,6 +122,7 @@ def test_without_perturbation_a_run_is_emaqs(
 
 def test_online_phase_and_what_is_emaqs_alone_are_refused(command: Callable[..., Outcome]) -> None:
     assert_refused(command("--online-steps", 5), "--online-steps")
+    assert_refused(command("--num-updates", 0), "--num-updates 0: must be at least 1")
     assert_refused(command("--backup", "soft"), "--backup")
     assert_refused(command("--grid", "max_perturbation=-0.1"), "--max-perturbation")
     assert_refused(command("--grid", "temperature=1,2"), "--grid")

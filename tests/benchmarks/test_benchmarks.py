@@ -84,6 +84,8 @@ def test_bc_has_no_online_phase_and_normalises_by_default():
     assert bc.Args().normalize_observations
     with pytest.raises(UsageError, match="online"):
         bc.Args(online_steps=5).validate()
+    with pytest.raises(UsageError, match="--num-updates 0: must be at least 1"):
+        bc.Args(num_updates=0).validate()
 
 
 # The suite

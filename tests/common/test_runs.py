@@ -1108,8 +1108,9 @@ def test_args_made_without_parse_are_checked_and_their_run_says_that_they_have_n
     flags = json.loads((run / "config.json").read_text())["flags"]
     same = {f.name: flags[f.name] for f in dataclasses.fields(Args) if f.name != "hp"}
     hp = Args().hp._replace(**{name: flags[name] for name in Args().hp._fields})
-    main(Args(**same | {"hp": hp, "preset": "auto", "run_dir": str(run), "resume": True}))
-    assert "preset none (Args made without common.cli.parse):" in capsys.readouterr().out
+    for preset, named in (("none", "preset none:"), ("auto", "preset none (Args made without common.cli.parse):")):
+        main(Args(**same | {"hp": hp, "preset": preset, "run_dir": str(run), "resume": True}))
+        assert named in capsys.readouterr().out
 
 
 def test_a_run_directory_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
