@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import sac
 from benchmarks.sac import Hyperparameters
-from common.cli import Count, RunArgs, launch
+from common.cli import Count, RunArgs, UsageError, launch
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import join, keep_finite, make_members
@@ -35,6 +35,12 @@ class Args(RunArgs):
     num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
     num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
     critic_layer_norm: bool = False  # Layer normalisation in the critics.
+
+    def validate(self) -> None:
+        """UsageError, as that of all scripts, and where no data would be read."""
+        super().validate()
+        if self.env and not self.num_updates:
+            raise UsageError("--num-updates 0 with --env reads no data: leave out --env, or pass --num-updates 1")
 
 
 PRESETS: dict[str, dict[str, Any]] = {}  # the same settings everywhere
@@ -64,10 +70,9 @@ def act(
 def main(args: Args) -> None:
     """The run: load, initialise, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
-    dataset = load(args.dataset, args.env, only_env=not args.num_updates)
+    dataset = load(args.dataset, args.env)
     transform = fit_transform(dataset.transitions, args)
-    rows = len(dataset.transitions.rewards)  # none with --env from scratch
-    offline = members.replicate(transform.transitions(dataset.transitions)) if rows else None
+    offline = members.replicate(transform.transitions(dataset.transitions))
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     warm_up = 0 if args.num_updates else args.random_steps
 
