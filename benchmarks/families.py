@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import env_name
+from common.cli import UsageError, env_name, one_line
 from common.replay import Recorded, episode_returns
 
 # Returns of a random and of an expert policy, from D4RL's `infos.py`; the same for its versions 0 to 2.
@@ -53,10 +53,11 @@ def domain_of(spec: Any) -> str | None:
     """Family of scores of an id or EnvSpec: that of D4RL's reference returns, or `success` for OGBench's single tasks.
 
     None for sparse Adroit, dense AntMaze, a Kitchen without D4RL's four tasks and an environment in a wrapper for
-    rewards, by its name: their rewards differ from D4RL's.
+    rewards, by its name: their rewards differ from D4RL's. None too for one of a module or namespace of its own.
     """
     families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
-    name = env_name(getattr(spec, "id", spec)) if spec else ""
+    own = re.match(r"(?!gymnasium)[^:]*:|.*/", found := str(getattr(spec, "id", spec) or ""))
+    name = "" if own else env_name(found)
     if "-singletask" in name:
         return "success"
     match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
@@ -143,3 +144,20 @@ def advice(spec: Any, error: Exception) -> str:
     if isinstance(error, AssertionError) and env_name(name).startswith(("frankakitchen", "fetch", "hand")):
         return '; gymnasium-robotics 1.4 loads it with an older MuJoCo only: pip install "mujoco<3.10"'
     return ""
+
+
+def try_out(env: Any) -> None:
+    """One reset and one step of a made environment; UsageError if they fail or break gymnasium's API."""
+    name, shapes = getattr(env.spec, "id", env), []
+    try:
+        observation, info = env.reset(seed=0)
+        info.get("success")
+        shapes.append(np.shape(observation))
+        following, reward, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
+        shapes.append(np.shape(following))
+        float(reward), bool(terminated), bool(truncated), info.get("success")
+    except Exception as error:  # whatever an environment raises
+        what = f"{'step' if shapes else 'reset'} fails ({type(error).__name__}: {one_line(error)})"
+        raise UsageError(f"environment {name}: its {what}; see the API of gymnasium.Env") from None
+    if unlike := [shape for shape in shapes if shape != env.observation_space.shape]:
+        raise UsageError(f"environment {name}: observations are {unlike[0]}, not {env.observation_space.shape}")

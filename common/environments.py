@@ -106,11 +106,11 @@ class Evaluator:
 
     def __init__(self, make: Maker, members: Members, transform: Transform) -> None:
         self.make, self.members, self.transform = make, members, transform
-        self.environments: list[Any] = []
+        self.environments = [make()]
+        if families := optional("benchmarks.families"):  # training must not end in what the first reset shows
+            families.try_out(self.environments[0])
 
-    def run(
-        self, act: Callable, episodes: int, done: int = 0, stopping: Callable = lambda: False, alive: Any = None
-    ) -> Returns | None:
+    def run(self, act: Any, episodes: int, done: int = 0, stopping: Any = None, alive: Any = None) -> Returns | None:
         """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
 
         `act(observations [padded, width, obs_dim], keys [padded])` gives actions `[padded, width, action_dim]` in
@@ -128,7 +128,7 @@ class Evaluator:
                 seed = evaluation_seed(self.members.seeds[m], first + j)
                 observations[m, j], _ = self.environments[m * width + j].reset(seed=seed)
             while running:
-                if stopping():
+                if stopping and stopping():
                     return None
                 keys = evaluation_keys(self.members.seeds, done, (wave * 1_000_000 + step) % 2**31)
                 actions = np.asarray(act(self.transform.observations(observations), keys), np.float32)

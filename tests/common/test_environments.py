@@ -117,7 +117,10 @@ def of_seeds(count: int, seed: int = 0) -> members.Members:
 
 def evaluator(name: str, count: int = 2, transform: Transform = PLAIN) -> Evaluator:
     """Of members with seeds 0, 1, ...: their episodes' seeds begin at FIRST of them."""
-    return Evaluator(partial(make_environment, f"OffaxTest/{name}-v0"), of_seeds(count), transform)
+    made = Evaluator(partial(make_environment, f"OffaxTest/{name}-v0"), of_seeds(count), transform)
+    Toy.actions.clear()  # that of trying the environment out
+    Toy.resets = 0
+    return made
 
 
 def collector(name: str, count: int = 2, transform: Transform = PLAIN, **options: Any) -> Collector:

@@ -1,17 +1,20 @@
 """Every family of environments that has settings or scores of its own: one of it is made, stepped and scored."""
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
+from algorithms import iql
 from benchmarks import families
 from benchmarks.families import REFERENCE_RETURNS, domain_of, normalized_score, returns_of_data
 from common.cli import FAMILIES, UsageError, preset_name
-from common.environments import make_environment
-from common.replay import Transitions, empty_ring, record
+from common.environments import Evaluator, make_environment
+from common.members import make_members
+from common.replay import Transform, Transitions, empty_ring, record
 
 robotics = pytest.mark.skipif(
     importlib.util.find_spec("gymnasium_robotics") is None, reason='needs pip install ".[adroit]"'
@@ -165,3 +168,63 @@ def test_kitchen_rewards_a_task_once_and_ends_after_the_last() -> None:
         kitchen.goal[task] = kitchen._get_obs(kitchen.robot_env._get_obs())["achieved_goal"][task].copy()
     _, reward, terminated, _, _ = env.step(np.zeros(9, np.float32))
     assert reward == 2.0 and terminated
+
+
+class Own(gym.Env):
+    """Breaks the API in one way."""
+
+    observation_space = action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        observation = np.zeros(3 if self.fault == "width" else 2, np.float32)
+        return observation if self.fault == "old reset" else (observation, {})
+
+    def step(self, action: np.ndarray) -> tuple:
+        if self.fault == "raises":
+            raise KeyError("torso")
+        rest = (False, {}) if self.fault == "old step" else (False, False, {})
+        return np.zeros((1, 2) if self.fault == "batched" else 2, np.float32), 0.0, *rest
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("", None),
+        ("old reset", "its reset fails"),
+        ("width", r"observations are \(3,\), not \(2,\)"),
+        ("old step", "its step fails"),
+        ("raises", "its step fails .*KeyError: 'torso'"),
+        ("batched", r"observations are \(1, 2\), not \(2,\)"),
+    ],
+)
+def test_an_environment_is_tried_out_before_a_run_trains(
+    monkeypatch: pytest.MonkeyPatch, fault: str, words: str | None
+) -> None:
+    """Where nothing is evaluated on the way its faults would end the run after all of its updates."""
+    monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec("Own-v0", Own, kwargs={"fault": fault}))
+    transform = Transform(np.zeros(2, np.float32), np.ones(2, np.float32), 1.0, 0.0)
+    arguments = partial(make_environment, "Own-v0"), make_members(iql.Args()), transform
+    if not words:
+        Evaluator(*arguments)
+        return
+    with pytest.raises(UsageError, match=f"environment Own-v0: .*{words}"):
+        Evaluator(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [
+        ("Hopper-v5", "hopper"),
+        ("gymnasium.envs.mujoco:Hopper-v5", "hopper"),
+        ("gymnasium_robotics:AdroitHandDoor-v1", "door"),
+        ("lab:Hopper-v5", None),
+        ("lab.robots:Hopper-v0", None),
+        ("Lab/Hopper-v0", None),
+    ],
+)
+def test_an_environment_of_ones_own_has_no_score_whatever_its_name(name: str, domain: str | None) -> None:
+    assert domain_of(name) == domain
