@@ -4,7 +4,7 @@ Tables have the rows of all parts, in the order in which one process would have 
 of the parts that have finished. Merging again, when more parts have come, replaces what was merged before.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks import intervals
 from benchmarks.offax_sets import lock
 from benchmarks.tables import Table
+from common import runs
 from common.cli import UsageError
 from common.report import read_json, write_json
-from common.runs import FREE
 
 PHASES = ("pretraining", "offline", "online")
 LENGTHS = ("pretraining_updates", "updates", "online_steps", "wall_clock_seconds")
@@ -50,15 +50,8 @@ def merge(run_dir: Path) -> list[str]:
     first = next(iter(configs))
     total = int(configs[first]["flags"]["shard"].partition("/")[2])
     for part, config in configs.items():
-        ours, theirs = (
-            _identity(config) | {"shard": config["flags"]["shard"].partition("/")[2]}
-            for config in (config, configs[first])
-        )
-        if unlike := [name for name in ours if ours[name] != theirs.get(name)]:
-            name = unlike[0]
-            raise UsageError(
-                f"{parts[part]} has {name} {ours[name]} and {parts[first]} {theirs.get(name)}: not one run"
-            )
+        if odd := _difference(config, configs[first]):
+            raise UsageError(f"{parts[part]} and {parts[first]} are not of one run: {odd}")
     finished = {part: read_json(path / "final.json") for part, path in parts.items() if (path / "final.json").exists()}
     for name in ORDER:
         _merge_table(run_dir / name, [path / name for path in parts.values()])
@@ -76,10 +69,26 @@ def merge(run_dir: Path) -> list[str]:
     return [f"part {part} of {total} {what}" for part, what in missing.items() if part not in finished]
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What the parts of a run agree in."""
-    flags = {name: value for name, value in config["flags"].items() if name not in FREE}
-    return flags | {name: config[name] for name in ("algorithm", "dataset_sha256")}
+def check_part(path: Path, config: dict[str, Any]) -> None:
+    """UsageError if a part of this config.json is of another run than those beside it; before it trains.
+
+    Lengths may differ then: parts are resumed one by one.
+    """
+    for other in parts_of(path.parent).values():
+        if other != path and (odd := _difference(config, read_json(other / "config.json"), but=runs.LENGTHS)):
+            raise UsageError(f"{path} and {other} would not be of one run: {odd}; use another --run-dir")
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], but: Collection[str] = ()) -> str:
+    """In which of the things that the parts of a run agree in two of them differ first, in words."""
+    ours, theirs = (
+        {"algorithm": config["algorithm"], "dataset_sha256": config["dataset_sha256"]}
+        | {name: value for name, value in config["flags"].items() if name not in {*runs.FREE, *but}}
+        | {"shard": config["flags"]["shard"].partition("/")[2]}
+        for config in (one, other)
+    )
+    unlike = [name for name in ours if ours[name] != theirs.get(name)]
+    return f"{unlike[0]} {ours[unlike[0]]} and {theirs.get(unlike[0])}" if unlike else ""
 
 
 def _members(records: Any) -> list[dict[str, Any]]:

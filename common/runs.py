@@ -121,9 +121,9 @@ class Run:
             if self.args.num_updates < self.done["offline"]:
                 raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
             if odd:
-                name = "--" * (odd[0] in self.flags) + odd[0].replace("_", "-")
-                had = f"with {name} {self.before[odd[0]]!r}" if odd[0] in self.before else f"without {name}"
-                raise UsageError(f"{self.path} holds a run {had}, not {self.identity[odd[0]]!r}; use another --run-dir")
+                names = {x: "--" * (x in self.flags) + x.replace("_", "-") for x in odd}
+                had = "; ".join(f"{names[x]} {self.before.get(x)!r}, not {self.identity[x]!r}" for x in odd)
+                raise UsageError(f"{self.path} holds a run with {had}; use another --run-dir")
             if self.before.get("script_sha256") != script.get("script_sha256"):
                 say(f"{self.name}.py or common/ was edited since {self.path} was saved, or is another one", sys.stderr)
             trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
@@ -135,6 +135,8 @@ class Run:
         config |= about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
         config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
         config |= {"population": self.members.total, "members": members} | script
+        if self.args.shard and (merge := optional("benchmarks.merge")):
+            merge.check_part(self.path, config)
         if self.tracking:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
             self.tracker = self.tracking.Tracker(self.args, config, names, self.label)
@@ -146,7 +148,8 @@ class Run:
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
         where += f", resumed at {self.done}" if found else ""
         preset = "none (Args made without common.cli.parse)" if self.args.preset == "auto" else self.args.preset
-        say(f"{self.name} on {self.source}, preset {preset}: {where}", sys.stdout)
+        no_data = ", no data" * (self.source != self.args.dataset)
+        say(f"{self.name} on {self.source}{no_data}, preset {preset}: {where}", sys.stdout)
         return trees
 
     def _kept(self, trees: dict[str, Any]) -> dict[str, Any]:  # without padding; a ring only once it is used
@@ -247,6 +250,8 @@ class Run:
         domain = families.domain_of(self.env_spec) if families and not self.args.max_episode_steps else None
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
+            if not np.isfinite(returns).all():
+                say(f"{self.members.label(i)}: returns are not finite, so its mean is none either", sys.stderr)
             row = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
             score = families.normalized_score(domain, returns, success) if domain else None
             for name, x in (("return", returns), ("score", score)):

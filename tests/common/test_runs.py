@@ -1059,6 +1059,35 @@ def test_another_dataset_of_the_same_name(tmp_path: Path, tiny: Path, small_run:
     assert_refused(iql(*small_run, *flags), "holds a run with dataset-sha256")
 
 
+def test_every_flag_that_differs_from_the_checkpoints_is_named(small_run: list[str], iql: Any, taken: Path) -> None:
+    """Who forgot the flags of a run would otherwise learn them one by one."""
+    flags = ["--run-dir", taken, "--resume", "True", "--beta", "2", "--batch-size", "8", "--seed", "1"]
+    words = ("--seed 0, not 1; ", "--batch-size 16, not 8; ", "--beta 3.0, not 2.0; ")
+    assert_refused(iql(*small_run, *LONG, *flags), *words)
+
+
+def test_a_part_of_another_run_is_refused_before_it_trains(tmp_path: Path, small_run: list[str], iql: Any) -> None:
+    """A job array whose tasks have flags of their own; lengths may differ, as parts are extended one by one."""
+    run = [*small_run, "--num-seeds", "2", "--eval-every", "0", "--run-dir", tmp_path]
+    assert iql(*run, "--num-updates", "10", "--shard", "0/2").status == 0
+    outcome = iql(*run, "--num-updates", "10", "--shard", "1/2", "--beta", "1")
+    assert_refused(outcome, "part-1", "part-0", "not be of one run: beta 1.0 and 3.0")
+    assert {path.name for path in (tmp_path / "part-1").iterdir()} == {".lock"}
+    assert iql(*run, "--num-updates", "20", "--shard", "1/2").status == 0
+
+
+def test_returns_that_are_not_finite_are_said(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = Args(dataset=str(tiny), env="Hopper-v5", quiet=True, run_dir=str(tmp_path), num_seeds=2)
+    population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5")
+    returns = np.array([[1.0, 3.0], [1.0, np.nan]])
+    with Run("iql", args, population) as run:
+        run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
+        run.record_evaluation(environments.Returns(returns, np.full((2, 2), np.nan)))
+    said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert len(said) == 1 and said[0].startswith("member 1 (seed 1): ")
+    assert [row["return_mean"] for row in rows_of(tmp_path / "evaluations.csv")] == ["2", "nan"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other shapes", "other names", "no steps"])
 def test_a_damaged_checkpoint(small_run: list[str], iql: Any, taken: Path, damage: str) -> None:
     path = taken / "checkpoint" / "state.npz"
@@ -1111,6 +1140,16 @@ def test_args_made_without_parse_are_checked_and_their_run_says_that_they_have_n
     for preset, named in (("none", "preset none:"), ("auto", "preset none (Args made without common.cli.parse):")):
         main(Args(**same | {"hp": hp, "preset": preset, "run_dir": str(run), "resume": True}))
         assert named in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("updates", "said"), [(0, "iql on Hopper-v5, no data, preset "), (9, "iql on {}, preset ")])
+def test_a_run_says_whether_it_reads_data(tmp_path: Path, tiny: Path, updates: int, said: str, capsys: Any) -> None:
+    """With --env and no offline updates it does not, whatever --dataset says."""
+    args = Args(dataset=str(tiny), env="Hopper-v5", num_updates=updates, online_steps=9999, run_dir=str(tmp_path))
+    population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5", only_env=not updates)
+    with Run("iql", args, population) as run:
+        run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
+    assert capsys.readouterr().out.startswith(said.format(tiny))
 
 
 def test_a_run_directory_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
