@@ -90,8 +90,9 @@ def plot(axes: Any, curves: Curves, lost: Iterable[str], each: bool = True, **st
 
     whole = to_the_end(curves, lost)
     steps = sorted(set.intersection(*map(set, whole))) if whole else []
-    style = {"color": "C0", "linewidth": 2.0, "markersize": 5.0} | style
-    marker = "o" if max(map(len, curves.values())) <= FEW else ""
+    most = max(map(len, curves.values()))
+    style = {"color": "C0", "linewidth": 2.0, "markersize": 5.0} | style | ({"markersize": 4.0} if most == 1 else {})
+    marker = "o" if most <= FEW else ""
     if (each and len(curves) > 1) or not whole:
         for curve in curves.values():
             at = sorted(curve)

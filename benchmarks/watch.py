@@ -191,6 +191,7 @@ def film(path: Path, env: gym.Env, moments: Iterator[None]) -> None:
     frames = (picture(env) for i, _ in enumerate(moments) if i % every == 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     count, unfinished = 0, path.with_stem(f".{path.stem}.tmp")
+    unfinished.touch()  # where that fails nothing is played in vain
     try:
         if path.suffix == ".gif":
             kept, n = thin(frames)

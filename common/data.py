@@ -48,11 +48,11 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
     path = os.path.expanduser(id_or_path)
     if (sources := optional("benchmarks.sources")) is not None:
         found = sources.load(path, env)
-    elif path.lower().endswith(".npz"):
+    elif path.lower().endswith(".npz") and ("+" not in path or os.path.exists(path)):
         found = load_npz(path, env)
     else:
         how = "copy benchmarks/ too, or make one in a clone of Offax: python -m benchmarks.datasets export"
-        raise UsageError(f"{path} is no .npz, which alone can be read without the rest of Offax; {how} {path}")
+        raise UsageError(f"{path} is not one .npz, which alone can be read without the rest of Offax; {how} {path}")
     if (spec := found.env_spec) is None:
         raise UsageError(f"{path} does not name its environment; pass --env ID")
     ours, theirs = (found.transitions.observations.shape[1], found.low, found.high), spaces_of(spec, announce=True)
@@ -80,7 +80,7 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
     for field in Transitions._fields:
         array, rank = arrays.get(field, np.zeros(size)), 1 + field.endswith(("observations", "actions"))
         if array.dtype.kind not in "fiub" or array.ndim != rank or len(array) != size or not array.size:
-            wanted = f"numbers [{size or 'rows'}{', width' * (rank - 1)}]"
+            wanted = f"numbers [{size or 'rows'}{', width' * (rank - 1)}], a row for each reward"
             raise UsageError(f"{name}: {field} is {array.dtype} {list(array.shape)}, it must be {wanted}")
         with np.errstate(over="ignore"):
             out[field] = np.ascontiguousarray(array, np.float32)

@@ -223,6 +223,7 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
         state, metrics = step(state)
         for name, metric in metrics.items():
             value, present = metric if isinstance(metric, tuple) else (metric, True)
+            assert jnp.ndim(value) == 0, f"metric {name} is {jnp.shape(value)}, it must be one number: take its mean"
             sums = sums | {name: sums[name] + jnp.where(present, value, 0.0).astype(jnp.float32)}
             counts = counts | {name: counts[name] + present}
         return state, Metrics(sums, counts)

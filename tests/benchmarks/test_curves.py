@@ -67,6 +67,8 @@ def test_phases_are_columns_and_losses_are_rows(tmp_path: Path) -> None:
     assert axes[0, 0].lines[0].get_xydata().tolist() == [[0, 1], [10, 2], [20, 6]]
     assert axes[0, 1].lines[0].get_xydata().tolist() == [[0, 6], [10, 8]]
     assert axes[1, 0].lines[0].get_xydata().tolist() == [[10, 2], [20, 2]]
+    marked = [axes[place].lines[0].get_markersize() > 0 for place in ((1, 0), (1, 1))]
+    assert marked == [False, True], "a lone row is no line"
     assert axes[1, 1].lines[0].get_xydata().tolist() == [[10, 1]], "the table counts on from the offline updates"
     assert (axes[1, 0].get_ylabel(), axes[2, 1].get_ylabel()) == ("actor/loss", "behavior/loss")
     assert axes[1, 0].get_xlabel() == "gradient updates" and axes[2, 1].get_xlabel() == "environment steps"

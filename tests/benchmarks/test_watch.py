@@ -214,6 +214,8 @@ def test_a_long_film_plays_in_real_time(
     [
         (["--member", "3"], "--member 3: choose best, worst or one of 0, 1, 2"),
         (["--out", "film.avi"], "must end in .gif or .mp4"),
+        (["--out", "/proc/film.gif"], "/proc/.film.tmp.gif: "),
+        (["--out", "/dev/null/film.gif"], "/dev/null"),
         (["--episodes", "0"], "--episodes 0"),
         (["--env", "Offax/Undrawn-v0"], "Offax/Undrawn-v0 cannot be drawn: "),
         (["--env", "Offax/Flat-v0"], "Offax/Flat-v0 draws uint8 [8, 8]"),

@@ -348,6 +348,7 @@ def test_no_time_limit_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"observations": np.zeros((5, 8, 8, 3), np.uint8)}, ["observations", "[5, 8, 8, 3]"]),
         ({"rewards": np.zeros((5, 1))}, ["rewards", "[5, 1]"]),
         ({"rewards": np.array(1.0)}, ["bad.npz"]),
+        ({"rewards": np.zeros(4)}, ["observations is", "[5, 3]", "numbers [4, width], a row for each reward"]),
         ({"rewards": np.array(["a"] * 5)}, ["rewards", "numbers"]),
         ({"actions": np.zeros((5, 0))}, ["actions", "[5, 0]"]),
         ({"actions": np.zeros((5, 3))}, ["actions", "3"]),

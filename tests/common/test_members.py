@@ -252,6 +252,14 @@ def test_metric_that_exists_at_some_updates_is_averaged_over_those() -> None:
     }
 
 
+def test_a_metric_of_several_numbers_is_refused() -> None:
+    def step(count: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        return count + 1, {"each": jnp.zeros(4)}
+
+    with pytest.raises(AssertionError, match=r"metric each is \(4,\), it must be one number"):
+        members.repeat(step, jnp.int32(0), 2)
+
+
 def test_a_state_is_kept_where_a_number_of_it_or_of_its_metrics_is_not_finite() -> None:
     def metrics(total: float) -> members.Metrics:
         return members.Metrics({"x": jnp.float32(total)}, {"x": jnp.ones((), int)})
