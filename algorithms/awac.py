@@ -6,7 +6,7 @@ The critic evaluates the policy; the policy imitates the data, each action weigh
     A    = min_k Q_k(s, a) - V(s),   V(s) = mean min_k Q_k(s, b),   b ~ pi(s)
     L_pi = -mean w(A) log pi(a|s),   w(A) = exp(A / temperature), a constant for the gradient          (Eq. 4, 14)
 
-with target networks Q', and the paper's lambda as the temperature.
+with target networks Q', their minimum as in TD3 (appendix B.3), and the paper's lambda as the temperature.
 
 Published code computes the weights w(A) in two ways, and each needs a temperature of its own (`--weights`):
 * exp: min(exp(A / temperature), weight_clip), as CORL, which has the strong published offline scores;
@@ -20,12 +20,10 @@ batch size, length and normalised observations, and the policy is updated with t
 the old one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which
 differs from the paper's table 1 too. That script also draws batches of 128 before the online phase, in which it then
 collects 1,000 steps and makes 1,000 updates in turn. It clamps Q itself at 0, where the gradient vanishes;
-`--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. `--least-reward r`
-(ours, r <= 0) keeps the targets at or above r / (1 - discount), the return of a reward of r for ever: the minimum over
-the Q-functions may otherwise drag Q below what any policy earns. Its r is of the rewards after `--normalize-returns`,
-`--reward-scale` and `--reward-shift`. Two more (ours) are for few demonstrations, where successive policies differ much
-in success: `--actor-average` acts by their moving average, and `--observation-noise` blurs the states that the policy
-learns from (for Q-functions: Sinha et al., 2021, arXiv:2103.06326).
+`--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. Two more (ours) are
+for few demonstrations, where successive policies differ much in success: `--actor-average` acts by their moving
+average, and `--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
+arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
 truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero (CORL's
@@ -47,7 +45,7 @@ import numpy as np
 import optax
 
 from common import networks, replay
-from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, parse_grid, refuse_sweep
+from common.cli import Count, NonNegative, Positive, RunArgs, Share, UsageError, launch, refuse_sweep
 from common.data import load
 from common.environments import Collector, Evaluator, Returns, make_environment
 from common.members import Metrics, join, keep_finite, make_members, repeat
@@ -89,9 +87,6 @@ class Args(RunArgs):
     value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
     # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3: Q itself).
     nonpositive_targets: bool = False
-    # A lower bound r <= 0 of all rewards after scaling and shift: targets stay at or above r / (1 - discount), the
-    # least return that there can be. Default: no bound (ours).
-    least_reward: float | None = None
     # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
     observation_noise: NonNegative = 0.0
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (CORL, authors' code: 2).
@@ -107,11 +102,6 @@ class Args(RunArgs):
     def validate(self) -> None:
         """UsageError for a number out of range, or a sweep of what the form of the weights does not use."""
         super().validate()
-        discounts = [values.get("discount", self.hp.discount) for values in parse_grid(self.grid, self.hp._fields)]
-        if self.least_reward is not None and np.float32(max(discounts)) >= 1.0:
-            raise UsageError("--discount 1: must be below 1 with --least-reward")
-        if (self.least_reward or 0.0) > 0.0:  # an episode that ends returns less than r / (1 - discount)
-            raise UsageError(f"--least-reward {self.least_reward}: must not be above 0")
         if not self.min_log_std <= self.initial_log_std <= self.max_log_std:
             raise UsageError(f"--initial-log-std {self.initial_log_std}: must be from --min-log-std to --max-log-std")
         unused = {"exp": {"softmax_temperature", "advantage_clip"}, "softmax": {"temperature", "weight_clip"}}
@@ -248,8 +238,6 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     targets = batch.rewards + hp.discount * (1.0 - batch.terminations) * next_q
     if args.nonpositive_targets:
         targets = jnp.minimum(targets, 0.0)
-    if args.least_reward is not None:
-        targets = jnp.maximum(targets, args.least_reward / (1.0 - hp.discount))
 
     def loss_of_critic(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return critic_loss(critic.apply(params, batch.observations, batch.actions), targets)

@@ -115,21 +115,19 @@ class Args(RunArgs):
         super().validate()
         if self.draws_ahead and self.num_bins > 256:
             raise UsageError(f"--num-bins {self.num_bins}: at most 256, or pass --proposal-pool 0")
-        if self.backup == "max":
-            refuse_sweep(self, {"softmax_scale"}, "with --backup max")
-        if not self.online_steps:
-            refuse_sweep(self, {"temperature", "exploration_bonus"}, "with --online-steps 0")
-        if self.behavior == "vae":
-            refuse_sweep(self, {"temperature"}, "with --behavior vae")
-        if self.behavior_checkpoint is not None and not self.online_steps:
-            refuse_sweep(self, {"behavior_learning_rate"}, "with --behavior-checkpoint")
-        if not self.behavior_updates + self.online_steps:
-            refuse_sweep(self, {"behavior_learning_rate"}, "with --behavior-updates 0")
-        if self.num_critics == 1:
-            refuse_sweep(self, {"ensemble_weight", "exploration_bonus"}, "with --num-critics 1")
-        if self.num_proposals == 1:
-            refuse_sweep(self, {"softmax_scale", "exploration_bonus"}, "with --num-proposals 1")
-        if self.behavior_checkpoint is not None and not self.num_updates:
+        borrowed = self.behavior_checkpoint is not None
+        for unused, names, flag in (
+            (self.backup == "max", {"softmax_scale"}, "--backup max"),
+            (self.behavior == "vae", {"temperature"}, "--behavior vae"),
+            (not self.online_steps, {"temperature", "exploration_bonus"}, "--online-steps 0"),
+            (self.num_critics == 1, {"ensemble_weight", "exploration_bonus"}, "--num-critics 1"),
+            (self.num_proposals == 1, {"softmax_scale", "exploration_bonus"}, "--num-proposals 1"),
+            (borrowed and not self.online_steps, {"behavior_learning_rate"}, "--behavior-checkpoint"),
+            (not self.behavior_updates + self.online_steps, {"behavior_learning_rate"}, "--behavior-updates 0"),
+        ):
+            if unused:
+                refuse_sweep(self, names, f"with {flag}")
+        if borrowed and not self.num_updates:
             raise UsageError("--behavior-checkpoint has no effect with --num-updates 0")
 
     @property
@@ -592,7 +590,10 @@ def foretell(args: Args, count: int, done: dict[str, int], obs_dim: int, action_
 
 
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
-    """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
+    """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way.
+
+    `benchmarks/bcq.py` is the same run with other functions.
+    """
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)

@@ -406,21 +406,6 @@ def test_nonpositive_targets() -> None:
     np.testing.assert_allclose(kept[free <= 0], free[free <= 0], atol=1e-6)
 
 
-def test_targets_are_never_below_what_the_least_reward_is_worth_for_ever() -> None:
-    """Q = 4 and Q = -30 at discount 0.9; with at least -2 a step no return is below -20. The last row is terminal."""
-    rewards, terminal = np.float32([-1.0, -1.0, 0.5, -1.0]), np.float32([0, 0, 0, 1])
-    batch = transitions(np.zeros((4, 2)), np.zeros(4), rewards, terminations=terminal)
-    actor = policy_of(one_layer(np.zeros((2, 1)), [0], [0]), NARROW)
-    for q, free, kept in (
-        (4.0, [2.6, 2.6, 4.1, -1.0], [2.6, 2.6, 4.1, -1.0]),
-        (-30.0, [-28.0, -28.0, -26.5, -1.0], [-20.0, -20.0, -20.0, -1.0]),
-    ):
-        level = one_layer(np.zeros((3, 1)), [0], [0], q)
-        state, hp = state_of(actor, ensemble_of(level, level)), HP._replace(discount=0.9)
-        np.testing.assert_allclose(targets_of(state, batch, MODE, hp), free, atol=1e-3)
-        np.testing.assert_allclose(targets_of(state, batch, replace(MODE, least_reward=-2.0), hp), kept, atol=1e-3)
-
-
 def test_a_critic_above_nonpositive_targets_still_learns() -> None:
     """A Q-function that is itself cut at 0 has no gradient there."""
     args = replace(ARGS, nonpositive_targets=True)
@@ -571,7 +556,6 @@ def numpy_awac(
         mean, std, _ = policy(s2)
         y = r + hp.discount * (1 - done) * numpy_min_q(targets, s2, samples(next_key, mean, std, 1)[0])
         y = np.minimum(y, 0) if args.nonpositive_targets else y
-        y = y if args.least_reward is None else np.maximum(y, args.least_reward / (1 - hp.discount))
         before = []
         for k, critic in enumerate(critics):
             q, inputs = numpy_mlp(critic, np.concatenate([s, a], axis=1))
@@ -620,8 +604,7 @@ def numpy_awac(
     [
         ({}, HP._replace(temperature=0.2)),
         (
-            {"weights": "softmax", "value": "mode", "squash_mean": True, "num_critics": 1, "nonpositive_targets": True}
-            | {"least_reward": -0.05},
+            {"weights": "softmax", "value": "mode", "squash_mean": True, "num_critics": 1, "nonpositive_targets": True},
             HP._replace(softmax_temperature=0.1, advantage_clip=0.05, actor_weight_decay=0.1, discount=0.9),
         ),
         (
@@ -780,19 +763,6 @@ def test_presets_name_real_settings() -> None:
         awac.Args, awac.PRESETS, ["--preset", "demonstrations", "--value", "sample", "--softmax-temperature", "9"]
     )
     assert (mine.value, mine.hp.softmax_temperature, mine.squash_mean) == ("sample", 9.0, True)
-
-
-@pytest.mark.parametrize("flags", [["--discount", "1"], ["--discount", "0.99999999999"], ["--grid", "discount=0.9,1"]])
-def test_a_least_reward_for_ever_needs_a_discount_below_1(flags: list[str]) -> None:
-    cli.parse(awac.Args, awac.PRESETS, flags)
-    with pytest.raises(UsageError, match="--discount 1: must be below 1 with --least-reward"):
-        cli.parse(awac.Args, awac.PRESETS, [*flags, "--least-reward", "-1"])
-
-
-def test_a_positive_least_reward_is_refused_as_an_episode_that_ends_earns_less() -> None:
-    cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "0"])
-    with pytest.raises(UsageError, match="must not be above 0"):
-        cli.parse(awac.Args, awac.PRESETS, ["--least-reward", "1"])
 
 
 @pytest.mark.slow
