@@ -589,11 +589,9 @@ def foretell(args: Args, count: int, done: dict[str, int], obs_dim: int, action_
         print(f"on two CPU cores this takes roughly {hours:.0f} hours from here on{advice}", file=sys.stderr)
 
 
+# With other functions it is the run of benchmarks/bcq.py.
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
-    """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way.
-
-    `benchmarks/bcq.py` is the same run with other functions.
-    """
+    """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
