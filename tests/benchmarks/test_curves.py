@@ -109,11 +109,12 @@ def test_a_diverged_seed_ends_with_a_cross_and_is_in_no_mean(tmp_path: Path) -> 
     assert labels(axes_of(tmp_path)[0, 0])[0].endswith("], 1 diverged"), "before its first evaluation"
 
 
-def test_both_phases_have_room_for_all_scores_and_their_own_lost_seeds(tmp_path: Path) -> None:
-    """The first seed diverges online, where the second one rises far above its offline scores."""
+@pytest.mark.parametrize("step", [20, 25])
+def test_both_phases_have_room_for_all_scores_and_their_own_lost_seeds(tmp_path: Path, step: int) -> None:
+    """The first seed diverges online, in the first stretch or later; the second rises far above its offline scores."""
     write_run(tmp_path, {0: [0.0, 1.0], 1: [0.0, 3.0]}, online={0: [1.0], 1: [3.0, 99.0]}, diverged=(0,))
     final = json.loads((tmp_path / "final.json").read_text()) | {"online_steps": 10}
-    final["members"][0]["diverged"]["step"] = 25
+    final["members"][0]["diverged"]["step"] = step  # where it still was finite: after all 20 updates
     (tmp_path / "final.json").write_text(json.dumps(final))
     offline, online = (axes_of(tmp_path)[0, place] for place in (0, 1))
     assert offline.get_ylim() == online.get_ylim() and online.get_ylim()[1] > 99

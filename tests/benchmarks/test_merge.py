@@ -183,3 +183,16 @@ def test_parts_of_different_runs_are_refused(tmp_path: Path, flags: dict[str, An
     with pytest.raises(UsageError, match=f"part-1 and .*part-0 are not of one run: {what} and "):
         merge.merge(tmp_path)
     assert not (tmp_path / "final.json").exists()
+
+
+@pytest.mark.parametrize(("name", "value", "other"), [("algorithm", "iql", "emaq"), ("dataset_sha256", "def", "abc")])
+def test_parts_of_other_data_or_another_algorithm_are_refused(
+    tmp_path: Path, name: str, value: str, other: str
+) -> None:
+    """As where an .npz was written anew between the two."""
+    write_part(tmp_path, 0, {0: 1.0})
+    config = write_part(tmp_path, 1, {1: 2.0}) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(UsageError, match=f"part-1 and .*part-0 are not of one run: {name} {value} and {other}"):
+        merge.merge(tmp_path)
+    assert not (tmp_path / "final.json").exists()

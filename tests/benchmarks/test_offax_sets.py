@@ -131,6 +131,23 @@ def test_episodes_do_not_depend_on_the_number_of_processes_and_one_that_dies_is_
     assert not same_episodes(alone, offax_sets.collect("Hopper-v5", layers, 300, [5, 7], num_envs=3))
 
 
+def test_an_episode_is_dropped_where_those_before_it_suffice() -> None:
+    """Of 10, 20 and 5 steps, for 30: no episode is cut to nothing, and the second one keeps its own end."""
+    lengths = iter((10, 20, 5))
+
+    def run(_: Any, groups: Sequence[Sequence[int]]) -> list[list[offax_sets.Episode]]:
+        return [[terminated_after(next(lengths)) for _ in group] for group in groups]
+
+    episodes = offax_sets.collect("Hopper-v5", None, 30, [1], run=run)
+    assert next(lengths, None) is None, "all three were collected, as two more of 10 steps would have been needed"
+    assert [(len(e.rewards), e.terminated, e.truncated) for e in episodes] == [(10, True, False), (20, True, False)]
+
+
+def terminated_after(steps: int) -> offax_sets.Episode:
+    actions = np.zeros((steps, 3), np.float32)
+    return offax_sets.Episode(0, np.zeros((steps + 1, 11)), actions, np.zeros(steps), terminated=True, truncated=False)
+
+
 def test_the_mean_action_is_that_without_noise() -> None:
     layers = [(w.astype(float), b.astype(float)) for w, b in random_layers(0)]
     first, _ = offax_sets.run_episodes("Hopper-v5", layers, [5], [0, 1], mean_action=True)
@@ -474,7 +491,7 @@ def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys
     assert [line.split()[0] for line in lines] == [*offax_sets.ids(), *OGBENCH]
     assert "ogbench/scene-play-local-1m-v0" in "".join(lines)
     assert all("collected on first use" in line for line in lines)
-    arrays = hopper_like(40) | {"rewards": np.ones(40)}  # an episode that is truncated, and one that terminates
+    arrays = hopper_like(60) | {"rewards": np.ones(60)}  # of three episodes the second terminates, the others are cut
     np.savez(tmp_path / "mine.npz", env="Hopper-v5", **arrays)
     datasets.main(["stats", str(tmp_path / "mine.npz")])
     header, row = capsys.readouterr().out.splitlines()
@@ -482,7 +499,7 @@ def test_the_command_line_lists_and_describes(tmp_path: Path, root: Path, capsys
     size = (tmp_path / "mine.npz").stat().st_size / 1e6
     returns = ["20.0", "20.0", "20.0", "1.2", "-", "-"]
     spread = f"{arrays['actions'].std(axis=0).mean():.3f}"
-    assert row.split()[1:-2] == ["Hopper-v5", "40", "2", *returns, "0.500", spread]
+    assert row.split()[1:-2] == ["Hopper-v5", "60", "3", *returns, "0.333", spread]
     assert row.split()[-1] == f"{size:.1f}"
 
 

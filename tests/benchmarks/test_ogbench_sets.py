@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from urllib.response import addinfourl
 
 import gymnasium as gym
@@ -70,6 +70,16 @@ def test_the_datas_own_score_is_of_whole_trajectories() -> None:
     dataset = Dataset("x", check("x", arrays, *bounds), "cube-single-singletask-v0", *bounds)
     about = dataset.describe()["dataset_returns"]
     assert about == {"episodes": 2, "mean": -1.0, "min": -1.0, "max": -1.0, "score_mean": 50.0}
+
+
+def test_the_table_has_the_share_of_trajectories_with_a_terminal_step() -> None:
+    """Both rows of the first are terminal, at x = 0 and 10, and none of the second: one of two, not two of two."""
+    arrays = transitions("x", two_trajectories(), Goal([(slice(0, 2), np.array([5.0, 0.0]), 6.0)]))
+    assert arrays["terminations"].tolist() == [True, True, False]
+    bounds = np.full(1, -5.0, np.float32), np.full(1, 5.0, np.float32)
+    dataset = Dataset("x", check("x", arrays, *bounds), "cube-single-singletask-v0", *bounds)
+    row = dict(zip(datasets.STATISTICS, datasets.statistics(dataset), strict=False))
+    assert (row["episodes"], row["score"], row["terminated"]) == ("2", "50.0", "0.500")
 
 
 def test_the_reward_counts_the_subgoals_that_are_missed() -> None:
@@ -320,6 +330,90 @@ def test_an_environment_that_is_not_drawn_moves_as_the_packages_own(name: str, p
         second.step(-action)
         np.testing.assert_array_equal(ours[0], expected[0])
         assert ours[1:4] == expected[1:4]
+
+
+MEDIUM = (
+    "########",
+    "#oo##oo#",
+    "#oo#ooo#",
+    "##o-o###",
+    "#oo#o-o#",
+    "#-#oo#-#",
+    "#o-o#oo#",
+    "########",
+)
+"""The medium maze: walls, corridors (cells with walls on two sides, which face each other), and other free cells."""
+
+
+def cells(kinds: str) -> set[tuple[int, int]]:
+    return {(i, j) for i, row in enumerate(MEDIUM) for j, kind in enumerate(row) if kind in kinds}
+
+
+class Noting(gym.Wrapper):
+    """Notes where episodes start, and their first goals."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.starts, self.goals = [], []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        self.starts.append(options["task_info"]["init_ij"])
+        self.goals.append(options["task_info"]["goal_ij"])
+        return self.env.reset(seed=seed, options=options)
+
+
+def test_a_point_starts_anywhere_and_has_no_goal_in_a_corridor(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everywhere is near enough to the goal here: each step is a success, which draws the next goal."""
+    env = Noting(gym.make("pointmaze-medium-v0", terminate_at_goal=False, max_episode_steps=2))
+    world, later = env.unwrapped, []
+    set_goal = world.set_goal
+
+    def noting(goal_ij: Any = None, goal_xy: Any = None) -> None:
+        later.extend([] if goal_ij is None else [goal_ij])
+        set_goal(goal_ij, goal_xy)
+
+    monkeypatch.setattr(world, "_goal_tol", 1000.0)
+    monkeypatch.setattr(world, "set_goal", noting)
+    for seed in range(60):
+        ogbench_sets._navigate(env, seed)
+    assert {tuple(cell) for cell in np.argwhere(world.maze_map)} == cells("#")
+    assert set(env.starts) <= cells("o-") and set(env.starts) & cells("-")
+    assert set(env.goals + later) == cells("o") and len(later) == 2 * 60
+
+
+class Table(gym.Env):
+    """What an oracle needs of an environment; an episode has 500 steps."""
+
+    info: ClassVar[dict] = {"privileged/target_task": "cube", "prev_qpos": np.zeros(1), "prev_qvel": np.zeros(1)}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        self.time = 0
+        return np.zeros(1), self.info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.time += 1
+        return np.zeros(1), 0.0, False, self.time == 500, self.info
+
+
+def test_noisy_experts_have_noise_whose_level_each_trajectory_draws() -> None:
+    """As OGBench's own scripts: x normal, x uniform in 0 to 0.1, of three times that in yaw and ten in the gripper."""
+    wanted, levels = np.array([0.2, -0.2, 0.1, 0.0, 0.0]), []
+    oracle = SimpleNamespace(reset=lambda *_: None, select_action=lambda *_: wanted, done=False)
+
+    def actions(noisy: bool, uniform: float, seed: int) -> np.ndarray:
+        return ogbench_sets._manipulate(Table(), {"cube": oracle}, noisy, uniform, seed)["actions"]
+
+    for seed in range(10):
+        distances = np.abs(actions(True, 0.0, seed) - wanted)
+        assert distances.max() <= 1.0, "what is beyond the action space is clipped"
+        sizes = np.median(distances, axis=0)  # which clipping leaves as they are: 0.67 standard deviations
+        np.testing.assert_allclose(sizes / sizes[:3].mean(), [1, 1, 1, 3, 10], rtol=0.25)
+        levels.append(sizes[:3].mean() / 0.6745)
+    assert 0 < min(levels) < 0.02 and 0.08 < max(levels) < 0.105
+    assert (actions(False, 0.0, 0) == wanted.astype(np.float32)).all()
+    uniform = (drawn := actions(False, 0.25, 0)) != wanted.astype(np.float32)
+    assert 0.2 < uniform.mean() < 0.3 and np.array_equal(uniform.any(axis=1), uniform.all(axis=1))
+    assert drawn[uniform].min() < -0.95 and drawn[uniform].max() > 0.95
 
 
 def sums(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_refused, hopper_like
+from conftest import arrays_of, assert_refused, hopper_like
 
 from algorithms.cql import squashed_sample
 from benchmarks import offax_sets, sac, sac_prior
@@ -152,6 +152,26 @@ def test_prior_data_are_sampled_from_the_first_step_on(
     assert_refused(script("sac_prior", *flags, "--env", "Hopper-v5", package="benchmarks"), "leave out --env")
     assert script("sac_prior", *flags, package="benchmarks").status == 0
     assert [len(offline.rewards) for offline in drawn] == [400] * 3
+
+
+@pytest.mark.parametrize(("updates", "uniform"), [(0, 7), (1, 0)])
+def test_with_prior_data_the_first_steps_are_uniform_and_without_updates_if_there_were_none(
+    tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, updates: int, uniform: int
+) -> None:
+    """The policy acts by 0.5. Each later step has its update, as each has after updates offline."""
+    np.savez(data := tmp_path / "named.npz", **hopper_like(), env="Hopper-v5")
+    monkeypatch.setattr(sac_prior, "act", lambda state, hp, x, *_, **__: jnp.full((len(x), 3), 0.5))
+    flags = ["--dataset", data, "--num-updates", updates, "--online-steps", 12, "--random-steps", 7, "--eval-every", 0]
+    flags += ["--max-episode-steps", 5, "--final-eval-episodes", 1, "--hidden-dim", 8, "--batch-size", 16]
+    flags += ["--preset", "none", "--quiet", "True", "--run-dir", tmp_path / "run"]
+    outcome = script("sac_prior", *flags, package="benchmarks")
+    assert (outcome.status, outcome.err) == (0, "")
+    arrays = arrays_of(tmp_path / "run")
+    (step,), (actions,) = ([x for name, x in arrays.items() if name.endswith(end)] for end in (".step", ".actions"))
+    assert step.tolist() == [updates + 12 - uniform]
+    drawn = actions[0, :uniform]
+    assert len(np.unique(drawn)) == 3 * uniform and (np.abs(drawn) <= 1).all() and (actions[0, uniform:] == 0.5).all()
+    assert not uniform or (drawn.min() < -0.5 and drawn.max() > 0.5)
 
 
 @pytest.mark.slow
