@@ -87,7 +87,7 @@ def on_disk() -> dict[str, dict[str, Any]]:
     for folder, _, files in sorted(os.walk(datasets_root(), followlinks=True)):
         path = Path(folder, "metadata.json")
         name = path.parents[1].relative_to(datasets_root()).as_posix() if path.parent.name == "data" else "."
-        if "metadata.json" in files and not name.startswith("."):  # else it is being made
+        if "metadata.json" in files and "/." not in f"/{name}":  # in a hidden folder it is being made
             found[name] = {}
             with suppress(UsageError):
                 found[name] = read_json(path)
@@ -97,8 +97,10 @@ def on_disk() -> dict[str, dict[str, Any]]:
 def megabytes(name: str) -> float | None:
     """Size on disk of a file, or of a set with all that is in its directory."""
     path = next((path for path in (datasets_root() / name, Path(name).expanduser()) if path.exists()), None)
-    files = [path, *path.rglob("*")] if path else []
-    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6 if files else None
+    if path is None:
+        return None
+    inside = [Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files]
+    return sum(file.stat().st_size for file in [path, *inside] if file.is_file()) / 1e6
 
 
 def row_of(name: str, env: str | None) -> list[Any]:

@@ -8,7 +8,7 @@ precision and rounded to a grid, so that neither the number of environments step
 or BLAS threads changes a bit of them. It is written by Minari's own functions into Minari's own directory, with a
 `manifest.json` beside the data: seed, package versions, hash of the policies, sha256 of each array, statistics.
 
-A set is built in a hidden directory under a lock and renamed into place, so a reader finds a whole set or none.
+A set is built in a hidden directory beside its own, under a lock, and renamed, so a reader finds a whole set or none.
 """
 
 import errno
@@ -390,18 +390,26 @@ def ensure(dataset_id: str) -> Path:
     written.
     """
     name = parse(dataset_id)
-    recipe = _recipe(name, SIZES[name.size])
-    root = datasets_root()
-    directory = root / dataset_id
+    return ensure_built(dataset_id, _recipe(name, SIZES[name.size]), _build)
+
+
+def ensure_built(
+    dataset_id: str, recipe: dict[str, Any], build: Callable[[str, dict[str, Any], Path, Path], None]
+) -> Path:
+    """The set's directory; `build(dataset_id, recipe, place, directory)` makes it, unless `recipe` made what is there.
+
+    Another process that makes it is waited for. UsageError if it cannot be written, or what is there is not ours.
+    """
+    directory = datasets_root() / dataset_id
     if is_current(directory, recipe):
         return directory
     try:
         with building_place(dataset_id, "collecting") as place:
             if not is_current(directory, recipe):  # else another process made it while this one waited
-                _build(dataset_id, recipe, place, directory)
+                build(dataset_id, recipe, place, directory)
     except OSError as error:
         raise UsageError(
-            f"cannot write {dataset_id} under {root}: {error.strerror or error}; "
+            f"cannot write {dataset_id} under {datasets_root()}: {error.strerror or error}; "
             "make room or set MINARI_DATASETS_PATH to another directory"
         ) from None
     return directory
@@ -409,8 +417,12 @@ def ensure(dataset_id: str) -> Path:
 
 @contextmanager
 def building_place(dataset_id: str, doing: str) -> Iterator[Path]:
-    """A directory for a set that is made, and no other process at it meanwhile."""
-    place = datasets_root() / ".offax-building" / dataset_id.removeprefix("offax/").replace("/", "-")
+    """A directory for a set that is made, and no other process at it meanwhile.
+
+    It is beside the set's own: to rename works within a file system only, and a folder may be a link to another one.
+    """
+    directory = datasets_root() / dataset_id
+    place = directory.with_name(".offax-building") / directory.name
     place.parent.mkdir(parents=True, exist_ok=True)
     with lock(place.with_name(f"{place.name}.lock"), f"another process is {doing} {dataset_id}"):
         yield place
@@ -438,7 +450,7 @@ def lock(path: Path, held: str) -> Iterator[None]:
 
 
 def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: Path) -> None:
-    """Collect and write the set in `building`, then rename it to `directory`, over a stale one."""
+    """Collect and write the set in `building`, then rename it to `directory`."""
     shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
     building.mkdir()
     try:
@@ -448,12 +460,16 @@ def _build(dataset_id: str, recipe: dict[str, Any], building: Path, directory: P
         _require_space(recipe, building)  # again: collecting took a while
         built = _write(dataset_id, recipe, episodes, building)
         _create_namespaces(dataset_id)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if directory.exists():
-            os.rename(directory, building / "stale")
-        os.rename(built, directory)
+        put(built, directory, building)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def put(built: Path, directory: Path, building: Path) -> None:
+    """Rename the set `built` to `directory`; a stale one that is there, or a link to it, goes into `building`."""
+    if os.path.lexists(directory):
+        os.rename(directory, building / "stale")
+    os.rename(built, directory)
 
 
 def _require_space(recipe: dict[str, Any], building: Path) -> None:

@@ -36,7 +36,7 @@ import gymnasium as gym
 import numpy as np
 
 from benchmarks.families import quiet_mujoco
-from benchmarks.offax_sets import NETWORK_SECONDS, building_place, datasets_root, is_current, progress_bar
+from benchmarks.offax_sets import NETWORK_SECONDS, ensure_built, progress_bar, put
 from common.cli import UsageError, one_line
 from common.data import Dataset, check
 from common.environments import action_bounds, make_raw
@@ -413,25 +413,13 @@ def ensure(dataset_id: str) -> Path:
 
     Of several processes one collects and the others wait. UsageError if it cannot be made or written.
     """
-    recipe = _recipe(dataset_id)
-    name = re.sub("-task[1-5]", "", dataset_id)
-    folder = datasets_root() / name
-    path = folder / f"{folder.name}.npz"
-    if is_current(folder, recipe):
-        return path
-    _package()
-    try:
-        with building_place(name, "collecting") as place:
-            if not is_current(folder, recipe):
-                _build(name, recipe, place, folder)
-    except OSError as error:
-        hint = "make room or set MINARI_DATASETS_PATH to another directory"
-        raise UsageError(f"cannot write {name} under {datasets_root()}: {error.strerror or error}; {hint}") from None
-    return path
+    folder = ensure_built(re.sub("-task[1-5]", "", dataset_id), _recipe(dataset_id), _build)
+    return folder / f"{folder.name}.npz"
 
 
 def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> None:
     """Collect what `building` does not have yet, one file a trajectory, and make `folder` of it."""
+    _package()
     versions = {package: importlib.metadata.version(package) for package in ("ogbench", "mujoco", "numpy", "scipy")}
     made_by, note = json.dumps({"recipe": recipe, "versions": versions}), building / "made_by.json"
     if not note.exists() or note.read_text() != made_by:  # left by a build with other settings or versions
@@ -463,9 +451,7 @@ def _build(name: str, recipe: dict[str, Any], building: Path, folder: Path) -> N
     sums = {key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in arrays.items()}
     manifest = {"id": name, "recipe": recipe, "versions": versions, "sha256": sums, "rows": len(arrays["terminals"])}
     (done / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(done, folder)
+    put(done, folder, building)
     shutil.rmtree(building)
 
 

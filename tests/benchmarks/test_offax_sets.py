@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from common.replay import Transitions, episode_returns, record
 
 TRANSITIONS = 480
 RANDOM = "offax/hopper/random-v1"
+SET = ("manifest.json", "data/metadata.json", "data/main_data.hdf5")  # the files of one
 OGBENCH = [*ogbench_sets.ids(), *(name.replace("-local-", "-local-1m-") for name in ogbench_sets.ids())]
 
 
@@ -75,6 +77,11 @@ def arrays_of(directory: Path) -> dict[str, np.ndarray]:
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+def in_the_making(root: Path) -> list[str]:
+    """What is in the hidden folder beside Hopper's sets."""
+    return sorted(path.name for path in (root / "offax" / "hopper" / ".offax-building").iterdir())
 
 
 def child(code: str, **env: str) -> subprocess.Popen:
@@ -245,7 +252,7 @@ def test_set_of_older_policies_is_made_again(root: Path, policies: Path, monkeyp
     assert not same(old, arrays_of(root / dataset_id))
     write_policies(policies, seed=2)
     assert same(old, arrays_of(offax_sets.ensure(dataset_id)))
-    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-expert-v1.lock"]
+    assert in_the_making(root) == ["expert-v1.lock"]
 
 
 @pytest.mark.slow
@@ -271,9 +278,9 @@ def test_killed_build_leaves_no_set_and_is_made_again(root: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (root / RANDOM).exists()
-    assert (root / ".offax-building" / "hopper-random-v1").exists()
+    assert in_the_making(root) == ["random-v1", "random-v1.lock"] and not datasets.on_disk()
     assert len(load(RANDOM).transitions.rewards) == TRANSITIONS
-    assert not (root / ".offax-building" / "hopper-random-v1").exists()
+    assert in_the_making(root) == ["random-v1.lock"] and list(datasets.on_disk()) == [RANDOM]
 
 
 def test_full_disk_is_a_usage_error_and_leaves_nothing(root: Path) -> None:
@@ -285,7 +292,7 @@ def test_full_disk_is_a_usage_error_and_leaves_nothing(root: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (root / RANDOM).exists()
-    assert [p.name for p in (root / ".offax-building").iterdir()] == ["hopper-random-v1.lock"]
+    assert in_the_making(root) == ["random-v1.lock"]
     assert os.environ["MINARI_DATASETS_PATH"] == str(root)
 
 
@@ -297,7 +304,67 @@ def test_too_little_space_is_said_before_collecting(root: Path, monkeypatch: pyt
     monkeypatch.setattr(offax_sets, "collect", lambda *_, **__: pytest.fail("collected"))
     with pytest.raises(UsageError, match="No space left on device; make room or set MINARI_DATASETS_PATH"):
         offax_sets.ensure(RANDOM)
-    assert not list((root / ".offax-building").glob("*/"))
+    assert in_the_making(root) == ["random-v1.lock"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder of another file system, where this machine has one to write to; else of the same."""
+    memory = Path("/dev/shm")
+    other = memory.is_dir() and os.access(memory, os.W_OK) and memory.stat().st_dev != tmp_path.stat().st_dev
+    with tempfile.TemporaryDirectory(prefix="offax-tests-", dir=memory if other else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("linked", ["offax", "offax/hopper"])
+def test_a_folder_of_sets_may_be_a_link_to_another_disk(
+    root: Path, disk: Path, linked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / linked).parent.mkdir(parents=True)
+    (root / linked).symlink_to(disk)
+    with offax_sets.building_place(RANDOM, "collecting") as place:
+        assert place.parent.stat().st_dev == disk.stat().st_dev and place.parent.parent.samefile((root / RANDOM).parent)
+    made = offax_sets.ensure(RANDOM)
+    assert made == root / RANDOM and made.resolve().is_relative_to(disk.resolve())
+    first = (made / "manifest.json").read_text()
+    monkeypatch.setattr(offax_sets, "FORMAT", 2)
+    offax_sets.ensure(RANDOM)
+    assert (made / "manifest.json").read_text() != first, "a stale one gives way to a new one"
+    assert in_the_making(root) == ["random-v1.lock"]
+    datasets.main(["list"])
+    assert f"{RANDOM:50}on disk, {TRANSITIONS} transitions, {size_of(made):.1f} MB" in capsys.readouterr().out
+
+
+def size_of(directory: Path) -> float:
+    return sum((directory / name).stat().st_size for name in SET) / 1e6
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_stale_set_that_is_a_link_is_left_where_it_is(
+    root: Path, disk: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is a link to a disk that is away: the new set takes the link's place."""
+    made = offax_sets.ensure(RANDOM)
+    shutil.move(made, disk / "kept")
+    made.symlink_to(disk / ("kept" if there else "away"))
+    before = {name: (disk / "kept" / name).read_bytes() for name in SET}
+    monkeypatch.setattr(offax_sets, "FORMAT", 2)
+    offax_sets.ensure(RANDOM)
+    assert not made.is_symlink() and len(load(RANDOM).transitions.rewards) == TRANSITIONS
+    assert {name: (disk / "kept" / name).read_bytes() for name in SET} == before
+
+
+def test_the_size_of_a_set_counts_what_is_linked(root: Path, disk: Path) -> None:
+    made = offax_sets.ensure(RANDOM)
+    size = size_of(made)
+    assert size > 0.05 and datasets.megabytes(RANDOM) == pytest.approx(size)
+    shutil.move(made / "data", disk / "data")
+    (made / "data").symlink_to(disk / "data")
+    assert list(datasets.on_disk()) == [RANDOM] and datasets.megabytes(RANDOM) == pytest.approx(size)
+    shutil.move(made, disk / "whole")
+    made.symlink_to(disk / "whole")
+    assert list(datasets.on_disk()) == [RANDOM] and datasets.megabytes(RANDOM) == pytest.approx(size)
+    assert datasets.megabytes("no/such-v0") is None
 
 
 def test_unwritable_directory_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

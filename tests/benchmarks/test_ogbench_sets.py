@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -475,6 +476,31 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_arrays(
     assert made == [1], "a task is no other file"
     ogbench_sets.ensure(dataset_id.replace("-v0", "-1m-v0"))
     assert made == [1, 0, 1, 2]
+
+
+def test_a_stale_set_is_deleted_after_the_new_one_is_in_its_place(
+    package: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that is killed at the last moment has both, and goes on from there."""
+    path = ogbench_sets.ensure(MAZE)
+    stale, folder, rename = path.read_bytes(), path.parent, os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if target == folder:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(ogbench_sets, "FORMAT", 2)
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ogbench_sets.ensure(MAZE)
+    building = folder.with_name(".offax-building") / folder.name
+    assert (building / "stale" / path.name).read_bytes() == stale and (building / "done" / path.name).exists()
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(ogbench_sets, "_trajectory", lambda *_: pytest.fail("collected again"))
+    assert ogbench_sets.ensure(MAZE) == path
+    assert json.loads((folder / "manifest.json").read_text())["recipe"]["format"] == 2
+    assert [left.name for left in building.parent.iterdir()] == [f"{folder.name}.lock"]
 
 
 def test_a_task_changes_rewards_only(package: Any, root: Path) -> None:
