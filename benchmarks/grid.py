@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.curves import data_level
 from benchmarks.figures import data_line, draw_expected_best, panels
 from benchmarks.intervals import aggregate, expected_best, interquartile_mean, summarise
 from benchmarks.tables import aligned
@@ -19,11 +18,6 @@ from common.report import write_atomically
 def unit_of(members: Sequence[dict[str, Any]]) -> str:
     """`score`, or `return` where no member has a score."""
     return "score" if any(member["score_mean"] is not None for member in members) else "return"
-
-
-def level_of(config: dict[str, Any], members: Sequence[dict[str, Any]]) -> float | None:
-    """The average of the dataset's own episodes in the unit of `unit_of`; None where there is none."""
-    return data_level(config, unit_of(members) == "score")
 
 
 def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:

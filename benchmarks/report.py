@@ -484,7 +484,8 @@ def _of_run(run_dir: Path, shared: bool) -> None:
     else:
         final = as_evaluated(run_dir, config, Table(run_dir / "evaluations.csv").read())
         print(f"not finished; after {length_in_words((final['updates'], final['online_steps']))}:", file=sys.stderr)
-    title, level = f"{config['algorithm']}, {trained_on(config)}", grid.level_of(config, final["members"])
+    title = f"{config['algorithm']}, {trained_on(config)}"
+    level = curves.data_level(config, scored=grid.unit_of(final["members"]) == "score")
     print(f"{title}\n{grid.table(final, level)}")
     if final["members"][0]["swept"]:
         grid.plot(run_dir / "grid.png", final["members"], title, level)

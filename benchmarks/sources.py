@@ -224,10 +224,7 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
         following[terminal] = raw["observations"][terminal]
         keep = ~timeout | terminal
         keep[-1:] &= terminal[-1:]
-        # The row before a dropped one is the last of its episode, unless it is the last of the one before.
-        before = np.flatnonzero(~keep) - 1
-        truncation = np.zeros(size, bool)
-        truncation[before[before >= 0]] = ~(terminal | timeout)[before[before >= 0]]
+        truncation = np.append(~keep[1:], False) & ~terminal  # the row before a dropped one ends its episode
     columns = (*(raw[name] for name in names[:3]), following, terminal, truncation)
     arrays = {name: column[keep] for name, column in zip(Transitions._fields, columns, strict=True)}
 

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import grid, report
+from benchmarks.curves import data_level
 from benchmarks.grid import Sweep
 from benchmarks.intervals import summarise
 
@@ -140,7 +141,7 @@ def test_the_run_of_a_copy_without_benchmarks_has_its_table_too() -> None:
     """Its final.json has no means over the members, its config.json nothing of the dataset's returns."""
     members = [entry({}, seed, 10.0 * seed) for seed in (1, 2)]
     whole = {"members": members} | summarise(members)
-    assert grid.table({"members": members}, grid.level_of({}, members)) == grid.table(whole, None)
+    assert grid.table({"members": members}, data_level({}, scored=True)) == grid.table(whole, None)
 
 
 def test_settings_are_ranked_by_the_seeds_that_are_left() -> None:
