@@ -295,18 +295,13 @@ def test_an_interrupt_ends_the_evaluation() -> None:
     assert len(Toy.actions) == 6, "one step of each"
 
 
-@pytest.mark.parametrize(("given", "steps"), [(0, 40), (7, 7)])
-def test_without_a_time_limit_an_episode_is_cut(given: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environments, "LONGEST_EPISODE", 40)
+@pytest.mark.parametrize(("given", "steps"), [(0, 10_000), (7, 7)])
+def test_without_a_time_limit_an_episode_is_cut(given: int, steps: int) -> None:
     gym.register("OffaxTest/Count-v0", entry_point=Count)
     env = make_environment("OffaxTest/Count-v0", given)
     env.reset(seed=0)
     ended = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(steps)]
     assert ended == [(False, False)] * (steps - 1) + [(False, True)]
-
-
-def test_the_longest_episode() -> None:
-    assert environments.LONGEST_EPISODE == 10_000
 
 
 def test_a_time_limit_of_ones_own() -> None:
