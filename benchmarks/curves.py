@@ -59,7 +59,7 @@ def to_the_end(curves: Curves, lost: Iterable[str]) -> list[dict[int, float]]:
 
 
 def last_values(curves: Curves, lost: Iterable[str]) -> list[float]:
-    """Where those curves end."""
+    """The last value of each curve that `to_the_end` leaves."""
     return [curve[max(curve)] for curve in to_the_end(curves, lost)]
 
 

@@ -104,10 +104,11 @@ def megabytes(name: str) -> float | None:
 
 
 def row_of(name: str, env: str | None) -> list[Any]:
-    """The columns of `STATISTICS` for an id or a file, or several joined by "+"; no environment is made of an id.
+    """The columns of `STATISTICS` for an id or a file, or several joined by "+".
 
-    A set on disk that cannot be read, or is not of vectors, has what its metadata say, and a line on stderr says why.
-    UsageError for another one that cannot be read.
+    The environment of one of Minari's sets is not made, and need not be installed. A set on disk that cannot be read,
+    or is not of vectors, has what its metadata say, and a line on stderr says why. UsageError for another one that
+    cannot be read.
     """
     try:
         return [*statistics(sources.load(os.path.expanduser(name), env)), megabytes(name)]
@@ -191,12 +192,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     stats.add_argument(
         "ids", nargs="*", help="ids, or paths of .npz or .hdf5 files (default: all of Minari's on this disk)"
     )
-    stats.add_argument("--env", help="the environment, for files that do not name it")
+    stats.add_argument("--env", help="the environment, instead of the set's own or where a file names none")
     stats.add_argument("--page", type=Path, help="write the table and what its columns are into this page too")
     export = commands.add_parser("export", help="write a set as the .npz that a copied algorithm reads by itself")
     export.add_argument("id", help="what --dataset takes")
     export.add_argument("path", nargs="?", type=Path, help="default: the id with dashes or the file's name, here")
-    export.add_argument("--env", help="the environment, for files that do not name it")
+    export.add_argument("--env", help="the environment, instead of the set's own or where a file names none")
     with exit_status():
         args = parser.parse_args(argv)
         if args.command == "build":

@@ -28,8 +28,9 @@ REFERENCE_RETURNS = {
     "hammer": (-274.856578, 12794.134825156867),
     "relocate": (-6.425911, 4233.877797728884),
 }
-# What ends a task as D4RL does: in Minari's sets of these, the goal or a finished task is rewarded at every later step.
-# And the steps of an episode that D4RL's expert returns are of, where ids or sets have others.
+# Options with which episodes end as those of D4RL's reference returns do. AntMaze ends at the goal, Kitchen after its
+# last task: by default, or as Minari's sets have them, they go on and reward the goal or a finished task at every step.
+# `max_episode_steps` is D4RL's limit, where the id or Minari's set has another one.
 D4RL_TASKS: dict[str, dict[str, Any]] = {
     "antmaze": {"continuing_task": False},
     "frankakitchen": {
@@ -83,9 +84,9 @@ def normalized_score(domain: str | None, returns: np.ndarray, successes: np.ndar
 
 
 def trajectories(transitions: Recorded) -> tuple[np.ndarray, np.ndarray]:
-    """Of each recorded trajectory, float64 `[trajectories]`: its return, and whether a step of it was terminal.
+    """Return of each recorded trajectory, and 1 for one with a terminal step, else 0, both float64 `[trajectories]`.
 
-    One ends where the next row is of another state than this row's successor, terminal or not.
+    A trajectory ends where the next row's state is not the one that this row led to; a terminal step does not end it.
     """
     ends = transitions.successors >= len(transitions.rewards)
     starts = np.flatnonzero(np.append(True, ends)[:-1])

@@ -34,7 +34,7 @@ def parts_of(run_dir: Path) -> dict[int, Path]:
 
 
 def merging(run_dir: Path) -> AbstractContextManager[None]:
-    """Hold it around `merge` and what is made of its results: of the parts that end together, the last has all."""
+    """A lock for `merge` and the report on its results: parts that end together take turns, and the last has all."""
     return lock(run_dir / ".merge.lock", f"another process is merging {run_dir}")
 
 

@@ -82,10 +82,10 @@ class Tracker:
         self._each(lambda i, row: self.runs[i].log(row, step=step), each)
 
     def finish(self, final: dict[str, Any] | None, exit_code: int) -> None:
-        """Write the figures of final.json, where the run came so far, into histories and summaries; close the runs.
+        """Write the figures of `final`, what final.json has, into histories and summaries, and close the runs.
 
-        One that is None, as that of a population all of whose members diverged, is not written: with an exit code other
-        than 0, a search then takes the worst value among the other runs.
+        `final` is None where the run ended without it. Where every member diverged, scores are None and not written:
+        for a run without a score that ends with another exit code than 0, a search takes the worst of the other runs.
         """
         figures: list[dict[str, Any]] = [{}] * len(self.runs)
         if final and self.swept:
