@@ -413,10 +413,16 @@ def test_shipped_policies_are_complete_and_small() -> None:
 
 @pytest.mark.slow
 def test_collection_is_fast_enough() -> None:
-    """A third of what a free core does, in time of the processor, so that a busy machine passes too."""
-    start = time.process_time()
+    """In at most twice the processor's time that the steps alone take: hardly more is needed, on any machine."""
+    env, rng, start = gym.make("Hopper-v5"), np.random.default_rng(0), time.process_time()
+    env.reset(seed=0)
+    for _ in range(5000):
+        _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 3))
+        if terminated or truncated:
+            env.reset()
+    alone, start = time.process_time() - start, time.process_time()
     offax_sets.collect("Hopper-v5", None, 5000, [0])
-    assert 5000 / (time.process_time() - start) > 3000
+    assert time.process_time() - start < 2 * alone
 
 
 # The choice of policies
