@@ -113,7 +113,7 @@ class Args(RunArgs):
             refuse_sweep(self, {"momentum"}, f"with --optimizer {self.optimizer}")
 
 
-# The defaults, for each family. The authors' settings differ by environment instead: the policy's step size (Hopper
+# All have the defaults. The authors' settings differ by environment instead: the policy's step size (Hopper
 # 1e-4, Walker2d 2.5e-5, Humanoid 1e-5; on Ant and HalfCheetah the paper's) and the deviation on Ant, see `std`.
 PRESETS: dict[str, dict[str, Any]] = {"locomotion": {}, "antmaze": {}, "adroit": {}}
 
@@ -315,7 +315,7 @@ def value_loss(values: jax.Array, returns: jax.Array) -> tuple[jax.Array, dict[s
 def actor_loss(
     log_prob: jax.Array, weights: jax.Array, mean: jax.Array, hp: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative log-likelihood `[batch]` weighted by `weights [batch]`; a penalty on `mean` actions out of bounds."""
+    """Mean negative `log_prob [batch]`, weighted by `weights [batch]`; a penalty on `mean` actions out of bounds."""
     assert log_prob.shape == weights.shape, (log_prob.shape, weights.shape)
     excess = jnp.maximum(jnp.abs(mean) - 1.0, 0.0)
     bound_loss = 0.5 * jnp.mean(jnp.sum(excess**2, axis=-1))
@@ -377,8 +377,8 @@ def train(
 ) -> tuple[State, Metrics]:
     """One iteration with `num_updates` updates of the policy, and in proportion of the value function; metrics' sums.
 
-    Returns and weights of all rows are computed once, before the updates that use them. With 0 updates, those of a
-    member that has diverged, the state stays as it is.
+    Returns and weights of all rows are computed once, before the updates that use them. With 0 updates, as for
+    a member that has diverged, the state stays as it is.
     """
 
     def minibatch(state: State) -> tuple[State, jax.Array, Transitions]:
@@ -410,7 +410,7 @@ EPISODE_BLOCK = 1024  # episodes are inserted in blocks of a multiple of so many
 
 
 class Episodes:
-    """Puts the steps of environments side by side together into episodes, and gives out those that have ended."""
+    """Joins the steps of environments that run side by side into episodes, and hands out those that have ended."""
 
     def __init__(self, members: int, environments: int) -> None:
         self.steps: list[Transitions] = []  # from the beginning of the oldest running episode on

@@ -12,9 +12,9 @@ The first term of the gap stands for the paper's log of the integral of exp(Q_k(
 actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density each was drawn with. The sum is 3n
 times the integral on average, so the gap is about log(3n) too large; that has no gradient, but `--target-gap` counts it
 in. Weight times gap is the penalty; with `--lagrange` it has a learned factor, which rises while the gap is above
-`--target-gap` (Eq. 30). The factor starts at e, and the gap is compared before its weight, as in CORL and JaxCQL (the
-authors' starts at 1, and weight times gap is compared). Its limit is a million, as theirs (which, once above it, has no
-gradient and stays there).
+`--target-gap` (Eq. 30). The factor starts at e, and the gap is compared before its weight, as in CORL and JaxCQL (in
+the authors' code it starts at 1, and weight times gap is compared). It is at most a million, as in theirs (where, once
+above that, it has no gradient and stays there).
 
 Defaults are CORL's but for `--target-gap`, which is JaxCQL's, and the observations, which CORL normalises but on
 AntMaze, and here the presets decide. As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
@@ -105,28 +105,14 @@ class Args(RunArgs):
 # CORL's configurations. On hopper-medium it also has --normalize-returns True; on AntMaze its code builds only the
 # first Q-function with five layers. OGBench's are ours: CORL's weight for AntMaze, with the sizes of the baselines in
 # FQL's code (Park et al., 2025), which has no CQL.
+ANTMAZE = {"conservative_weight": 5.0, "lagrange": True, "target_gap": 0.8, "gap_floor": -200.0, "max_backup": True}
+ANTMAZE |= {"actor_learning_rate": 1e-4, "critic_layers": 5, "reward_scale": 10.0, "reward_shift": -5.0}
+OGBENCH = {"hidden_dim": 512, "num_layers": 4, "critic_layers": 4, "layer_norm": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "locomotion": {"conservative_weight": 10.0, "normalize_observations": True},
-    "antmaze": {
-        "conservative_weight": 5.0,
-        "lagrange": True,
-        "target_gap": 0.8,
-        "gap_floor": -200.0,
-        "max_backup": True,
-        "actor_learning_rate": 1e-4,
-        "critic_layers": 5,
-        "reward_scale": 10.0,
-        "reward_shift": -5.0,
-    },
+    "antmaze": ANTMAZE,
     "adroit": {"conservative_weight": 1.0, "actor_learning_rate": 1e-4, "normalize_observations": True},
-    "ogbench": {
-        "conservative_weight": 5.0,
-        "actor_learning_rate": 1e-4,
-        "hidden_dim": 512,
-        "num_layers": 4,
-        "critic_layers": 4,
-        "layer_norm": True,
-    },
+    "ogbench": {"conservative_weight": 5.0, "actor_learning_rate": 1e-4} | OGBENCH,
     "cpu": {"num_actions": 4, "num_layers": 2, "critic_layers": 2, "normalize_observations": True},  # ours: cheaper
 }
 
@@ -398,8 +384,8 @@ def train(
 def foretell(args: Args, count: int, done: int, obs_dim: int, action_dim: int) -> None:
     """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
 
-    Two operations for each of the `count` members, weight and row, thrice with a gradient, twice where that of the
-    action is enough, at the 100 GFLOP/s of two common cores.
+    A pass costs two operations per weight and row, for each of the `count` members; a gradient three passes, two where
+    only the action needs one; at the 100 GFLOP/s of two common cores.
     """
     start = partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim)
     shapes = jax.eval_shape(start, jax.random.key(0), args.hp)

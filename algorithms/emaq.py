@@ -22,14 +22,18 @@ Two things are done faster than in the paper:
 * with lambda = 1 the target is max_n min_k. The minimum over some of the Q-functions bounds that over all of them from
   above: a proposal whose bound is not above the best full minimum so far skips the others. Targets are the same.
 
-Open in the paper: discount and initialisation, here those of BRAC's code, in which EMaQ was written; length of mu's
-training, no normalisation (ours); online, targets use mu without tau, and each update of the Q-functions comes with one
-of mu on the same minibatch (ours). Slips of the paper: the soft backup lacks the discount (Eq. 68, 70, 71), the test
-ensemble runs over N instead of K. The vae's loss sums over dimensions, with a weight of 0.5 for the divergence (ours).
-BRAC's code, which the paper did not change, averages: its divergence, a mean over twice as many dimensions, weighs half
-of that; appendix H.1 to the letter, a Gaussian likelihood and 0.5 times the divergence, would be a weight of 1.
+Open in the paper: discount and initialisation (here those of BRAC's code, in which EMaQ was written), the length of
+mu's training, normalisation (here none), and online whether targets use mu with tau (here without) and when mu is
+refitted (here with each update of the Q-functions, on its minibatch). Slips of the paper: the soft backup lacks the
+discount (Eq. 68, 70, 71), the test ensemble runs over N instead of K. The vae's loss is the summed squared error and
+0.5 times the summed divergence (ours). BRAC's code, which the paper did not change, averages both, which halves the
+weight of the divergence; appendix H.1 to the letter, a Gaussian likelihood, would double it.
 
-The settings of the domains, OGBench's apart, are the paper's and meant for an accelerator. Smaller ones for a CPU:
+Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
+ensemble may have any size.
+
+The settings of the domains, OGBench's apart, are the paper's but for N and mu's training, and meant for an accelerator.
+Smaller ones for a CPU:
 
     python algorithms/emaq.py --preset cpu --num-updates 100000 --dataset offax/hopper/medium-expert-v1
 """
@@ -128,7 +132,7 @@ class Args(RunArgs):
             if unused:
                 refuse_sweep(self, names, f"with {flag}")
         if borrowed and not self.num_updates:
-            raise UsageError("--behavior-checkpoint has no effect with --num-updates 0")
+            raise UsageError("--behavior-checkpoint needs --num-updates above 0")
 
     @property
     def draws_ahead(self) -> bool:
@@ -548,7 +552,8 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     """Behaviour models, and their optimisers, of the run in the directory `path` for the members with these `seeds`.
 
     Members take that of their seed (of the first combination, if that run had a grid), and those with other seeds take
-    them in turn. UsageError if it went wrong, or has other networks or `data`: hash, and if states are normalised.
+    them in turn. UsageError if that run has begun another phase or the member diverged, or if its networks or `data`
+    (hash, whether states are normalised) are others.
     """
     arrays, about = read_tree(file := Path(path).expanduser() / "checkpoint" / "state.npz")
     try:
@@ -573,8 +578,8 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
 def foretell(args: Args, count: int, done: dict[str, int], obs_dim: int, action_dim: int) -> None:
     """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
 
-    Two operations for each of the `count` members, weight and row, thrice with a gradient, at the 100 GFLOP/s of two
-    common cores. Screening leaves a quarter of the proposals' (results/emaq-speed).
+    A pass costs two operations per weight and row, for each of the `count` members; a gradient three passes; at the 100
+    GFLOP/s of two common cores. Screening leaves a quarter of the proposals' (results/emaq-speed).
     """
     start = partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim)
     shapes = jax.eval_shape(start, jax.random.key(0), args.hp)
@@ -594,9 +599,9 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
     dataset = load(args.dataset, args.env, only_env=not args.num_updates)
-    obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
+    obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
     largest = -(-members.total // int(args.shard.partition("/")[2] or 1))  # in any part of --shard: all decide alike
     pool_bytes = largest * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
     if args.draws_ahead and 2 * pool_bytes > members.memory():

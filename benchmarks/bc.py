@@ -77,7 +77,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-ADAM = optax.scale_by_adam()
+ADAM = optax.scale_by_adam()  # without rate and sign, which `descend` applies
 
 
 def modules(args: Args, action_dim: int) -> Actor:

@@ -9,8 +9,7 @@ at most Phi in each dimension, towards larger Q. With b(s, a) = clip(a + xi(s, a
     L_xi = -mean Q_1(s, b(s, u)),   u ~ mu(s), one for each state                                   (BCQ, algorithm 1)
 
 with target networks Q' and b'; xi climbs the first of the Q-functions alone, as in BCQ. The agent draws N actions of
-mu, moves them by xi, and takes the best by Ens (EMaQ's Eq. 2). Phi = 0 is EMaQ, with the
-same random numbers.
+mu, moves them by xi, and takes the best by Ens (EMaQ's Eq. 2). Phi = 0 is EMaQ, with the same random numbers.
 
 As in EMaQ's comparison (section 5.2, appendix G) and other than BCQ as published: mu is autoregressive or a variational
 autoencoder, trained before and frozen, where BCQ trains an autoencoder along with the rest; lambda is 1 in place of

@@ -11,8 +11,8 @@ from common.runs import Run
 def keep(run: Run, rows: list[dict[str, Any]]) -> None:
     """Copy the members whose returns are their largest so far from the checkpoint, which is of this very step.
 
-    `rows` are those of this evaluation. `best.npz` has the returns of what it holds, because the last evaluation of a
-    run that goes on again is in no table. NaN is no return.
+    `rows` are those of this evaluation. `best.npz` keeps the returns of what it holds, because a resumed run drops its
+    last evaluation from the tables. A return of NaN is never the best.
     """
     path = run.checkpoint.with_name("best.npz")
     best = read_npz(path) if path.exists() else {}

@@ -18,7 +18,7 @@ from common.report import read_json, write_json
 
 PHASES = ("pretraining", "offline", "online")
 LENGTHS = ("pretraining_updates", "updates", "online_steps", "wall_clock_seconds")
-# Of each table: the place of a row among all.
+# For each table, the key by which its rows are sorted.
 ORDER: dict[str, Callable[[dict[str, str]], tuple[int, ...]]] = {
     "metrics.csv": lambda row: (int(row["step"]), int(row["member"])),
     "pretraining.csv": lambda row: (int(row["step"]), int(row["member"])),
@@ -80,7 +80,7 @@ def check_part(path: Path, config: dict[str, Any]) -> None:
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any], but: Collection[str] = ()) -> str:
-    """In which of the things that the parts of a run agree in two of them differ first, in words."""
+    """The first thing that all parts of a run must share and these two do not, in words; empty if there is none."""
     ours, theirs = (
         {"algorithm": config["algorithm"], "dataset_sha256": config["dataset_sha256"]}
         | {name: value for name, value in config["flags"].items() if name not in {*runs.FREE, *but}}

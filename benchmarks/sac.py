@@ -5,9 +5,9 @@ It trains the behaviour policies behind the `offax/...` datasets and is a compar
     y    = r + discount (1 - termination) (min_k Q'_k(s', a') - alpha log pi(a'|s')),   a' ~ pi(.|s')      (Eq. 5-6)
     L_Q  = sum_k mean (Q_k(s, a) - y)^2
     L_pi = mean (alpha log pi(a~|s) - min_k Q_k(s, a~)),   a~ ~ pi(.|s)                                    (Eq. 7, 9)
-    L_alpha = -log alpha (log pi(a~|s) + target_entropy)                                                   (Eq. 18)
+    L_alpha = -log alpha mean (log pi(a~|s) + target_entropy)                                              (Eq. 18)
 
-Differences from the paper: the temperature loss is on log alpha, as in the authors' code; the step size of the
+Ours: the temperature loss is on log alpha, as in the authors' code; the step size of the
 critics is larger than the policy's (CleanRL's choice); environment steps come from a small vector of environments, so
 that several steps are followed by several updates; the critics may have layer normalisation (`--critic-layer-norm`),
 which makes learning steadier at this budget.
@@ -65,10 +65,10 @@ class Args:
     random_steps: int = 10_000  # Steps with uniform random actions before the first update.
     batch_size: Count = 256  # Transitions per update (paper, table 1).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
-    num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
-    num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
-    critic_layer_norm: bool = False  # Layer normalisation in the critics.
-    report_every: Count = 20_000  # Environment steps between a row of the CSV with a snapshot of the policy.
+    num_layers: Count = 2  # Hidden layers of the policy and of each Q-function (paper, table 1).
+    num_critics: Count = 2  # Q-functions; their minimum is taken over all of them.
+    critic_layer_norm: bool = False  # Layer normalisation in the Q-functions.
+    report_every: Count = 20_000  # Environment steps between rows of the CSV, each with a snapshot of the policy.
     checkpoint_every: Count = 100_000  # Environment steps between checkpoints.
     # Where snapshots/, training.csv and the checkpoint go; an existing checkpoint there is continued.
     run_dir: str = "runs/sac"
@@ -113,7 +113,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-ADAM = optax.scale_by_adam()
+ADAM = optax.scale_by_adam()  # without rate and sign, which `descend` applies
 
 
 def modules(args: Args, action_dim: int) -> tuple[GaussianHead, networks.QEnsemble]:

@@ -32,9 +32,9 @@ class Args(RunArgs):
 
     hp: Hyperparameters = Hyperparameters()
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).
-    num_layers: Count = 2  # Hidden layers of the actor and of each critic (paper, table 1).
-    num_critics: Count = 2  # Q-functions; the minimum is taken over all of them.
-    critic_layer_norm: bool = False  # Layer normalisation in the critics.
+    num_layers: Count = 2  # Hidden layers of the policy and of each Q-function (paper, table 1).
+    num_critics: Count = 2  # Q-functions; their minimum is taken over all of them.
+    critic_layer_norm: bool = False  # Layer normalisation in the Q-functions.
 
     def validate(self) -> None:
         """UsageError, as that of all scripts, and where no data would be read."""
@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     def explore(state: sac.State, hp: Hyperparameters, observations: jax.Array, key: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(key, step)
         actions = act(state, hp, observations, key, args, action_dim, sample=True)
-        return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, minval=-1.0), actions)
+        return jnp.where(step < warm_up, jax.random.uniform(key, actions.shape, actions.dtype, -1.0), actions)
 
     train_all, explore_all = members.map(partial(sac.train, args=args)), members.map(explore)
     act_all = members.map(partial(act, args=args, action_dim=action_dim, sample=False), batched=True)
@@ -109,7 +109,7 @@ def main(args: Args) -> None:
 
         if args.online_steps:  # a step of every member's environment, then an update on old and new transitions
             envs = Collector(make_env, members, transform, done=run.done["online"])
-            keys = members.keys(0)
+            keys = members.keys(0)  # for exploring
             for start, stop in run.chunks("online", args.online_steps):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})

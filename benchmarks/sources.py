@@ -228,7 +228,7 @@ def load_d4rl(path: str, env: str | None) -> Dataset:
     columns = (*(raw[name] for name in names[:3]), following, terminal, truncation)
     arrays = {name: column[keep] for name, column in zip(Transitions._fields, columns, strict=True)}
 
-    spec, match = None, re.match("(halfcheetah|hopper|walker2d|ant(?!_?maze))(?![a-z])", Path(path).stem.lower())
+    spec, match = None, re.match("(halfcheetah|hopper|walker2d|ant(?![_-]?maze))(?![a-z])", Path(path).stem.lower())
     domain = match[1] if match else None
     if domain:
         # D4RL's own environments are version 2; version 4 has their observations and rewards.

@@ -4,10 +4,10 @@
     python -m benchmarks.watch runs/mine --member best --episodes 3 --out best.mp4
 
 Episode i has the seed of the last evaluation's episode i, so what is seen is what `returns.csv` counts (on the same
-machine, and of a policy that draws nothing). Of a population, `best` and `worst` go by the last return; of one trained
-in parts, once `python -m benchmarks.report RUN_DIR` has put them together. A film plays in real time, 30 frames a
-second at most; a GIF has at most 600 frames, of long episodes every n-th, and an MP4, which needs `pip install
-imageio-ffmpeg`, as many as there are.
+machine, and of a policy that draws nothing). In a population `best` and `worst` go by the last return; if it was
+trained in parts, run `python -m benchmarks.report RUN_DIR` first. A film plays in real time, 30 frames a second at
+most; a GIF has at most 600 frames, of long episodes every n-th, and an MP4, which needs `pip install imageio-ffmpeg`,
+as many as there are.
 Where there is no display, MuJoCo draws by EGL or OSMesa; set MUJOCO_GL to choose yourself.
 """
 
@@ -52,7 +52,7 @@ class Args:
     member: str = "0"  # Number of the member, or best or worst by the last return.
     episodes: Count = 1  # Episodes, one after the other.
     best: bool = False  # The best evaluated policy, which --keep-best True kept, instead of the last one.
-    env: str | None = None  # Environment to play in. Default: the run's own, for whose options the dataset is read.
+    env: str | None = None  # Environment to play in. Default: the run's own; for its options the dataset is read.
     out: Path | None = None  # File to write, .gif or .mp4. Default: member-N.gif in the run's directory.
     track: bool = False  # Upload the film to Weights & Biases, into the run's project.
 
@@ -87,7 +87,7 @@ def member_of(run_dir: Path, config: dict[str, Any], member: str) -> tuple[int, 
         for ended in read_json(run_dir / "final.json")["members"]:
             if ended["member"] == int(member) and ended["diverged"]:
                 step = ended["diverged"]["step"]
-                print(f"member {member} diverged; this is its policy of step {step}", file=sys.stderr)
+                print(f"member {member} diverged at step {step}; what is played is from before that", file=sys.stderr)
     seeds = {str(m["member"]): m["seed"] for m in config["members"]}
     if member not in seeds:
         raise UsageError(f"--member {member}: choose best, worst or one of {', '.join(seeds)}")

@@ -122,8 +122,8 @@ class RunArgs:
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
-    max_episode_steps: int = 0  # Steps to cut episodes after, which then have no score; 0: the environment's or 10,000.
-    checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints; 0: evaluations' and the last (ours).
+    max_episode_steps: int = 0  # Cut episodes after so many steps: no score then; 0: the environment's limit or 10,000.
+    checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints; 0: at evaluations and the end (ours).
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
     keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.
     resume: bool = False  # Continue from the last checkpoint in --run-dir, or start there if there is none.
@@ -159,7 +159,7 @@ def parse_grid(grid: str, names: tuple[str, ...]) -> list[dict[str, float]]:
         name, _, numbers = part.partition("=")
         name = name.replace("-", "_")
         if name not in names or name in values:
-            what = f"{name} is given twice" if name in values else f"{name} is nothing that members may differ in"
+            what = f"{name} is given twice" if name in values else f'"{name}" is nothing that members may differ in'
             raise UsageError(f"--grid: {what}; choose from {', '.join(names)}")
         values[name] = []
         with suppress(ValueError):

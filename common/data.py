@@ -52,7 +52,7 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
         found = load_npz(path, env)
     else:
         how = "copy benchmarks/ too, or make one in a clone of Offax: python -m benchmarks.datasets export"
-        raise UsageError(f"{path} is not one .npz, which alone can be read without the rest of Offax; {how} {path}")
+        raise UsageError(f"{path} is not one .npz, the only thing read without the rest of Offax; {how} {path}")
     if (spec := found.env_spec) is None:
         raise UsageError(f"{path} does not name its environment; pass --env ID")
     ours, theirs = (found.transitions.observations.shape[1], found.low, found.high), spaces_of(spec, announce=True)

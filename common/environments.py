@@ -102,7 +102,7 @@ class Returns(NamedTuple):
 
 
 class Evaluator:
-    """Runs episodes side by side, in waves of about MAX_ENVIRONMENTS, each to its end: none is under-counted."""
+    """Runs episodes side by side, about MAX_ENVIRONMENTS of them or one for each member, each to its end."""
 
     def __init__(self, make: Maker, members: Members, transform: Transform) -> None:
         self.make, self.members, self.transform = make, members, transform

@@ -167,7 +167,7 @@ def evaluation_keys(seeds: jax.Array, done: jax.Array | int, count: jax.Array | 
 def make_members(args: RunArgs) -> Members:
     """Every combination of --grid x every seed, the seed varying fastest; of those every N-th with --shard I/N.
 
-    As many devices as there are members are taken, and JAX is started with each usable CPU core as a device.
+    As many devices as there are members are taken; JAX starts with one CPU device for each, at most the usable cores.
     """
     args.validate()  # which `parse` has done, unless the Args were made without it
     use_compilation_cache()

@@ -43,7 +43,7 @@ glorot = nn.initializers.glorot_uniform()
 class MLP(nn.Module):
     """`num_layers` hidden ReLU layers of width `hidden_dim`, then a linear layer to `output_dim`.
 
-    Layer normalisation precedes each activation, dropout follows it; that needs a "dropout" rng when `training`.
+    Layer normalisation precedes each activation, dropout follows it and needs a "dropout" rng when `training`.
     """
 
     hidden_dim: int

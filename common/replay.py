@@ -99,7 +99,7 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
     """
     obs_dim, scale = transitions.observations.shape[-1], args.reward_scale
     if not len(transitions.rewards) and (args.normalize_observations or args.normalize_returns):
-        print("no data are read: neither observations nor rewards are normalised by them", file=sys.stderr)
+        print("no data are read, so neither observations nor rewards are normalised", file=sys.stderr)
     mean, std = np.zeros(obs_dim, np.float32), np.ones(obs_dim, np.float32)
     if args.normalize_observations and len(transitions.rewards):
         mean = transitions.observations.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -109,7 +109,7 @@ def fit_transform(transitions: Recorded, args: RunArgs) -> Transform:
             raise UsageError("every episode of the dataset has the same return; pass --normalize-returns False")
         scale *= (factor := 1000.0 / spread)
         if factor > 1.0:
-            print(f"--normalize-returns enlarges rewards by {factor:.3g}: it is meant to shrink", file=sys.stderr)
+            print(f"--normalize-returns enlarges rewards by {factor:.3g}: it is meant to shrink them", file=sys.stderr)
     return Transform(mean, std, scale, args.reward_shift)
 
 

@@ -49,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(path: Path, resume: bool) -> Any:
-    """Make the run directory and lock it; UsageError if another process has, or if it holds a run, without `resume`."""
+    """Make the run directory and lock it; UsageError if another process has it, or for a run without `resume`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UsageError(f"there is no {path}: no run has come so far") from None
+        raise UsageError(f"there is no {path}: no run has got that far") from None
     except (ValueError, TypeError):
         raise UsageError(f"{path} is damaged") from None
 

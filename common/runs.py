@@ -119,7 +119,7 @@ class Run:
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UsageError(f"checkpoint {self.checkpoint} is damaged or was edited (its metadata)") from None
             if self.args.num_updates < self.done["offline"]:
-                raise UsageError(f"{self.path} has --num-updates {self.done['offline']} behind it; not fewer go on")
+                raise UsageError(f"{self.path} has {self.done['offline']} updates: --num-updates must not be fewer")
             if odd:
                 names = {x: "--" * (x in self.flags) + x.replace("_", "-") for x in odd}
                 had = "; ".join(f"{names[x]} {self.before.get(x)!r}, not {self.identity[x]!r}" for x in odd)
@@ -166,7 +166,7 @@ class Run:
             self.saved = dict(self.done)
 
     def chunks(self, phase: str, total: int, every: int = 0, whole: bool = False) -> Iterator[tuple[int, int]]:
-        """`(start, stop)` of one stretch of the phase after another, until `total` steps of it are recorded.
+        """`(start, stop)` of the phase's stretches, one after another, until `total` steps are recorded.
 
         A stretch ends after STRETCH steps, and where a row, an evaluation, a checkpoint or a multiple of `every` is
         due; with `whole` it is `every` steps. After a signal the process ends here, where the state was saved.
@@ -199,7 +199,7 @@ class Run:
         terminal, done, rate = sys.stderr.isatty(), self.done[phase], self.rate(phase, members=1)
         if self.args.quiet or not rate or not (terminal or time.time() - self.shown >= 30 or done >= total):
             return
-        self.shown, left = time.time(), datetime.timedelta(seconds=round((total - done) / rate))
+        self.shown, left = time.time(), datetime.timedelta(seconds=round(max(0, total - done) / rate))
         text = f"{self.name} {phase} {done}/{total}, {self.rate(phase):.0f}/s, {left} left{self.note}"
         say(f"\r{text:<100}" if terminal else text, sys.stderr, "" if terminal and done < total else "\n")
 
@@ -251,7 +251,7 @@ class Run:
         for i in np.flatnonzero(self.alive):
             returns, success = result.returns[i], result.successes[i]
             if not np.isfinite(returns).all():
-                say(f"{self.members.label(i)}: returns are not finite, so its mean is none either", sys.stderr)
+                say(f"{self.members.label(i)}: some returns are not finite, nor is their mean", sys.stderr)
             row = {"phase": self.phase, "step": self.done[self.phase]} | self.members.who(i)
             score = families.normalized_score(domain, returns, success) if domain else None
             for name, x in (("return", returns), ("score", score)):
@@ -273,7 +273,7 @@ class Run:
             self.tracker.log(table, rows, sum(self.done.values()), self.rate(self.phase))
 
     def finish(self, result: Returns | None) -> None:
-        """The last evaluation, returns.csv, final.json, curves.png and a table; None where every member diverged."""
+        """The last evaluation, returns.csv, final.json, curves.png, a table; `result`: None if all members diverged."""
         last, members, names = {}, [], ("return_mean", "return_std", "score_mean", "score_std", "episodes")
         if self.alive.any():
             self.record_evaluation(result)

@@ -161,7 +161,7 @@ def test_a_member_that_diverged_is_named(run: Path, tmp_path: Path, capfd: pytes
     final = json.loads((run / "final.json").read_text())
     final["members"][1]["diverged"] = {"step": 7, "metric": "critic/loss"}
     (tmp_path / "run" / "final.json").write_text(json.dumps(final))
-    for member, said in ((0, ""), (1, "member 1 diverged; this is its policy of step 7\n")):
+    for member, said in ((0, ""), (1, "member 1 diverged at step 7; what is played is from before that\n")):
         watch.main([str(tmp_path / "run"), "--member", str(member)])
         assert capfd.readouterr().err == said
 

@@ -190,6 +190,7 @@ def test_unknown_presets_are_refused() -> None:
         (["--resume", "True"], "--run-dir"),
         (["--shard", "0/2"], "--run-dir"),
         (["--grid", "alpha=1,2"], "alpha"),
+        (["--grid", "=1,2"], '"" is nothing that members may differ in'),
         (["--grid", "beta=1,3", "--beta", "5"], "--grid sweeps beta: leave out --beta"),
         (["--grid", "hidden_dim=8,16"], "hidden_dim"),
     ],
