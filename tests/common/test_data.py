@@ -519,7 +519,8 @@ def test_d4rls_ant_has_contact_forces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse", "antmaze-umaze-v2", "ant-maze-umaze",
-     "maze2d-umaze-sparse-v1", "door-human-v1", "pen_cloned", "mini_kitchen_microwave_kettle_light_slider-v0", "hoppers", "other"],
+     "maze2d-umaze-sparse-v1", "door-human-v1", "pen_cloned", "mini_kitchen_microwave_kettle_light_slider-v0",
+     "hoppers", "other"],
 )  # fmt: skip
 def test_d4rl_files_without_an_environment(tmp_path: Path, name: str) -> None:
     path = write_d4rl(tmp_path / f"{name}.hdf5", **d4rl_arrays([0, 0, 1], [0, 0, 0]))
