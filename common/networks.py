@@ -102,6 +102,6 @@ def gaussian_log_prob(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.
 def descend(
     optimizer: optax.GradientTransformation, params: Any, grads: Any, opt_state: Any, learning_rate: jax.Array | float
 ) -> tuple[Any, optax.OptState]:
-    """One step of `optimizer` (without a rate of its own, e.g. `optax.scale_by_adam()`), at `learning_rate`."""
+    """One step down by `optimizer`, which has no rate and no sign of its own (`optax.scale_by_adam()`)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state

@@ -115,14 +115,14 @@ class Run:
                 self.started -= float(theirs["seconds"])
                 self.evaluations, self.before, _ = theirs["evaluations"], theirs["identity"], dict(theirs["tables"])
                 free = FREE | (set() if self.done["online"] else LENGTHS)
-                odd = [x for x, value in self.identity.items() if x not in free and self.before.get(x) != value]
+                odd = [x for x, value in self.identity.items() if x not in free and self.before.get(x, value) != value]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UsageError(f"checkpoint {self.checkpoint} is damaged or was edited (its metadata)") from None
             if self.args.num_updates < self.done["offline"]:
                 raise UsageError(f"{self.path} has {self.done['offline']} updates: --num-updates must not be fewer")
             if odd:
                 names = {x: "--" * (x in self.flags) + x.replace("_", "-") for x in odd}
-                had = "; ".join(f"{names[x]} {self.before.get(x)!r}, not {self.identity[x]!r}" for x in odd)
+                had = "; ".join(f"{names[x]} {self.before[x]!r}, not {self.identity[x]!r}" for x in odd)
                 raise UsageError(f"{self.path} holds a run with {had}; use another --run-dir")
             if self.before.get("script_sha256") != script.get("script_sha256"):
                 say(f"{self.name}.py or common/ was edited since {self.path} was saved, or is another one", sys.stderr)

@@ -1066,6 +1066,16 @@ def test_every_flag_that_differs_from_the_checkpoints_is_named(small_run: list[s
     assert_refused(iql(*small_run, *LONG, *flags), *words)
 
 
+def test_a_run_from_before_a_flag_existed_goes_on(small_run: list[str], iql: Any, taken: Path) -> None:
+    """As where a copy is given a hyperparameter more before it is fine-tuned."""
+    with np.load(taken / "checkpoint" / "state.npz") as file:
+        identity = json.loads(file["metadata"].tobytes())["identity"]
+    assert identity.pop("layer_norm") is False
+    edit_metadata(taken, identity=identity)
+    assert iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True").status == 0
+    assert_refused(iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True", "--beta", "2"), "--beta 3.0, not 2.0")
+
+
 def test_a_part_of_another_run_is_refused_before_it_trains(tmp_path: Path, small_run: list[str], iql: Any) -> None:
     """A job array whose tasks have flags of their own; lengths may differ, as parts are extended one by one."""
     run = [*small_run, "--num-seeds", "2", "--eval-every", "0", "--run-dir", tmp_path]
