@@ -793,7 +793,7 @@ def test_a_run_does_not_go_on_with_fewer_updates_than_it_has(small_run: list[str
     before = snapshot(taken)
     for flags in (["--num-updates", "60"], ["--num-updates", "0", "--online-steps", "10", "--random-steps", "0"]):
         outcome = iql(*small_run, *LONG, *flags, "--run-dir", taken, "--resume", "True")
-        assert_refused(outcome, "--num-updates 120")
+        assert_refused(outcome, "has 120 updates: --num-updates must not be fewer")
     assert snapshot(taken) == before
 
 
