@@ -20,8 +20,8 @@ batch size, length and normalised observations, and the policy is updated with t
 the old one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which
 differs from the paper's table 1 too. That script also draws batches of 128 before the online phase, in which it then
 collects 1,000 steps and makes 1,000 updates in turn. It clamps Q itself at 0, where the gradient vanishes;
-`--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. Two more (ours) are
-for few demonstrations, where successive policies differ much in success: `--actor-average` acts by their moving
+`--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. Two flags of ours
+are for few demonstrations, where successive policies differ much in success: `--actor-average` acts by their moving
 average, and `--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
 arXiv:2103.06326).
 
