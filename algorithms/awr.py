@@ -308,7 +308,7 @@ def value_loss(values: jax.Array, returns: jax.Array) -> tuple[jax.Array, dict[s
     """Half the squared error of `values [batch]` to `returns [batch]`, both in the units of the network's output."""
     assert values.shape == returns.shape, (values.shape, returns.shape)
     loss = 0.5 * jnp.mean((values - returns) ** 2)
-    return loss, {"value/loss": loss, "value/mean": values.mean(), "value/return_mean": returns.mean()}
+    return loss, {"value/loss": loss, "value/v_mean": values.mean(), "value/return_mean": returns.mean()}
 
 
 # Eq. (38), (55)

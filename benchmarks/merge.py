@@ -87,8 +87,8 @@ def _difference(one: dict[str, Any], other: dict[str, Any], but: Collection[str]
         | {"shard": config["flags"]["shard"].partition("/")[2]}
         for config in (one, other)
     )
-    unlike = [name for name in ours if ours[name] != theirs.get(name)]
-    return f"{unlike[0]} {ours[unlike[0]]} and {theirs.get(unlike[0])}" if unlike else ""
+    unlike = [name for name in ours if ours[name] != theirs.get(name, ours[name])]  # a flag may be newer than a part
+    return f"{unlike[0]} {ours[unlike[0]]} and {theirs[unlike[0]]}" if unlike else ""
 
 
 def _members(records: Any) -> list[dict[str, Any]]:

@@ -497,7 +497,7 @@ def test_value_loss_is_half_the_squared_error() -> None:
     values, targets = jnp.array([0.5, -1.0, 2.0]), jnp.array([1.5, -1.0, -1.0])
     loss, info = awr.value_loss(values, targets)
     assert float(loss) == pytest.approx(0.5 * (1 + 0 + 9) / 3) and info["value/loss"] == loss
-    assert (float(info["value/mean"]), float(info["value/return_mean"])) == pytest.approx((0.5, -1 / 6))
+    assert (float(info["value/v_mean"]), float(info["value/return_mean"])) == pytest.approx((0.5, -1 / 6))
     assert_close(jax.grad(lambda v: awr.value_loss(v, targets)[0])(values), [-1 / 3, 0, 1])
 
 

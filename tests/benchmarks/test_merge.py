@@ -178,8 +178,8 @@ def test_a_run_by_itself_is_no_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("flags", "what"), [({"num_updates": 20}, "num_updates 20"), ({"shard": "1/3"}, "shard 3"), ({"beta": 1}, "beta 1")]
 )
 def test_parts_of_different_runs_are_refused(tmp_path: Path, flags: dict[str, Any], what: str) -> None:
-    write_part(tmp_path, 0, {0: 1.0})
-    write_part(tmp_path, 1, {1: 2.0}, **flags)
+    write_part(tmp_path, 0, {0: 1.0}, beta=3)
+    write_part(tmp_path, 1, {1: 2.0}, **{"beta": 3} | flags)
     with pytest.raises(UsageError, match=f"part-1 and .*part-0 are not of one run: {what} and "):
         merge.merge(tmp_path)
     assert not (tmp_path / "final.json").exists()

@@ -1083,6 +1083,9 @@ def test_a_part_of_another_run_is_refused_before_it_trains(tmp_path: Path, small
     outcome = iql(*run, "--num-updates", "10", "--shard", "1/2", "--beta", "1")
     assert_refused(outcome, "part-1", "part-0", "not be of one run: beta 1.0 and 3.0")
     assert {path.name for path in (tmp_path / "part-1").iterdir()} == {".lock"}
+    config = json.loads((tmp_path / "part-0" / "config.json").read_text())
+    del config["flags"]["layer_norm"]  # a part from before the flag existed
+    (tmp_path / "part-0" / "config.json").write_text(json.dumps(config))
     assert iql(*run, "--num-updates", "20", "--shard", "1/2").status == 0
 
 
