@@ -18,17 +18,17 @@ The partition function Z(s) of Eq. 14 is left out, as in the paper. V(s) is take
 mode (`--value`). The defaults are CORL's: they differ from the paper in networks, temperature, clip, weight decay,
 batch size, length and normalised observations, and the policy is updated with the new critic (in the authors' code with
 the old one). `--preset demonstrations` is the authors' script for human demonstrations with rewards of 0 and -1, which
-differs from the paper's table 1 too. That script also draws batches of 128 before the online phase, in which it then
-collects 1,000 steps and makes 1,000 updates in turn. It clamps Q itself at 0, where the gradient vanishes;
+differs from the paper's table 1 too. That script also has batches of 128 before the online phase, and online it
+alternates 1,000 steps with 1,000 updates. It clamps Q itself at 0, above which Q has no gradient;
 `--nonpositive-targets` clamps the targets instead, which is right only where no reward is positive. Two flags of ours
 are for few demonstrations, where successive policies differ much in success: `--actor-average` acts by their moving
 average, and `--observation-noise` blurs the states that the policy learns from (for Q-functions: Sinha et al., 2021,
 arXiv:2103.06326).
 
 Ours: terminations alone cut the bootstrap, always (the authors' script for demonstrations ignores them), and the
-truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero (CORL's
-do not), last layers as the others (in the authors' code near zero), targets as copies; the log standard deviation is
-clipped to its limits, beyond which it no longer learns (in the authors' code it is a sigmoid between them). Fine-tuning
+truncated last step of an episode is kept and bootstraps; the ensemble may have any size; biases start at zero (not in
+CORL), last layers start like the others (authors' code: near zero), target networks as copies; the log standard
+deviation is clipped, and beyond its limits has no gradient (authors' code: a sigmoid between them). Fine-tuning
 goes on with the same update, on the union of the dataset and the policy's own samples.
 
     python algorithms/awac.py --dataset offax/hopper/medium-expert-v1
@@ -57,8 +57,8 @@ from common.runs import Run
 class Hyperparameters(NamedTuple):
     """What --grid can sweep: a value for each member, traced by JAX, so no Python `if` on it."""
 
-    # For --weights exp; large is behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit; paper: 1 on
-    # locomotion, 0.3 on manipulation).
+    # Divides the advantage in --weights exp; large: behaviour cloning (CORL: 1/3 locomotion, 0.1 AntMaze and Adroit;
+    # paper: 1 on locomotion, 0.3 on manipulation).
     temperature: Positive = 1 / 3
     softmax_temperature: Positive = 2.0  # For --weights softmax (authors' scripts: 2 locomotion, 0.5 demonstrations).
     weight_clip: Positive = 100.0  # Largest weight of a transition for --weights exp (CORL).
@@ -87,7 +87,7 @@ class Args(RunArgs):
     value_samples: Count = 1  # Samples for --value sample (CORL and authors' code: 1).
     # Keep the critic's targets at or below 0, for rewards that are never positive (paper, appendix B.3: Q itself).
     nonpositive_targets: bool = False
-    # Deviation of the noise on the states in the policy's likelihood, in standard deviations of the minibatch (ours).
+    # Standard deviation of noise on the states in the policy's loss, as a multiple of the minibatch's own (ours).
     observation_noise: NonNegative = 0.0
     num_critics: Count = 2  # Q-functions; their minimum is taken over all of them (CORL, authors' code: 2).
     hidden_dim: Count = 256  # Width of every hidden layer (paper, table 1).

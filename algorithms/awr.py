@@ -12,8 +12,8 @@ with the TD(lambda) return G of the whole trajectory, computed backwards and ane
     G_t = r_t + discount ((1 - lambda) V(s_t+1) + lambda G_t+1),   at an episode's end r_t + discount V(s_t+1),
 
 where V is 0 after a termination and bootstraps after a truncation; lambda = 1 is the Monte-Carlo return. States are
-normalised by their running mean and standard deviation (Eq. 58), and the network's output is V (1 - discount), which
-is as scaling rewards by it (Eq. 59).
+normalised by their running mean and standard deviation (Eq. 58). The network's output is V (1 - discount), which has
+the same effect as scaling rewards by 1 - discount (Eq. 59).
 
 Offline, an iteration makes `--value-updates` updates of the value function, then `--policy-updates` of the policy, on
 minibatches of the whole dataset; only the policy's are counted. A run that is resumed with a larger `--num-updates`
@@ -27,15 +27,15 @@ Where the paper and the authors' code differ, or say too little:
 * Step size of the value function: 1e-4 in the paper, 1e-2 in the code. 1e-2 is the default: online on Hopper-v5 one of
   three seeds with 1e-4 had not left its first plateau after 300,000 steps, and the others were as with 1e-2
   (results/awr-hopper).
-* Updates in an iteration: the paper's numbers, fewer in one that is cut short; the code's grow with the samples.
-* lambda = 0.95, the policy's fixed standard deviation, and the penalty on means outside the actions' bounds are the
-  code's. Sampled actions are regressed on as drawn, also outside the bounds; the environment clips them.
+* Updates in an iteration: the paper's numbers, and fewer in a shorter iteration (the code: more with more samples).
+* lambda = 0.95, the policy's fixed standard deviation, and the penalty on means outside the actions' bounds are from
+  the code. Sampled actions enter the policy's loss as drawn, even out of bounds; the environment gets them clipped.
 
 Without the clip of the weights (`--weight-clip 1e30`) some of the paper's runs, and all three of ours, ended in numbers
 that are not finite (results/awr-hopper).
 
-Ours: minibatches are drawn with replacement; the normaliser takes in the new states before the updates of an iteration
-rather than after them, so that a policy acts with the one that it was trained with; the environments of a member go on
+Ours: minibatches are drawn with replacement; the normaliser takes in new states before an iteration's updates, not
+after them, so that a policy acts with the same normaliser that it was trained with; a member's environments go on
 across iterations, so an episode may begin with one policy and end with the next. Evaluations and checkpoints that are
 due within an iteration follow it. The first online iteration lasts until every member has an episode. There are no
 random steps: the policy acts from the start.
@@ -170,7 +170,7 @@ class Normalizer(NamedTuple):
 
 # Eq. (58)
 def observe(normalizer: Normalizer, data: Replay, limit: jax.Array | int) -> Normalizer:
-    """The normaliser with the states that came since it was last called, until it has `limit` of them."""
+    """The normaliser, updated by all states that are new since the last call, unless it has `limit` already."""
 
     def add(normalizer: Normalizer) -> Normalizer:
         for rows, start, written, number in parts(data):
@@ -194,7 +194,7 @@ def observe(normalizer: Normalizer, data: Replay, limit: jax.Array | int) -> Nor
 
 
 def normalize(normalizer: Normalizer, observations: jax.Array) -> jax.Array:
-    """States in standard deviations, at least 0.01 (authors' code), from the mean; as they are before any was seen."""
+    """(observations - mean) / max(std, 0.01) (authors' code); unchanged while the normaliser has seen no state."""
     std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.count, 1.0))
     return (observations - normalizer.mean) / jnp.where(normalizer.count > 0, jnp.maximum(std, 0.01), 1.0)
 
@@ -375,7 +375,7 @@ def act(
 def train(
     state: State, hp: Hyperparameters, data: Replay, num_updates: jax.Array | int, args: Args
 ) -> tuple[State, Metrics]:
-    """One iteration with `num_updates` updates of the policy, and in proportion of the value function; metrics' sums.
+    """One iteration: `num_updates` policy updates and proportionally many of the value function; sums of metrics.
 
     Returns and weights of all rows are computed once, before the updates that use them. With 0 updates, as for
     a member that has diverged, the state stays as it is.
@@ -398,7 +398,7 @@ def train(
     state = state._replace(normalizer=observe(state.normalizer, data, limit))
     targets = values_and_returns(state, data, hp, args)[1]
     divisor = math.gcd(args.value_updates, args.policy_updates)  # without it, the product may exceed 32 bits
-    num_value_updates = -(-(args.value_updates // divisor) * num_updates // (args.policy_updates // divisor))
+    num_value_updates = -(-num_updates * (args.value_updates // divisor) // (args.policy_updates // divisor))
     state, of_value = repeat(value_step, state, num_value_updates)
     values, returns, written = values_and_returns(state, data, hp, args)
     weights = advantage_weights(returns - values, written, hp, args)
@@ -423,13 +423,13 @@ class Episodes:
         self.ended |= ((step.terminations + step.truncations) > 0).any(axis=1)
 
     def take(self, capacity: int) -> tuple[Transitions, np.ndarray]:
-        """What ended since the last call: `[members, block, ...]`, and how many of these rows count, `[members]`.
+        """Rows of episodes that ended since the last call, `[members, block, ...]`, and how many count, `[members]`.
 
-        One environment's episodes come after the other's; of more than `capacity` rows the last ones are given.
+        Episodes are ordered by environment, then by time; of more than `capacity` rows the last ones are returned.
         """
         steps = jax.tree.map(lambda *rows: np.stack(rows), *self.steps)  # [time, members, environments, ...]
         times = np.arange(1, len(self.steps) + 1)[:, None, None]
-        ends = np.maximum(self.begins, np.max(times * ((steps.terminations + steps.truncations) > 0), axis=0))
+        ends = np.where((steps.terminations + steps.truncations) > 0, times, self.begins).max(axis=0)
         counts = np.minimum((ends - self.begins).sum(axis=1), capacity).astype(np.int32)
         block = min(-(-max(1, *counts) // EPISODE_BLOCK) * EPISODE_BLOCK, capacity)
         ended = jax.tree.map(lambda x: np.zeros((len(counts), block, *x.shape[3:]), np.float32), steps)
@@ -442,7 +442,7 @@ class Episodes:
 
 
 def insert(ring: Ring, block: Transitions, count: jax.Array) -> Ring:
-    """Write the first `count` rows of the block, no more than the ring has, after the newest and over the oldest."""
+    """Write the first `count` rows of `block` (at most `capacity`) after the newest ones, over the oldest."""
     i = jnp.arange(len(block.rewards))
     places = jnp.where(i < count, (ring.written + i) % ring.capacity, ring.capacity)  # beyond the end: dropped
     data = jax.tree.map(lambda old, new: jnp.asarray(old).at[places].set(new, mode="drop"), ring.data, block)
@@ -485,7 +485,7 @@ def main(args: Args) -> None:
             if run.checkpoint_due():
                 run.save({"state": state})
 
-        if args.online_steps:  # a round of steps in every member's environment, then an iteration on the ring
+        if args.online_steps:  # steps in all environments, then an iteration on the ring (and the dataset)
             envs = Collector(make_env, members, transform, per_member=args.num_environments, done=run.done["online"])
             keys = members.keys(0)  # for exploring
             collected = Episodes(len(members.seeds), args.num_environments)

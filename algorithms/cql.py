@@ -10,21 +10,21 @@ CQL(H): soft actor-critic whose Q-functions are pushed down where they are large
 
 The first term of the gap stands for the paper's log of the integral of exp(Q_k(s, a)) over a: the a_i are n uniform
 actions, n of pi(.|s) and n of pi(.|s'), all valued at s, and p is the density each was drawn with. The sum is 3n
-times the integral on average, so the gap is about log(3n) too large; that has no gradient, but `--target-gap` counts it
-in. Weight times gap is the penalty; with `--lagrange` it has a learned factor, which rises while the gap is above
-`--target-gap` (Eq. 30). The factor starts at e, and the gap is compared before its weight, as in CORL and JaxCQL (in
-the authors' code it starts at 1, and weight times gap is compared). It is at most a million, as in theirs (where, once
-above that, it has no gradient and stays there).
+times the integral on average, so the gap is about log(3n) too large. This has no gradient, but `--target-gap` must be
+chosen with it. The penalty is weight times gap; `--lagrange` multiplies it by a learned factor, which rises while the
+gap is above `--target-gap` (Eq. 30). The factor starts at e, and the gap alone is compared, as in CORL and JaxCQL (the
+authors' code starts it at 1, and compares weight times gap). The factor is at most a million, as in all three (where,
+once above that, it has no gradient and stays there).
 
-Defaults are CORL's but for `--target-gap`, which is JaxCQL's, and the observations, which CORL normalises but on
-AntMaze, and here the presets decide. As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
+Defaults are CORL's, except that `--target-gap` is JaxCQL's and that only some presets normalise observations (CORL:
+all but AntMaze's). As in the authors' code and in CORL: the squared error lacks the paper's 1/2; the
 target has no entropy term; every loss is that of the parameters before the update (the authors' policy loss has the new
-temperature); the temperature learns at the policy's rate. With `--max-backup` the target takes n actions at s' and, of
-their smallest values over the ensemble, the largest (CORL, JaxCQL; the authors' code maximises each Q-function on its
-own first). In the first `--bc-updates`, the policy maximises log pi(a|s) of the dataset in place of Q. The start is
-CORL's: the Q-functions' layers are orthogonal, the last of gain 1e-2; the policy's are PyTorch's, the last Xavier's of
-gain 1e-2, and its log standard deviation has a learned scale and offset, from 1 and -1 (JaxCQL: the same scalars, last
-layers of variance 1e-2 / inputs).
+temperature); the temperature learns at the policy's rate. With `--max-backup` the target is max over n actions at s' of
+min over the ensemble (CORL, JaxCQL; authors' code: the min of each Q-function's max). In the first `--bc-updates` the
+policy maximises log pi(a|s) of dataset actions in place of Q. Initial weights are CORL's: in the Q-functions orthogonal
+(last layer: gain 1e-2), in the policy PyTorch's default (last layer: Xavier with gain 1e-2). The log standard deviation
+is multiplied by a learned scale, initially 1, plus a learned offset, initially -1 (JaxCQL: the same; its last layers
+have variance 1e-2 / inputs).
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
@@ -96,7 +96,7 @@ class Args(RunArgs):
     bc_updates: int = 0
 
     def validate(self) -> None:
-        """UsageError for a number out of range, or a sweep of the target of a gap that has none."""
+        """UsageError for a number out of range, or a sweep of --target-gap, which has no effect without --lagrange."""
         super().validate()
         if not self.lagrange:
             refuse_sweep(self, {"target_gap"}, "without --lagrange True")
@@ -201,10 +201,10 @@ def squashed_sample(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tupl
 def penalised_actions(
     key: jax.Array, mean: jax.Array, log_std: jax.Array, num_actions: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Actions `[n, batch, action_dim]` of the gap and their log-densities `[n, batch]`.
+    """Actions of the gap `[(1 + P) n, batch, action_dim]` and their log-densities `[(1 + P) n, batch]`.
 
-    `num_actions` are uniform on [-1, 1], and as many come from each of the policies whose Gaussians have `mean` and
-    `log_std [policies, batch, action_dim]`.
+    The first n = `num_actions` are uniform on [-1, 1]; n more come from each of P squashed Gaussians (the policy at s
+    and at s'), whose `mean` and `log_std` are `[P, batch, action_dim]`.
     """
     uniform_key, policy_key = jax.random.split(key)
     batch_size, action_dim = mean.shape[1:]
@@ -239,8 +239,8 @@ def critic_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Squared error of every Q-function to the same `targets [batch]` and `weight` times its gap, summed over K.
 
-    `q [K, batch]` are values of dataset actions, `sampled_q [K, n, batch]` of actions drawn at the same states with
-    `log_density [n, batch]`.
+    `q [K, batch]` are values of dataset actions, `sampled_q [K, m, batch]` of m drawn actions (3n in the
+    head of this file) at the same states, whose log-density is `log_density [m, batch]`.
     """
     assert q.shape[1:] == targets.shape, (q.shape, targets.shape)
     assert sampled_q.shape == (q.shape[0], *log_density.shape), (sampled_q.shape, log_density.shape)
@@ -271,7 +271,7 @@ def actor_loss(log_prob: jax.Array, value: jax.Array, alpha: jax.Array) -> tuple
 
 # SAC, Eq. (18), on log alpha
 def alpha_loss(log_alpha: jax.Array, entropy: jax.Array, target_entropy: jax.Array | float) -> jax.Array:
-    """Raises the temperature while the policy's `entropy` is below its target."""
+    """Loss whose descent raises the temperature while the `entropy` is below its target, and lowers it above."""
     return log_alpha * (entropy - target_entropy)
 
 
@@ -310,7 +310,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     grads, actor_info = jax.grad(loss_of_actor, has_aux=True)(state.actor)
     actor_params, actor_opt = descend(ADAM, state.actor, grads, state.actor_opt, hp.actor_learning_rate)
 
-    # All actions are drawn outside of the critic's loss: no gradient reaches them, nor by them the policy.
+    # All actions are drawn outside of the critic's loss, so that it has no gradient for them or for the policy.
     both = jnp.stack([batch.observations, batch.next_observations])
     mean, log_std = actor.apply(state.actor, both)  # [2, batch, action_dim]
     next_mean = jnp.broadcast_to(mean[1], (args.num_actions if args.max_backup else 1, *mean[1].shape))
@@ -336,7 +336,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     if args.lagrange:
         grads = jax.grad(factor_loss)(state.log_factor, critic_info["critic/gap"], hp)
         log_factor, factor_opt = descend(ADAM, state.log_factor, grads, state.factor_opt, hp.critic_learning_rate)
-        log_factor = jnp.minimum(log_factor, math.log(1e6))  # above its limit it would have no gradient back
+        log_factor = jnp.minimum(log_factor, math.log(1e6))  # not in the loss, where a clip has no gradient
 
     new_state = State(
         actor=actor_params,
@@ -381,11 +381,11 @@ def train(
     return repeat(step, state, num_updates)
 
 
-def foretell(args: Args, count: int, done: int, obs_dim: int, action_dim: int) -> None:
-    """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
+def print_estimate(args: Args, count: int, done: int, obs_dim: int, action_dim: int) -> None:
+    """Print roughly how long the updates not yet `done` take, if that is over 1.5 hours and JAX runs on a CPU.
 
-    A pass costs two operations per weight and row, for each of the `count` members; a gradient three passes, two where
-    only the action needs one; at the 100 GFLOP/s of two common cores.
+    Assumed: a pass is two operations per weight and row; a loss with its gradient is three passes, two if the gradient
+    is for the action alone; two common cores do 100 GFLOP/s. All is for `count` members.
     """
     start = partial(init, args=args, obs_dim=obs_dim, action_dim=action_dim)
     shapes = jax.eval_shape(start, jax.random.key(0), args.hp)
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
 
     with Run("cql", args, members) as run:
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
-        foretell(args, members.count, run.steps(), obs_dim, action_dim)
+        print_estimate(args, members.count, run.steps(), obs_dim, action_dim)
 
         def evaluate(episodes: int) -> Returns | None:
             return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)

@@ -16,11 +16,11 @@ vae` takes a variational autoencoder for mu (appendix H). Online (appendix F) th
 logits divided by tau, takes the action of largest mean_k Q_k + beta std_k Q_k (Eq. 67), and mu is refitted.
 
 Two things are done faster than in the paper:
-* mu is frozen, so its proposals for the dataset's next states are drawn ahead, into a pool, and anew after
-  `--pool-uses` uses of a state. The pool holds bins; the place within a bin is drawn at each use. A later dimension was
-  therefore drawn given other values of the earlier ones than the update uses, in the same bins.
-* with lambda = 1 the target is max_n min_k. The minimum over some of the Q-functions bounds that over all of them from
-  above: a proposal whose bound is not above the best full minimum so far skips the others. Targets are the same.
+* mu is frozen, so a pool of its proposals for the dataset's next states is drawn ahead, and drawn anew when a state
+  has been used `--pool-uses` times on average. The pool holds bins; the value in a bin is drawn at each use. So a later
+  dimension was drawn given values of the earlier ones that share the bins of those in the update, but differ from them.
+* with lambda = 1 the target is max_n min_k. The minimum over some Q-functions is at least the minimum over all: if it
+  is not above the best full minimum so far, the other Q-functions are skipped for this proposal. Targets stay the same.
 
 Open in the paper: discount and initialisation (here those of BRAC's code, in which EMaQ was written), the length of
 mu's training, normalisation (here none), and online whether targets use mu with tau (here without) and when mu is
@@ -104,8 +104,8 @@ class Args(RunArgs):
     # Width of a linear map of the earlier action dimensions; 0: as they are (paper, appendices B and G.3).
     prefix_dim: int = 0
     num_bins: Count = 40  # Bins of each action dimension (paper, appendix G.1).
-    # Sets of N proposals drawn ahead for each next state of the data, of which an update takes one at random (ours): N
-    # bytes for each member, set, action dimension and state. 0: drawn at each update, as for the vae always.
+    # Sets of N proposals drawn ahead for each next state of the data; an update takes a random one (ours). A set takes
+    # N bytes for each member, action dimension and state. 0: draw proposals at each update, as the vae always does.
     proposal_pool: int = 1
     # The pool is drawn anew when a state of the dataset has been used this often on average (ours).
     pool_uses: Count = 8
@@ -171,7 +171,7 @@ class SplitDense(nn.Module):
 
 
 class BinHead(nn.Module):
-    """Logits `[n, batch, num_bins]` of an action dimension, of `embedding [batch, dim]` and the ones before it."""
+    """Logits `[n, batch, num_bins]` of one action dimension, given `embedding [batch, dim]` and those before it."""
 
     num_bins: int
     hidden_dim: int
@@ -227,8 +227,8 @@ class AutoregressivePolicy(nn.Module):
             bin_key, place_key = jax.random.split(jax.random.fold_in(key, i))
             prefixes = actions if i else actions[:1]  # the first dimension has none: once for all samples
             probs = jax.nn.softmax(head(embedding, prefixes) / temperature)
-            # By the distribution function: a random number for each sample, where jax.random.categorical takes one for
-            # each bin. XLA is slow at cumsum on a CPU.
+            # Inverse-CDF sampling: one random number per sample, where jax.random.categorical draws one per bin. An
+            # associative scan, because XLA's cumsum is slow on a CPU.
             below = jax.lax.associative_scan(jnp.add, probs, axis=-1)
             place = jax.random.uniform(bin_key, (*shape, 1), jnp.float32) * below[..., -1:]
             bins.append(jnp.sum(below[..., :-1] <= place, axis=-1))
@@ -338,7 +338,7 @@ def propose(
     temperature: jax.Array | float = 1.0,
     bins: jax.Array | None = None,
 ) -> jax.Array:
-    """N actions `[N, batch, action_dim]` of mu for each state, or places within its `bins [batch, N, action_dim]`."""
+    """N actions `[N, batch, action_dim]` per state: of mu, or uniform in the given `bins [batch, N, action_dim]`."""
     behavior, _ = modules(args, action_dim)
     if bins is not None:
         return behavior.within(jnp.swapaxes(bins, 0, 1), key)
@@ -372,10 +372,10 @@ def ensemble(q: jax.Array, weight: jax.Array | float) -> jax.Array:
 def max_of_min(params: Any, critic: nn.Module, states: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """max_n min_k Q_k(s, a_n) `[batch]`, and the share of all evaluations Q_k(s, a_n) that were done for it.
 
-    `states [batch, obs_dim]`, `actions [n, batch, action_dim]`. One Q-function is evaluated for all actions, then 1, 2,
-    4, ... more at a time for those whose bound, the minimum so far, is above the best minimum known for their state;
-    before each time, the action of highest bound in each state gets all that it lacks, which raises the best. The
-    Q-functions of lowest mean, over one action for each of 32 states, come first: theirs are the tightest bounds.
+    `states [batch, obs_dim]`, `actions [n, batch, action_dim]`. An action's bound is the minimum over the Q-functions
+    evaluated so far. All actions get one Q-function, then in rounds 1, 2, 4, ... more, if their bound is above the best
+    full minimum known for their state. Each round first evaluates all Q-functions for each state's action of highest
+    bound, to raise that best. Q-functions of low mean (on one action of 32 states) come first: they bound tightest.
     """
     num_actions, batch, action_dim = actions.shape
     num_critics, num_pairs, some = critic.num_critics, num_actions * batch, min(batch, 32)
@@ -437,7 +437,7 @@ def backup(
 
     def all_values() -> tuple[jax.Array, jax.Array]:
         q, params = critic, target_critic
-        if jax.default_backend() == "gpu" and not args.layer_norm:  # whose mean would be over the added units too
+        if jax.default_backend() == "gpu" and not args.layer_norm:  # its mean would include the added units
             q, params = widened(critic, target_critic, states, proposals)
         values = ensemble(q.apply(params, states, proposals), hp.ensemble_weight)
         if args.backup == "max":
@@ -549,11 +549,11 @@ def train(
 
 
 def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -> dict[str, Any]:
-    """Behaviour models, and their optimisers, of the run in the directory `path` for the members with these `seeds`.
+    """Behaviour models and their optimisers for members with these `seeds`, from the run in the directory `path`.
 
-    Members take that of their seed (of the first combination, if that run had a grid), and those with other seeds take
-    them in turn. UsageError if that run has begun another phase or the member diverged, or if its networks or `data`
-    (hash, whether states are normalised) are others.
+    A member takes the model that was trained with its own seed (of a grid: in the first combination); without one, the
+    model at place seed % (number of models). UsageError unless that run is in its offline phase, the model's member is
+    alive, and the networks and `data` (hash, whether states are normalised) are the same here.
     """
     arrays, about = read_tree(file := Path(path).expanduser() / "checkpoint" / "state.npz")
     try:
@@ -567,7 +567,7 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     if not same_data:
         raise UsageError(f"{path} is of a run on another dataset or with another --normalize-observations")
     if phase or diverged:
-        what = f"checkpoint is of the {phase} phase" if phase else f"member with seed {diverged[0]} diverged"
+        what = f"run is in the {phase} phase, not offline" if phase else f"member with seed {diverged[0]} diverged"
         raise UsageError(f"{path}: its {what}")
     parts = {name: getattr(state, name) for name in ("behavior", "behavior_opt")}
     like = jax.tree.map(lambda x: np.zeros((len(theirs), *x.shape[1:]), x.dtype), parts)
@@ -575,7 +575,7 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
     return jax.tree.map(lambda x: x[places], filled)
 
 
-def foretell(args: Args, count: int, done: dict[str, int], obs_dim: int, action_dim: int) -> None:
+def print_estimate(args: Args, count: int, done: dict[str, int], obs_dim: int, action_dim: int) -> None:
     """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
 
     A pass costs two operations per weight and row, for each of the `count` members; a gradient three passes; at the 100
@@ -594,7 +594,7 @@ def foretell(args: Args, count: int, done: dict[str, int], obs_dim: int, action_
         print(f"on two CPU cores this takes roughly {hours:.0f} hours from here on{advice}", file=sys.stderr)
 
 
-# With other functions it is the run of benchmarks/bcq.py.
+# benchmarks/bcq.py calls it with init, update and act of its own.
 def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable = update, act: Callable = act) -> None:
     """The run: load, initialise, fit mu, train offline, fine-tune online; evaluate, log and checkpoint on the way."""
     members = make_members(args)  # seeds x hyperparameters: the leading axis of states, rings, actions and metrics
@@ -602,8 +602,8 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
     transform = fit_transform(dataset.transitions, args)
     offline = members.replicate(transform.transitions(dataset.transitions)) if args.num_updates else None
     obs_dim, action_dim = dataset.transitions.observations.shape[1], len(dataset.low)
-    largest = -(-members.total // int(args.shard.partition("/")[2] or 1))  # in any part of --shard: all decide alike
-    pool_bytes = largest * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
+    most_members = -(-members.total // int(args.shard.partition("/")[2] or 1))  # per part of --shard: all decide alike
+    pool_bytes = most_members * args.proposal_pool * args.num_proposals * dataset.transitions.actions.size
     if args.draws_ahead and 2 * pool_bytes > members.memory():
         why = f"the pool, {pool_bytes / 2**30:.3g} GiB, would take more than half of the memory"
         print(f"--proposal-pool 0, which is slower: {why}", file=sys.stderr)
@@ -631,27 +631,27 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
             data = (dataset.describe()["dataset_sha256"], args.normalize_observations)
             state = state._replace(**members.shard(borrow(args.behavior_checkpoint, state, members.seeds, data)))
         state, ring = run.restore({"state": state, "ring": ring}, dataset, transform).values()
-        foretell(args, members.count, run.done, obs_dim, action_dim)
+        print_estimate(args, members.count, run.done, obs_dim, action_dim)
 
         def evaluate(episodes: int) -> Returns | None:
             return evaluator.run(partial(act_all, state, members.hp), episodes, run.steps(), run.stopping, run.alive)
 
         own_behavior = args.num_updates > 0 and not args.behavior_checkpoint
-        for start, stop in run.chunks("pretraining", args.behavior_updates * own_behavior):
+        for start, stop in run.chunks("pretraining", args.behavior_updates if own_behavior else 0):
             new, metrics = fit_all(state, members.hp, Replay(offline), (stop - start) * run.alive)
             state, finite = keep_finite_all(new, state, metrics)
             run.record(stop, metrics, finite)
             if run.checkpoint_due():
                 run.save({"state": state})
 
-        pool, drawn, pool_every = None, -1, -(-args.pool_uses * len(dataset.transitions.rewards) // args.batch_size)
-        for start, stop in run.chunks("offline", args.num_updates, every=pool_every * args.draws_ahead):
+        pool, pool_id, pool_every = None, -1, -(-args.pool_uses * len(dataset.transitions.rewards) // args.batch_size)
+        for start, stop in run.chunks("offline", args.num_updates, every=pool_every if args.draws_ahead else 0):
             if run.evaluation_due():
                 run.save({"state": state})
                 run.record_evaluation(evaluate(args.eval_episodes))
-            if args.draws_ahead and drawn != start // pool_every:  # each state has been used --pool-uses times
-                pool, drawn = None, start // pool_every  # frees its memory before the next one is drawn
-                keys = jax.vmap(jax.random.fold_in, (0, None))(members.keys(1), drawn)
+            if args.draws_ahead and pool_id != start // pool_every:  # states have been used --pool-uses times
+                pool, pool_id = None, start // pool_every  # frees its memory before the next one is drawn
+                keys = jax.vmap(jax.random.fold_in, (0, None))(members.keys(1), pool_id)
                 pool = draw_all(state, members.hp, Replay(offline), keys)
             new, metrics = train_all(state, members.hp, Replay(offline, extra=pool), (stop - start) * run.alive)
             state, finite = keep_finite_all(new, state, metrics)
@@ -660,10 +660,10 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
                 run.save({"state": state})
 
         if args.online_steps:  # steps of every member's environment, then as many updates on old and new transitions
-            pool, several = None, args.steps_per_iteration > 1
+            pool, every = None, args.steps_per_iteration if args.steps_per_iteration > 1 else 0
             envs = Collector(make_env, members, transform, done=run.done["online"])
             keys = members.keys(0)  # for exploring
-            for start, stop in run.chunks("online", args.online_steps, args.steps_per_iteration * several, several):
+            for start, stop in run.chunks("online", args.online_steps, every, whole=every > 0):
                 if run.evaluation_due():
                     run.save({"state": state, "ring": ring})
                     run.record_evaluation(evaluate(args.eval_episodes))
@@ -672,7 +672,7 @@ def main(args: Args, name: str = "emaq", init: Callable = init, update: Callable
                     actions = explore_all(state, members.hp, envs.observations, keys, np.full(len(keys), step))
                     ring, owed = insert_all(ring, envs.step(actions)), owed + (step >= warm_up)
                     last = step + 1 == stop or run.stopping()
-                    if last or not several:
+                    if last or not every:
                         state, metrics = tune_all(state, members.hp, Replay(offline, ring), owed * run.alive)
                         parts.append(metrics)
                         owed = 0

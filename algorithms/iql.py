@@ -161,7 +161,7 @@ def init(key: jax.Array, hp: Hyperparameters, args: Args, obs_dim: int, action_d
 
 # Eq. (5)
 def value_loss(v: jax.Array, q: jax.Array, expectile: jax.Array | float) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Asymmetric squared error of `v [batch]` towards `q [batch]`: weight expectile above, 1 - expectile below."""
+    """Asymmetric squared error of `v [batch]` to `q [batch]`: weight expectile where q >= v, else 1 - expectile."""
     assert v.shape == q.shape, (v.shape, q.shape)
     weight = jnp.abs(expectile - (q < v))
     loss = jnp.mean(weight * (q - v) ** 2)

@@ -165,7 +165,7 @@ def critic_loss(q: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, 
 def actor_loss(
     actions: jax.Array, data_actions: jax.Array, q: jax.Array, bc_weight: jax.Array | float, hp: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative mean of `q [batch]` in units of its size, times alpha, and `bc_weight` times the mean squared error."""
+    """-alpha mean(q) / mean|q| + bc_weight mean((actions - data_actions)^2), `q [batch]`, actions `[batch, dim]`."""
     assert actions.shape == data_actions.shape, (actions.shape, data_actions.shape)
     assert q.shape == actions.shape[:1], (q.shape, actions.shape)
     scale = hp.alpha / jax.lax.stop_gradient(jnp.abs(q).mean())

@@ -40,7 +40,7 @@ def say(text: str, stream: TextIO, end: str = "\n") -> None:
 
 
 def optional(module: str, needed_for: str = "") -> ModuleType | None:
-    """A module that a copied algorithm may lack: None then, or UsageError if it is `needed_for` a flag."""
+    """Import a module that a copy may lack; if missing, None, or UsageError that names the flag `needed_for`."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -116,14 +116,14 @@ class RunArgs:
     grid: str = ""  # Values of the "hp options" to combine with each other and every seed: "discount=0.98,0.99".
     shard: str = ""  # I/N, I from 0: train every N-th member only, into part-I of --run-dir; see benchmarks/README.md.
     num_updates: int = 1_000_000  # Offline updates (the papers' million); 0: none, and with --env no data are read.
-    online_steps: int = 0  # Environment steps of fine-tuning after that, an update each (AWR: in iterations); 0: none.
+    online_steps: int = 0  # Environment steps after the offline phase, an update each (AWR: in iterations); 0: none.
     random_steps: int = 5_000  # With --num-updates 0, the first steps: uniform actions, no updates (CleanRL's SAC).
     batch_size: Count = 256  # Transitions in a minibatch (the papers of IQL, TD3+BC and SAC).
     eval_every: int = 10_000  # Updates (online: environment steps) between evaluations; 0: only at the end (ours).
     eval_episodes: Count = 10  # Episodes for each member in an evaluation (IQL's and TD3+BC's papers).
     final_eval_episodes: Count = 100  # Episodes for each member in the last evaluation (ours).
     max_episode_steps: int = 0  # Cut episodes after so many steps: no score then; 0: the environment's limit or 10,000.
-    checkpoint_every: int = 50_000  # Updates (online: steps) between checkpoints; 0: at evaluations and the end (ours).
+    checkpoint_every: int = 50_000  # Updates (online: steps) per checkpoint; 0: at evaluations and the end only (ours).
     run_dir: str | None = None  # Where results go. Default: runs/<algorithm>/<dataset>/<time>.
     keep_best: bool = False  # Keep each member's best evaluated policy beside the last one, in checkpoint/best.npz.
     resume: bool = False  # Continue from the last checkpoint in --run-dir, or start there if there is none.
@@ -170,12 +170,12 @@ def parse_grid(grid: str, names: tuple[str, ...]) -> list[dict[str, float]]:
 
 
 def refuse_sweep(args: RunArgs, unused: set[str], where: str) -> None:
-    """UsageError if --grid sweeps one of the hyperparameters that are `unused` `where` ("with --flag value")."""
+    """UsageError if --grid sweeps a name in `unused`; `where` says when it has no effect: "with --flag value"."""
     for name in sorted(unused.intersection(parse_grid(args.grid, args.hp._fields)[0])):
         raise UsageError(f"--grid: {name} has no effect {where}")
 
 
-# Families of environments that share settings, by how their name or a part of the dataset's begins.
+# Families of environments that share settings; a pattern matches the start of the env's name or of a dataset part.
 FAMILIES = {
     "ogbench": r"ogbench$|.*-singletask|(cube|scene|puzzle|antsoccer|\w+maze-\w+-(navigate|stitch|explore))-",
     "antmaze": r"ant[_-]?maze",
@@ -191,7 +191,7 @@ def env_name(env_id: str) -> str:
 
 
 def preset_name(dataset: str, env: str | None) -> str:
-    """The key of FAMILIES for the name of `env`, or else for those of the dataset and an .npz's `env`; or `none`."""
+    """The family that matches the name of `env`, else the `env` in an .npz, else the dataset's name; or `none`."""
     names = [env_name(env)] if env else []
     for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
         if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
@@ -216,7 +216,7 @@ def read_flags(args_type: Any, args: Sequence[str] | None = None, **options: Any
 
 
 def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> A:
-    """The flags given, else the preset's, else the class's values; `preset` is then the name of the one in use."""
+    """An `args_type` of the flags given, else the preset's values, else the defaults; it names the preset in use."""
     argv = sys.argv[1:] if argv is None else argv
     plain, fields, shared = args_type(), args_type.__dataclass_fields__, RunArgs.__dataclass_fields__
     args_type.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda x: x[0] in shared))  # in --help, own first
@@ -229,13 +229,13 @@ def parse(args_type: type[A], presets: dict[str, dict[str, Any]], argv: list[str
     chosen = read_flags(args_type, [word for word in given if word not in ("-h", "--help")], default=plain)
     if chosen.preset not in ("auto", "none", *presets):
         raise UsageError(f"--preset {chosen.preset}: choose from auto, none, {', '.join(presets)}")
-    data = chosen.dataset if chosen.num_updates or not chosen.env else ""  # that is read
+    data = chosen.dataset if chosen.num_updates or not chosen.env else ""  # "": no dataset is read
     preset = preset_name(data, chosen.env) if chosen.preset == "auto" else chosen.preset
     preset = preset if preset in presets else "none"
-    others = dict(presets.get(preset, {}))
-    hp = {name: others.pop(name) for name in plain.hp._fields if name in others}
+    settings = presets.get(preset, {})
+    hp = {name: value for name, value in settings.items() if name in plain.hp._fields}
     try:
-        default = replace(plain, hp=plain.hp._replace(**hp), **others)
+        default = replace(plain, hp=plain.hp._replace(**hp), **{k: settings[k] for k in settings if k not in hp})
         args = replace(read_flags(args_type, given, default=default), preset=preset)
     except SystemExit:  # after --help
         listed = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in presets[name].items()) for name in presets]

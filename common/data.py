@@ -36,10 +36,10 @@ class Dataset:
 
 
 def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dataset:
-    """Read a dataset, which `benchmarks/sources.py` collects or downloads if it is missing, to evaluate in `env`.
+    """Read a dataset; `benchmarks/sources.py` collects or downloads a missing one. Evaluate in `env`, else in its own.
 
-    With `only_env` and an `env`, as to train online from scratch, nothing is read and there are no rows. UsageError
-    for a dataset that is not there or cannot be used.
+    With `only_env` and an `env`, for online training from scratch, nothing is read and the dataset has no rows.
+    UsageError for a dataset that is not there or cannot be used.
     """
     if only_env and env is not None:
         obs_dim, low, high = spaces_of(env, announce=True)
@@ -64,7 +64,7 @@ def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dat
 
 
 def spaces_of(spec: Any, announce: bool = False) -> tuple[int, np.ndarray, np.ndarray]:
-    """What `action_bounds` says of the environment of a gymnasium id or EnvSpec."""
+    """`(obs_dim, low, high)` of the environment `spec` (id or EnvSpec); `announce`: tell if it has no time limit."""
     with make_raw(spec) as made:
         if announce and (made.spec is None or made.spec.max_episode_steps is None):
             print(f"no time limit: episodes end at {LONGEST_EPISODE:,} steps, or --max-episode-steps", file=sys.stderr)
@@ -78,13 +78,13 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
     """
     out, size = {}, arrays["rewards"].size
     for field in Transitions._fields:
-        array, rank = arrays.get(field, np.zeros(size)), 1 + field.endswith(("observations", "actions"))
+        array, rank = arrays.get(field, np.zeros(size)), 2 if field.endswith(("observations", "actions")) else 1
         if array.dtype.kind not in "fiub" or array.ndim != rank or len(array) != size or not array.size:
-            wanted = f"numbers [{size or 'rows'}{', width' * (rank - 1)}], a row for each reward"
+            wanted = f"numbers [{size or 'rows'}{', width' if rank == 2 else ''}], a row for each reward"
             raise UsageError(f"{name}: {field} is {array.dtype} {list(array.shape)}, it must be {wanted}")
         with np.errstate(over="ignore"):
             out[field] = np.ascontiguousarray(array, np.float32)
-        if not np.isfinite(np.sum(out[field], dtype=np.float64)):  # a sum of float32 cannot overflow: exact and fast
+        if not np.isfinite(np.sum(out[field], dtype=np.float64)):  # float64 cannot overflow: finite if all are
             row = np.isfinite(out[field]).reshape(size, -1).all(axis=1).argmin()
             raise UsageError(f"{name}: {field} has NaN or infinity, first in row {row}; remove those episodes")
         if field in ("terminations", "truncations") and not np.isin(array, (0, 1)).all():

@@ -102,7 +102,7 @@ class Returns(NamedTuple):
 
 
 class Evaluator:
-    """Runs episodes side by side, about MAX_ENVIRONMENTS of them or one for each member, each to its end."""
+    """Runs whole episodes, at most MAX_ENVIRONMENTS at a time, or one for each member if there are more members."""
 
     def __init__(self, make: Maker, members: Members, transform: Transform) -> None:
         self.make, self.members, self.transform = make, members, transform
@@ -111,7 +111,7 @@ class Evaluator:
             families.try_out(self.environments[0])
 
     def run(self, act: Any, episodes: int, done: int = 0, stopping: Any = None, alive: Any = None) -> Returns | None:
-        """`episodes` episodes of each member, the i-th seeded by `evaluation_seed`; None as soon as `stopping()`.
+        """Play `episodes` episodes per member, the i-th seeded by `evaluation_seed`; None once `stopping()` is true.
 
         `act(observations [padded, width, obs_dim], keys [padded])` gives actions `[padded, width, action_dim]` in
         [-1, 1]; the keys change with the time step, and with `done`, the steps of training so far.
@@ -147,8 +147,8 @@ class Evaluator:
 class Collector:
     """Steps `per_member` environments of each member, at `observations [padded, per_member, obs_dim]`.
 
-    A time limit sets the truncation flag alone, so it bootstraps. After a resumption at `done` steps the environments
-    start anew, with other seeds.
+    At a time limit only the truncation flag is set, so that the target still bootstraps. When a run is resumed after
+    `done` steps, the environments start anew, with other seeds.
     """
 
     def __init__(self, make: Maker, members: Members, transform: Transform, per_member: int = 1, done: int = 0) -> None:

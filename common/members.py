@@ -1,8 +1,8 @@
 """Populations: seeds x hyperparameters, trained in one process on one copy of the data.
 
 A member is one pytree; a population is the same pytree with a leading axis, split over the devices: the cores of a CPU,
-or the GPUs. On a GPU a device's members are vmapped, where one alone is bound by kernel launches; on a CPU they take
-turns, where one matrix product after another is faster than a batched one.
+or the GPUs. On a GPU the members of a device are vmapped, because one alone is limited by kernel launches; on a CPU
+they take turns, because separate matrix products are faster there than a batched one.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ def use_compilation_cache() -> None:
 class Members:
     """The members that this process trains; `[padded]` arrays repeat the last one until devices have equally many."""
 
-    indices: list[int]  # the members' numbers among those of all processes, see --shard
-    total: int  # of all processes
+    indices: list[int]  # the numbers of these members in the whole population, see --shard
+    total: int  # members in the whole population, over all parts of --shard
     seeds: np.ndarray  # [padded]
     hp: Any  # NamedTuple of float32 [padded]
     swept: list[dict[str, float]]  # what --grid set in each
@@ -80,8 +80,8 @@ class Members:
         return jax.device_put(tree, NamedSharding(self.mesh, P("members")))
 
     def replicate(self, tree: Any) -> Any:
-        """The whole tree of numpy arrays on every device: once for all CPUs."""
-        if self.mesh.devices.flat[0].platform == "cpu":  # JAX's own arrays are aligned, and so not copied again
+        """The whole tree of numpy arrays on every device; CPU devices share one copy."""
+        if self.mesh.devices.flat[0].platform == "cpu":  # memory from JAX is aligned, so device_put shares it
             tree = jax.tree.map(lambda x: np.asarray(jnp.array(x)), tree)
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
@@ -110,7 +110,7 @@ class Members:
         states = [initialise(jax.random.key(seed), own) for seed, own in zip(self.seeds, hp, strict=True)]
         return self.shard(jax.tree.map(lambda *x: (jnp if is_key(x[0]) else np).stack(x), *states))
 
-    def keys(self, number: int) -> jax.Array:  # one for each, unlike all of its state; `number` tells uses apart
+    def keys(self, number: int) -> jax.Array:  # one per member, other than its state's; each use has its own `number`
         return self.shard(jnp.stack([jax.random.fold_in(jax.random.key(seed), 2**31 + number) for seed in self.seeds]))
 
     def broadcast(self, tree: Any) -> Any:
@@ -119,14 +119,14 @@ class Members:
         return self.shard(jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self.seeds), *x.shape)), tree))
 
     def map(self, function: Callable, *, donate: tuple[int, ...] = (), batched: bool = False) -> Callable:
-        """`function` of one member as a compiled one of all: its arguments and results have a leading axis of members.
+        """Compile `function`, written for one member, for all: arguments and results get a leading axis of members.
 
-        A `Replay` is not sliced: all get its offline rows and their device's ring, of which row `member` is theirs. The
-        memory of the arguments at `donate` is reused for the results. `batched`: vmapped on a CPU too.
+        A `Replay` is not sliced: each member sees all offline rows and the ring of all members on its device, where
+        `member` is its index. The results reuse the memory of the arguments at `donate`. `batched`: vmap on a CPU too.
         """
         in_turn = self.mesh.devices.flat[0].platform == "cpu" and not batched
-        # On a CPU the devices are the parallelism, one thread each: also where this process has one member of several,
-        # so that a member's numbers do not depend on how the members are shared out.
+        # On a CPU a population runs in parallel over devices, each with one thread. That holds for a part of --shard
+        # with a single member too: numbers must not depend on how the members are divided into parts.
         options = {"xla_cpu_multi_thread_eigen": False} if in_turn and self.total > 1 else {}
         split = P("members")
 
@@ -134,8 +134,8 @@ class Members:
             own = tuple(None if isinstance(x, Replay) else x for x in arguments)
 
             def one(turn: tuple) -> Any:
-                both = zip(turn[1], arguments, strict=True)
-                return function(*(x._replace(member=turn[0]) if isinstance(x, Replay) else m for m, x in both))
+                place, pairs = turn[0], zip(turn[1], arguments, strict=True)
+                return function(*(x._replace(member=place) if isinstance(x, Replay) else mine for mine, x in pairs))
 
             if not in_turn:
                 return jax.vmap(one)((places, own))
@@ -165,9 +165,9 @@ def evaluation_keys(seeds: jax.Array, done: jax.Array | int, count: jax.Array | 
 
 
 def make_members(args: RunArgs) -> Members:
-    """Every combination of --grid x every seed, the seed varying fastest; of those every N-th with --shard I/N.
+    """All combinations of --grid x all seeds, the seed varying fastest; with --shard I/N every N-th of these members.
 
-    As many devices as there are members are taken; JAX starts with one CPU device for each, at most the usable cores.
+    At most one device per member is used; on a CPU, JAX starts with one device per member, up to the usable cores.
     """
     args.validate()  # which `parse` has done, unless the Args were made without it
     use_compilation_cache()
@@ -184,10 +184,10 @@ def make_members(args: RunArgs) -> Members:
         devices = jax.local_devices()[: len(indices)]
     except (AssertionError, RuntimeError) as error:  # JAX fails on `cuda` without CUDA by an assertion
         raise UsageError(f"JAX has no device of JAX_PLATFORMS ({one_line(error)}); unset it or install it") from None
-    padded = indices + indices[-1:] * (-len(indices) % len(devices))
-    with np.errstate(over="ignore"):  # infinity: that member diverges, and is named
-        hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**everyone[i][0]) for i in padded))
-    seeds, swept = np.array([everyone[i][1] for i in padded]), [everyone[i][0] for i in indices]
+    padded = [everyone[i] for i in indices + indices[-1:] * (-len(indices) % len(devices))]
+    with np.errstate(over="ignore"):  # too large for float32: infinity, so that member diverges, and is named
+        hp = jax.tree.map(lambda *x: np.array(x, np.float32), *(args.hp._replace(**values) for values, _ in padded))
+    seeds, swept = np.array([seed for _, seed in padded]), [values for values, _ in padded[: len(indices)]]
     return Members(indices, len(everyone), seeds, hp, swept, Mesh(np.array(devices), ("members",)))
 
 
@@ -211,8 +211,8 @@ def join(parts: Sequence[Metrics]) -> Metrics:
 def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any, Metrics]:
     """Apply `step`, which gives the next state and metrics, `num_steps` times on the device; add the metrics up.
 
-    A metric that exists at some updates only, as the policy's where it is delayed, is a pair: its value, and whether it
-    is there. The count is traced: chunks of different lengths share one compilation.
+    A metric that only some updates have, such as the loss of a delayed policy, is a pair: its value, and whether this
+    update has it. `num_steps` is traced, so that stretches of different lengths share one compilation.
     """
     step = jax.jit(step, inline=True)  # traced once
     names = step.eval_shape(state)[1]
@@ -232,7 +232,7 @@ def repeat(step: Callable, state: Any, num_steps: jax.Array | int) -> tuple[Any,
 
 
 def keep_finite(new: Any, old: Any, metrics: Metrics) -> tuple[Any, jax.Array]:
-    """`new`, or `old` if a number in it or in the metrics since then is not finite; and whether it is."""
+    """`(new, True)`, or `(old, False)` if a float in `new`, or in the `metrics` on the way to it, is not finite."""
     floats = [x for x in jax.tree.leaves((new, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jnp.array([jnp.isfinite(x).all() for x in floats]).all()
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), finite

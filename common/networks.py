@@ -17,8 +17,8 @@ import optax
 def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, gain: float = 2**0.5) -> jax.Array:
     """Orthonormal columns (rows, where they are fewer) times `gain`, as the official IQL and jaxrl start every layer.
 
-    Those of flax's `orthogonal` up to rounding, by Gram-Schmidt, twice for accuracy. JAX's QR is avoided because on a
-    CPU its LAPACK calls wait inside the thread pool they need: as many at once as there are cores hang the process.
+    Equal to flax's `orthogonal` up to rounding. By Gram-Schmidt, each column projected twice for accuracy. Not by JAX's
+    QR: on a CPU its LAPACK calls wait in the thread pool that they need, and one call per core hangs the process.
     """
     rows, columns = max(shape), min(shape)
     random = jax.random.normal(key, (rows, columns), dtype)

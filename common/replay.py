@@ -131,7 +131,7 @@ def empty_ring(capacity: int, obs_dim: int, action_dim: int) -> Ring:
 
 
 def insert(ring: Ring, transitions: Transitions) -> Ring:
-    """Write rows, no more than the ring has, after the newest and over the oldest."""
+    """Write the transitions, at most `capacity` rows, after the newest ones; the oldest are overwritten."""
     rows = len(transitions.rewards)
     assert rows <= ring.capacity, f"{rows} rows do not fit a ring of {ring.capacity}"
     places = (ring.written + jnp.arange(rows)) % ring.capacity
@@ -142,8 +142,8 @@ def insert(ring: Ring, transitions: Transitions) -> Ring:
 class Replay(NamedTuple):
     """What minibatches are drawn from: the shared offline rows, a member's online ring, or their union.
 
-    With a `member` the ring is a population's, `[members, capacity, ...]`: that member's rows are picked from the
-    whole, because slicing its part out would copy it.
+    If `member` is given, `ring` is that of several members, `[members, capacity, ...]`, and single rows of this member
+    are gathered from it, because slicing out the member's whole ring would copy it.
     """
 
     offline: Recorded | None
@@ -158,11 +158,11 @@ def sample_rows(key: jax.Array, replay: Replay, batch_size: int) -> jax.Array:
     Offline rows come first; those of the ring follow in the order in which it stores them.
     """
     offline, ring, member, _ = replay
-    num_offline = 0 if offline is None else len(offline.rewards)
-    assert num_offline or ring is not None, "nothing to sample from"
-    written = 0 if ring is None else ring.written if member is None else ring.written[member]
-    filled = 0 if ring is None else jnp.minimum(written, ring.capacity)  # rows from there on are not yet written
-    return jax.random.randint(key, (batch_size,), 0, num_offline + filled)
+    num_rows = 0 if offline is None else len(offline.rewards)
+    assert num_rows or ring is not None, "nothing to sample from"
+    if ring is not None:  # its later rows are not yet written
+        num_rows += jnp.minimum(ring.written if member is None else ring.written[member], ring.capacity)
+    return jax.random.randint(key, (batch_size,), 0, num_rows)
 
 
 def take(replay: Replay, rows: jax.Array) -> Transitions:
@@ -176,7 +176,7 @@ def take(replay: Replay, rows: jax.Array) -> Transitions:
     if offline is None:
         return new
     old = offline.at(jnp.minimum(rows, num_offline - 1))
-    return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(from_ring, y, x), old, new)
+    return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(from_ring, x, y), new, old)
 
 
 def sample(key: jax.Array, replay: Replay, batch_size: int) -> Transitions:

@@ -61,7 +61,7 @@ def claim(path: Path, resume: bool) -> Any:
             raise UsageError(f"run directory {path}: {error.strerror}; it must be a directory to write to") from None
     begun, tables, saved = (any(path.glob(x)) for x in ("config.json", "*.csv", "checkpoint/state.npz"))
     if not resume and (begun or tables or saved):
-        raise UsageError(f"{path} holds a run; --resume True goes on with it, or starts anew without a checkpoint")
+        raise UsageError(f"{path} holds a run; --resume True continues it, or restarts it if it has no checkpoint")
     if tables and not saved and (not begun or (path / "final.json").exists()):
         raise UsageError(f"{path} has results and no checkpoint to go on from; use another --run-dir")
     return lock
@@ -124,7 +124,7 @@ def read_tree(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def fill_tree(path: Path, arrays: dict[str, np.ndarray], like: Any, prefix: str = "") -> Any:
-    """The tree `like`, of arrays or shapes, with the leaves under `prefix`; UsageError if names or shapes differ."""
+    """A tree like `like` (arrays or shapes) of the `arrays` named `prefix...`; UsageError if names or shapes differ."""
     leaves, structure = jax.tree.flatten_with_path(like)
     wanted = {prefix + keystr(name): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for name, x in leaves}
     found = {k: x for k, x in arrays.items() if re.match(re.escape(prefix) + r"(?!\w)", k)}
@@ -147,9 +147,9 @@ def script_of(module: Any) -> dict[str, str]:
 def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best: bool = False) -> Policy:
     """The trained policy: raw, flat observations `[obs_dim]` or `[batch, obs_dim]` to the environment's own actions.
 
-    It acts as in the final evaluation, to the last digit if it draws nothing, or with `sample` as to collect data;
-    `best` is what --keep-best kept. It imports the algorithm's file, and says so if that has changed or is another's.
-    UsageError without a checkpoint or such a member.
+    It acts as in the final evaluation (exactly so if acting needs no random numbers), or with `sample` as in data
+    collection; `best` loads the policy that --keep-best kept. The algorithm's file is imported; a line on stderr says
+    if it or common/ is not what trained the run. UsageError without a checkpoint or such a member.
     """
     from gymnasium.spaces import Box
     from gymnasium.wrappers.utils import rescale_box
@@ -163,7 +163,7 @@ def load_policy(run_dir: str | Path, member: int = 0, sample: bool = False, best
     entries, name = {entry["member"]: entry for entry in config["members"]}, config.get("script", config["algorithm"])
     if member not in entries:
         raise UsageError(f"{path} has no member {member}; it has {list(entries)}")
-    names = ("__main__", name, f"algorithms.{name}", f"benchmarks.{name}")["script" in config :]  # cells have no file
+    names = ([] if "script" in config else ["__main__"]) + [name, f"algorithms.{name}", f"benchmarks.{name}"]
     if not (script := next((x for x in map(optional, names) if hasattr(x, "Hyperparameters")), None)):  # no folder
         raise UsageError(f"there is no {name}.py to import, which {path} was trained by")
     if any(config.get(key) != value for key, value in script_of(script).items()):

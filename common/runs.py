@@ -30,7 +30,7 @@ from common.report import append_rows, claim, fill_tree, read_tree, save_tree, s
 
 LOG_EVERY = 1000  # updates (online: environment steps) for each row of metrics.csv
 STRETCH = 100  # updates (steps) between looks at signals and divergence
-# What a resumed run may change: what training does not depend on, the script (with a warning), lengths until online.
+# A resumed run may change flags that do not affect training, the script (with a warning) and, while offline, LENGTHS.
 FREE = {"eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "run_dir", "resume", "quiet"}
 FREE |= {"preset", "track", "wandb_project", "wandb_group", "wandb_entity", "keep_best", "script", "script_sha256"}
 LENGTHS = {"num_updates", "online_steps", "max_episode_steps"}
@@ -52,9 +52,9 @@ class Run:
         self.label = f"{name} {slug} {now}"
         path = Path(os.path.expanduser(args.run_dir or f"runs/{self.label.replace(' ', '/')}"))
         self.path = path / f"part-{int(args.shard.partition('/')[0])}" if args.shard else path
-        parts = any(path.glob("part-*"))
-        alone = (path / "config.json").exists() and not parts  # parts that were merged have one too
-        if alone if args.shard else parts:
+        has_parts = any(path.glob("part-*"))
+        has_whole_run = (path / "config.json").exists() and not has_parts  # merged parts have a config.json too
+        if (args.shard and has_whole_run) or (not args.shard and has_parts):
             raise UsageError(f"{path} holds a run {'without' if args.shard else 'with'} --shard; use another --run-dir")
         self.keep_best = optional("benchmarks.keep_best", "--keep-best True") if args.keep_best else None
         track = args.track or "WANDB_SWEEP_ID" in os.environ
@@ -84,7 +84,7 @@ class Run:
         self.lock.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal:  # the second one waits for no updates, as JAX does at an exit; a notebook's kernel lives on
+        if self.signal:  # the second: exit at once (sys.exit would wait for JAX's updates), but not from a notebook
             (sys.exit if hasattr(sys, "ps1") else os._exit)(128 + number)
         self.signal = number
         with suppress(OSError):  # `print` may be at work
@@ -94,11 +94,11 @@ class Run:
         return bool(self.signal)
 
     def steps(self) -> int:
-        """The step in the phase's table: the pretraining's own, or offline updates and online steps together."""
+        """`step` in pretraining.csv or metrics.csv: pretraining updates, or offline updates plus online steps."""
         return self.done["pretraining"] if self.phase == "pretraining" else self.done["offline"] + self.done["online"]
 
     def restore(self, trees: dict[str, Any], dataset: Dataset, transform: Transform) -> dict[str, Any]:
-        """The trees to go on with: those given, or of a resumed run the checkpoint's (its ring, once it was online).
+        """The trees to go on with: `trees`, or those in a resumed run's checkpoint (a ring only after online steps).
 
         It writes config.json, cuts the tables to the checkpoint, and says in one line what the run is about to do.
         UsageError for a checkpoint of another run.
@@ -107,26 +107,26 @@ class Run:
         script = script_of(sys.modules[type(self.args).__module__])
         known = {"algorithm": self.name} | self.flags | {"dataset_sha256": about["dataset_sha256"]} | script
         self.identity, self.before = json.loads(json.dumps(known, default=str)), {}  # the latter is the resumed run's
-        found, theirs = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
-        if found:
+        arrays, old = read_tree(self.checkpoint) if self.checkpoint.exists() else ({}, {"tables": {}})
+        if arrays:
             try:
-                self.done = {phase: int(theirs["done"][phase]) for phase in self.done}
-                self.diverged = {int(i): what for i, what in theirs["diverged"].items()}
-                self.started -= float(theirs["seconds"])
-                self.evaluations, self.before, _ = theirs["evaluations"], theirs["identity"], dict(theirs["tables"])
+                self.done = {phase: int(old["done"][phase]) for phase in self.done}
+                self.diverged = {int(i): what for i, what in old["diverged"].items()}
+                self.started -= float(old["seconds"])
+                self.evaluations, self.before, _ = old["evaluations"], old["identity"], dict(old["tables"])
                 free = FREE | (set() if self.done["online"] else LENGTHS)
-                odd = [x for x, value in self.identity.items() if x not in free and self.before.get(x, value) != value]
+                diff = [x for x, value in self.identity.items() if x not in free and self.before.get(x, value) != value]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UsageError(f"checkpoint {self.checkpoint} is damaged or was edited (its metadata)") from None
             if self.args.num_updates < self.done["offline"]:
                 raise UsageError(f"{self.path} has {self.done['offline']} updates: --num-updates must not be fewer")
-            if odd:
-                names = {x: "--" * (x in self.flags) + x.replace("_", "-") for x in odd}
-                had = "; ".join(f"{names[x]} {self.before[x]!r}, not {self.identity[x]!r}" for x in odd)
+            if diff:
+                names = {x: ("--" if x in self.flags else "") + x.replace("_", "-") for x in diff}
+                had = "; ".join(f"{names[x]} {self.before[x]!r}, not {self.identity[x]!r}" for x in diff)
                 raise UsageError(f"{self.path} holds a run with {had}; use another --run-dir")
             if self.before.get("script_sha256") != script.get("script_sha256"):
                 say(f"{self.name}.py or common/ was edited since {self.path} was saved, or is another one", sys.stderr)
-            trees = trees | self.members.shard(fill_tree(self.checkpoint, found, self._kept(trees)))
+            trees = trees | self.members.shard(fill_tree(self.checkpoint, arrays, self._kept(trees)))
             self.alive[list(self.diverged)] = 0
         hp, swept = self.args.hp._asdict(), enumerate(self.members.swept)
         members = [self.members.who(i) | {"swept": x, "hyperparameters": hp | x} for i, x in swept]
@@ -141,14 +141,14 @@ class Run:
             names = [f"{self.name} {self.source} {self.members.label(i)}" for i in range(len(members))]
             self.tracker = self.tracking.Tracker(self.args, config, names, self.label)
         for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
-            os.truncate(file, min(file.stat().st_size, theirs["tables"].get(file.name, 0)))
+            os.truncate(file, min(file.stat().st_size, old["tables"].get(file.name, 0)))
         (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on
         write_json(self.path / "config.json", config)
-        self.saved = dict(self.done) if found else None
+        self.saved = dict(self.done) if arrays else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"
-        where += f", resumed at {self.done}" if found else ""
+        where += f", resumed at {self.done}" if arrays else ""
         preset = "none (Args made without common.cli.parse)" if self.args.preset == "auto" else self.args.preset
-        no_data = ", no data" * (self.source != self.args.dataset)
+        no_data = "" if self.source == self.args.dataset else ", no data"
         say(f"{self.name} on {self.source}{no_data}, preset {preset}: {where}", sys.stdout)
         return trees
 
@@ -168,8 +168,8 @@ class Run:
     def chunks(self, phase: str, total: int, every: int = 0, whole: bool = False) -> Iterator[tuple[int, int]]:
         """`(start, stop)` of the phase's stretches, one after another, until `total` steps are recorded.
 
-        A stretch ends after STRETCH steps, and where a row, an evaluation, a checkpoint or a multiple of `every` is
-        due; with `whole` it is `every` steps. After a signal the process ends here, where the state was saved.
+        A stretch ends after STRETCH steps, or before that where a row, an evaluation, a checkpoint or a multiple of
+        `every` is due; with `whole` it has `every` steps. After a signal the process exits here, once it has saved.
         """
         dues = [LOG_EVERY, self.args.checkpoint_every, 0 if phase == "pretraining" else self.args.eval_every]
         self.phase, self.total, self.dues, self.shown = phase, total, [n for n in dues if n], 0.0
@@ -204,7 +204,7 @@ class Run:
         say(f"\r{text:<100}" if terminal else text, sys.stderr, "" if terminal and done < total else "\n")
 
     def evaluation_due(self) -> bool:
-        """Whether a multiple of --eval-every is reached or passed in this phase that no evaluation has followed yet."""
+        """Whether the phase has reached a multiple of --eval-every (0 is one) and was not evaluated there or later."""
         every, done = self.args.eval_every, self.done[self.phase]
         last = max((row["step"] for row in self.evaluations if row["phase"] == self.phase), default=-1)
         return every > 0 and last < done - done % every
@@ -227,7 +227,7 @@ class Run:
         for i in living[~np.asarray(finite)[living]]:
             metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
             self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0
-            what = f"{metric} is not finite by update {self.steps()}; it stays as it was at {frozen_at}"
+            what = f"{metric} is not finite by update {self.steps()}; this member stays as at {frozen_at}"
             say(f"{self.members.label(i)} diverged: {what}", sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
         due = any(stop // n > self.start // n for n in self.dues)

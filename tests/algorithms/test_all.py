@@ -117,7 +117,7 @@ def test_the_loop_is_that_of_iql(name: str) -> None:
     def loop(of: str) -> str:
         text = (ROOT / "algorithms" / f"{of}.py").read_text()
         lines = text[text.index("def main(") :].replace(f'"{of}"', '"name"').splitlines()
-        return "\n".join(line for line in lines if line.strip() and "foretell(" not in line)
+        return "\n".join(line for line in lines if line.strip() and "print_estimate(" not in line)
 
     cosine = re.compile(
         r"^        planned = run\.before.+\n        if args\.actor_decay_updates.+\n +print\(.+\n", re.MULTILINE
