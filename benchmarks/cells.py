@@ -62,9 +62,12 @@ class Cell:
 
 
 def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
-    """The flags in which a run differs from another one of the same algorithm on the same dataset."""
+    """The flags in which a run differs from another one of the same algorithm on the same dataset.
+
+    Where one of the two has not got a flag, which is newer or was removed, nothing is known of a difference.
+    """
     ours, theirs = config["flags"], reference["flags"]
-    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name)]
+    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name, ours[name])]
     return "".join(
         f" {name}={ours[name]:g}" if isinstance(ours[name], float) else f" {name}={ours[name]}" for name in names
     )

@@ -50,15 +50,19 @@ def wrappers_of(spec: Any) -> tuple[Any, ...]:
     return tuple(getattr(spec, "additional_wrappers", None) or ())
 
 
+def known_name(spec: Any) -> str:
+    """`env_name` of an id or EnvSpec; empty for one of a module or namespace of its own, whatever it is called."""
+    found = str(getattr(spec, "id", spec) or "")
+    return "" if re.match(r"(?!gymnasium)[^:]*:|.*/", found) else env_name(found)
+
+
 def domain_of(spec: Any) -> str | None:
     """Family of scores of an id or EnvSpec: that of D4RL's reference returns, or `success` for OGBench's single tasks.
 
     None for sparse Adroit, dense AntMaze, a Kitchen without D4RL's four tasks and an environment in a wrapper for
     rewards, by its name: their rewards differ from D4RL's. None too for one of a module or namespace of its own.
     """
-    families = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)"
-    own = re.match(r"(?!gymnasium)[^:]*:|.*/", found := str(getattr(spec, "id", spec) or ""))
-    name = "" if own else env_name(found)
+    families, name = r"(halfcheetah|hopper|walker2d|ant)|(antmaze)_(?!.*dense).*|franka(kitchen)", known_name(spec)
     if "-singletask" in name:
         return "success"
     match = re.fullmatch(rf"{families}|adroithand(pen|door|hammer|relocate)", name)
@@ -130,7 +134,7 @@ def ready(spec: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(spec, str) and ":" not in spec and spec not in gym.registry:  # module:Name registers its own
         with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
-    return spec, D4RL_TASKS.get(env_name(getattr(spec, "id", spec)).partition("_")[0], {})
+    return spec, D4RL_TASKS.get(known_name(spec).partition("_")[0], {})
 
 
 def advice(spec: Any, error: Exception) -> str:

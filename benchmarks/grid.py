@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.figures import data_line, draw_expected_best, panels
-from benchmarks.intervals import aggregate, expected_best, interquartile_mean, summarise
+from benchmarks.intervals import aggregate, expected_best, interquartile_mean, rank, summarise
 from benchmarks.tables import aligned
 from common.report import write_atomically
 
@@ -29,18 +29,17 @@ def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float
 
 
 def ranking(members: Sequence[dict[str, Any]]) -> str:
-    """A table of the settings of `members` (entries of final.json), best first.
+    """A table of the settings of `members` (entries of final.json), best first by `rank`.
 
     Interquartile mean of the last score, or return, over the seeds that did not diverge, and its 95 % interval.
     """
     name = unit_of(members)
-    rows = []
-    for swept, group in by_setting(members).items():
+    rows, groups = [], by_setting(members).items()
+    for swept, group in sorted(groups, key=lambda pair: rank([member[f"{name}_mean"] for member in pair[1]])):
         found = aggregate([member[f"{name}_mean"] for member in group])
         setting = " ".join(f"{key}={value:g}" for key, value in swept)
         diverged = sum(member["diverged"] is not None for member in group)
         rows.append([setting, found["iqm"], found["ci_low"], found["ci_high"], found["count"], diverged])
-    rows.sort(key=lambda row: (row[1] is None, -(row[1] or 0.0)))
     return aligned(["setting", name, "from", "to", "seeds", "diverged"], rows)
 
 

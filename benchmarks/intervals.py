@@ -93,6 +93,16 @@ def aggregate(values: Sequence[float | None]) -> dict[str, Any]:
     return {"iqm": float(interquartile_mean(x)) if x else None, "ci_low": low, "ci_high": high, "count": len(x)}
 
 
+def rank(values: Sequence[float | None]) -> tuple[float, float]:
+    """Sort key of a setting by its runs, the best first: a run without a value, as it diverged, is below all others.
+
+    So it is cut off like the lowest quarter; a setting with more such runs comes after all that have fewer.
+    """
+    x = [value for value in values if value is not None and np.isfinite(value)]
+    lost = [-np.inf] * (len(values) - len(x))
+    return -float(interquartile_mean([*x, *lost])), -float(interquartile_mean(x)) if x else np.inf
+
+
 def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`aggregate` of all members' final scores and returns, and `combinations`: of each swept setting, best first."""
 
@@ -103,5 +113,6 @@ def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
     groups = [{"swept": swept} | of([m for m in members if m["swept"] == swept]) for swept in settings]
     whole = of(members)
     figure = "return" if whole["score"]["iqm"] is None else "score"
-    groups.sort(key=lambda group: -np.inf if group[figure]["iqm"] is None else group[figure]["iqm"], reverse=True)
+    of_setting = [[m[f"{figure}_mean"] for m in members if m["swept"] == swept] for swept in settings]
+    groups = [groups[i] for i in sorted(range(len(groups)), key=lambda i: rank(of_setting[i]))]
     return {"combinations": groups, "aggregate": whole}

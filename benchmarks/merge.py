@@ -57,8 +57,8 @@ def merge(run_dir: Path) -> list[str]:
         _merge_table(run_dir / name, [path / name for path in parts.values()])
     config = configs[first] | {"run_dir": str(run_dir), "members": _members(configs.values())}
     config["flags"] = config["flags"] | {"shard": ""}
-    commits = dict.fromkeys(one["git_commit"] for one in configs.values() if one.get("git_commit"))
-    config["git_commit"] = "; ".join(commits) or None
+    commits = "; ".join(one["git_commit"] for one in configs.values() if one.get("git_commit")).split("; ")
+    config["git_commit"] = "; ".join(dict.fromkeys(commits)) or None
     config["git_dirty"] = any(one.get("git_dirty") for one in configs.values())
     write_json(run_dir / "config.json", config)
     if finished:

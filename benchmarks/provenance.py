@@ -4,11 +4,14 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from common.cli import UsageError
 from common.members import usable_cores
+from common.report import read_json
 
 
 def commit_at(path: Path) -> dict[str, Any]:
@@ -35,3 +38,13 @@ def provenance() -> dict[str, Any]:
         **commit_at(Path(__file__).parent),
         "cpu": {"model": model[1] if model else platform.processor(), "cores": usable_cores()},
     }
+
+
+def of_run(resumed: Path | None) -> dict[str, Any]:
+    """`provenance` for config.json; of a `resumed` run the commits of its sessions before this one stay, first."""
+    about, before = provenance(), {}
+    with suppress(UsageError):  # a config.json that is lost or damaged is written anew
+        before = read_json(resumed / "config.json") if resumed else {}
+    commits = [*(before.get("git_commit") or "").split("; "), about["git_commit"]]
+    about["git_commit"] = "; ".join(dict.fromkeys(filter(None, commits))) or None
+    return about | {"git_dirty": before.get("git_dirty") or about["git_dirty"]}

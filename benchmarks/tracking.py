@@ -84,13 +84,16 @@ class Tracker:
     def finish(self, final: dict[str, Any] | None, exit_code: int) -> None:
         """Write the figures of `final`, what final.json has, into histories and summaries, and close the runs.
 
-        `final` is None where the run ended without it. Where every member diverged, scores are None and not written:
-        for a run without a score that ends with another exit code than 0, a search takes the worst of the other runs.
+        `final` is None where the run ended without it. Under a sweep no score is written where more than a quarter of
+        the members diverged: for a run without one, and with an exit code other than 0, a search takes the worst of the
+        other runs.
         """
         figures: list[dict[str, Any]] = [{}] * len(self.runs)
         if final and self.swept:
-            iqms = {f"final_{name}_iqm": x["iqm"] for name, x in final["aggregate"].items()}
-            figures = [iqms | {"diverged_members": sum(m["diverged"] is not None for m in final["members"])}]
+            lost = sum(m["diverged"] is not None for m in final["members"])
+            most = lost > len(final["members"]) // 4  # the interquartile mean would be of the members that are left
+            iqms = {f"final_{name}_iqm": x["iqm"] for name, x in final["aggregate"].items() if not most}
+            figures, exit_code = [iqms | {"diverged_members": lost}], exit_code or 3 * most
         elif final:
             figures = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in final["members"]]
 

@@ -194,9 +194,10 @@ def preset_name(dataset: str, env: str | None) -> str:
     """The family that matches the name of `env`, else the `env` in an .npz, else the dataset's name; or `none`."""
     names = [env_name(env)] if env else []
     for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
-        if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
+        if (suffix := Path(one).suffix.lower()) == ".npz":
             with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` tells
-                names.append(env_name(np.ravel(file["env"]).astype(str)[0]))
+                names.append(env_name(env or np.ravel(file["env"]).astype(str)[0]))
+                continue  # where the environment is known, the name that a user gave the file says nothing
         names += [Path(one).name] if suffix in (".npz", ".hdf5", ".h5") else one.split("/")
     return next((family for x in names for family, start in FAMILIES.items() if re.match(start, x.lower())), "none")
 

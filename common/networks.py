@@ -35,7 +35,6 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32,
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for nn.Linear, hence that of TD3+BC, CORL and CleanRL.
 uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-
 # U(-sqrt(6 / (fan_in + fan_out)), ...): the default of TensorFlow's layers, hence that of AWR's and BRAC's authors.
 glorot = nn.initializers.glorot_uniform()
 
@@ -61,8 +60,7 @@ class MLP(nn.Module):
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
             x = nn.relu(x)
-            if self.dropout_rate > 0.0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return nn.Dense(self.output_dim, kernel_init=self.last_init or self.kernel_init)(x)
 
 

@@ -133,7 +133,7 @@ class Run:
         config = {"algorithm": self.name, "run_dir": str(self.path), "flags": self.flags, "preset": self.args.preset}
         config |= {"device": {"platform": device.platform, "kind": device.device_kind, "count": self.members.mesh.size}}
         config |= about | {"transform": {k: np.asarray(v).tolist() for k, v in transform._asdict().items()}}
-        config |= provenance.provenance() if (provenance := optional("benchmarks.provenance")) else {}
+        config |= made.of_run(self.path if arrays else None) if (made := optional("benchmarks.provenance")) else {}
         config |= {"population": self.members.total, "members": members} | script
         if self.args.shard and (merge := optional("benchmarks.merge")):
             merge.check_part(self.path, config)
@@ -142,7 +142,8 @@ class Run:
             self.tracker = self.tracking.Tracker(self.args, config, names, self.label)
         for file in filter(Path.exists, map(self.path.joinpath, TABLES)):  # rows after the checkpoint are written again
             os.truncate(file, min(file.stat().st_size, old["tables"].get(file.name, 0)))
-        (self.path / "final.json").unlink(missing_ok=True)  # of a run that now goes on
+        with suppress(FileNotFoundError):  # of a run that now goes on
+            os.replace(self.path / "final.json", self.path / f"final-{self.steps()}.json")
         write_json(self.path / "config.json", config)
         self.saved = dict(self.done) if arrays else None
         where = f"{len(members)} member(s) on {self.members.mesh.size} {device.device_kind}, into {self.path}"

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import bc, cells, report, sharing, suite, throughput
+from benchmarks import bc, cells, provenance, report, sharing, suite, throughput
 from benchmarks.peer_sides import synthetic
-from benchmarks.provenance import provenance
 from benchmarks.tables import Table
 from common.cli import UsageError
 from common.replay import Replay, Transitions
@@ -390,9 +389,27 @@ def test_runs_on_different_data_of_one_name_are_in_no_table(tmp_path):
     assert len(report.read(tmp_path)) == 2
 
 
+def test_a_flag_that_one_of_two_runs_has_not_got_is_no_difference():
+    """A newer flag, or one that was removed, is of no name in a table."""
+    old, new = ({"flags": {"beta": 3.0} | more} for more in ({"removed": 1}, {"added": 2.0}))
+    assert cells.settings_of(old, new) == cells.settings_of(new, old) == ""
+    assert cells.settings_of(new, {"flags": {"beta": 1.0}}) == " beta=3"
+
+
+def test_a_resumed_run_keeps_the_commits_that_trained_it(tmp_path, monkeypatch):
+    for commit, dirty in (("1a", True), ("1a", False), ("2b", False)):
+        monkeypatch.setattr(provenance, "commit_at", lambda _, c=commit, d=dirty: {"git_commit": c, "git_dirty": d})
+        about = provenance.of_run(tmp_path if (tmp_path / "config.json").exists() else None)
+        (tmp_path / "config.json").write_text(json.dumps(about))
+    assert (about["git_commit"], about["git_dirty"]) == ("1a; 2b", True)
+    assert provenance.of_run(None)["git_commit"] == "2b"
+    (tmp_path / "config.json").write_text("{")
+    assert provenance.of_run(tmp_path)["git_commit"] == "2b", "its record is damaged"
+
+
 def test_the_cores_of_a_page_are_those_that_a_run_may_use(monkeypatch):
     monkeypatch.setenv("NPROC", "7")
-    assert provenance()["cpu"]["cores"] == 7
+    assert provenance.provenance()["cpu"]["cores"] == 7
 
 
 @undrawn

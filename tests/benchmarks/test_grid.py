@@ -144,16 +144,16 @@ def test_the_run_of_a_copy_without_benchmarks_has_its_table_too() -> None:
     assert grid.table({"members": members}, data_level({}, scored=True)) == grid.table(whole, None)
 
 
-def test_settings_are_ranked_by_the_seeds_that_are_left() -> None:
+def test_settings_with_seeds_that_diverged_come_after_those_without() -> None:
     header, *rows = [line.split() for line in grid.ranking(MEMBERS).splitlines()]
     assert header == ["setting", "score", "from", "to", "seeds", "diverged"]
     assert [row[:3] for row in rows] == [
         ["beta=0.5", "rate=0.01", "51.5"],
-        ["beta=1", "rate=0.01", "30.0"],
         ["beta=1", "rate=0.0001", "15.0"],
         ["beta=0.5", "rate=0.0001", "1.5"],
+        ["beta=1", "rate=0.01", "30.0"],
     ]
-    assert rows[0][3:] == ["3.0", "100.0", "2", "0"] and rows[1][3:] == ["1", "1"]
+    assert rows[0][3:] == ["3.0", "100.0", "2", "0"] and rows[3][3:] == ["1", "1"]
     lost = grid.ranking([MEMBERS[1], MEMBERS[3]]).splitlines()[-1].split()
     assert lost == ["beta=1", "rate=0.01", "0", "1"], "where all diverged comes last"
 

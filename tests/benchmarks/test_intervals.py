@@ -111,7 +111,15 @@ def members_of(scores: dict[float, list[float | None]]) -> list[dict[str, Any]]:
 
 def test_members_are_summarised_by_their_setting() -> None:
     summary = intervals.summarise(members_of({1.0: [1, 2, 3], 2.0: [10, None, 30], 3.0: [None] * 3}))
-    assert [c["swept"] for c in summary["combinations"]] == [{"beta": 2.0}, {"beta": 1.0}, {"beta": 3.0}], "best first"
-    assert [c["score"]["iqm"] for c in summary["combinations"]] == [20, 2, None]
-    assert [c["return"]["count"] for c in summary["combinations"]] == [2, 3, 0]
+    assert [c["swept"] for c in summary["combinations"]] == [{"beta": 1.0}, {"beta": 2.0}, {"beta": 3.0}], "best first"
+    assert [c["score"]["iqm"] for c in summary["combinations"]] == [2, 20, None]
+    assert [c["return"]["count"] for c in summary["combinations"]] == [3, 2, 0]
     assert summary["aggregate"]["score"]["count"] == 5
+
+
+def test_a_setting_that_mostly_diverges_is_not_the_best_one() -> None:
+    """Of five seeds the lowest is cut off, so one that diverged costs nothing more than the lowest would."""
+    lucky, steady, one_lost = [80.0, *[None] * 4], [70.0] * 5, [75.0, 74.0, 73.0, 72.0, None]
+    worse, none_left = [90.0, None, None], [None] * 3
+    settings = [none_left, worse, lucky, steady, one_lost]
+    assert sorted(settings, key=intervals.rank) == [one_lost, steady, worse, lucky, none_left]

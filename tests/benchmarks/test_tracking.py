@@ -151,16 +151,32 @@ def test_the_metric_of_a_sweep_is_in_history_and_summary_and_says_what_it_leaves
     wandb = fake(monkeypatch)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.chdir(tmp_path)  # an agent gives no --run-dir
-    assert iql(*short, "--grid=critic_learning_rate=3e-4,1e7").status == 0
+    assert iql(*short, "--grid=critic_learning_rate=3e-4,2e-4,1e-4,1e7").status == 0
     (run,), (run_dir,) = wandb.runs, (path.parent for path in tmp_path.glob("runs/**/final.json"))
     assert Path(run.options["dir"]).absolute() == run_dir
     final = json.loads((run_dir / "final.json").read_text())
     survivors = [member["score_mean"] for member in final["members"] if member["diverged"] is None]
-    assert len(survivors) == 2 and run.final["diverged_members"] == 2
-    assert run.final["final_score_iqm"] == pytest.approx(np.mean(survivors))
+    assert len(survivors) == 6 and run.final["diverged_members"] == 2
+    assert run.final["final_score_iqm"] == final["aggregate"]["score"]["iqm"]
+    assert min(survivors) <= run.final["final_score_iqm"] <= max(survivors)
     (logged,) = [(step, row) for step, row in run.logged if "final_score_iqm" in row]
     assert logged == (20, run.final)
     assert run.exit_code == 0
+
+
+@pytest.mark.parametrize(("lost", "reported"), [(0, True), (1, True), (2, False)])
+def test_a_population_of_which_over_a_quarter_diverged_is_no_good_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int, reported: bool
+) -> None:
+    """A search would take the mean of the members that are left for that of the setting."""
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    tracker = Tracker(RunArgs(), config_of(tmp_path), ["first", "second"], "label")
+    members = [{"diverged": {"step": 1} if i < lost else None} for i in range(5)]
+    tracker.finish({"members": members, "aggregate": {"score": {"iqm": 80.0}}}, 0)
+    (run,) = wandb.runs
+    assert run.final == {"diverged_members": lost} | ({"final_score_iqm": 80.0} if reported else {})
+    assert run.exit_code == (0 if reported else 3)
 
 
 def test_long_names_and_groups_are_cut_to_what_wandb_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,9 @@ def test_the_preset_of_a_file_is_that_of_the_environment_named_in_it(tmp_path: P
     np.savez(tmp_path / "a+b.npz", env=np.array("AdroitHandPen-v1"))
     assert preset_name(str(tmp_path / "a+b.npz"), None) == "adroit", "one file"
     assert preset_name(f"more.npz+{tmp_path / 'mine.npz'}", None) == "locomotion"
+    np.savez(tmp_path / "door.npz", env=np.array("lab:Robot-v0"))
+    assert preset_name(str(tmp_path / "door.npz"), None) == "none", "how a file is called says less"
+    assert preset_name(str(tmp_path / "mine.npz"), "lab:Robot-v0") == "none"
 
 
 def test_unknown_presets_are_refused() -> None:

@@ -228,3 +228,8 @@ def test_an_environment_is_tried_out_before_a_run_trains(
 )
 def test_an_environment_of_ones_own_has_no_score_whatever_its_name(name: str, domain: str | None) -> None:
     assert domain_of(name) == domain
+
+
+@pytest.mark.parametrize("name", ["lab:AdroitHandPen-v1", "Lab/FrankaKitchen-v1", "lab.mazes:AntMaze_UMaze-v4"])
+def test_an_environment_of_ones_own_is_made_without_d4rls_options(name: str) -> None:
+    assert families.ready(name) == (name, {})

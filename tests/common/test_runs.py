@@ -439,7 +439,9 @@ def test_where_chunks_end_does_not_matter(tmp_path: Path, small_run: list[str], 
 
 def test_the_time_before_a_resumption_counts(small_run: list[str], iql: Any, taken: Path) -> None:
     edit_metadata(taken, seconds=10_000.0)
+    before = (taken / "final.json").read_bytes()
     assert iql(*small_run, *LONG, "--run-dir", taken, "--resume", "True").status == 0
+    assert (taken / "final-120.json").read_bytes() == before, "what the run had, also where it is then interrupted"
     assert 10_000 < json.loads((taken / "final.json").read_text())["wall_clock_seconds"] < 11_000
 
 
