@@ -64,10 +64,10 @@ class Cell:
 def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
     """The flags in which a run differs from another one of the same algorithm on the same dataset.
 
-    Where one of the two has not got a flag, which is newer or was removed, nothing is known of a difference.
+    One that only this run has, as it is newer or was removed, is among them: it may be what tells the two apart.
     """
     ours, theirs = config["flags"], reference["flags"]
-    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name, ours[name])]
+    names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name)]
     return "".join(
         f" {name}={ours[name]:g}" if isinstance(ours[name], float) else f" {name}={ours[name]}" for name in names
     )

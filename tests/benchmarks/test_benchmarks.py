@@ -389,13 +389,6 @@ def test_runs_on_different_data_of_one_name_are_in_no_table(tmp_path):
     assert len(report.read(tmp_path)) == 2
 
 
-def test_a_flag_that_one_of_two_runs_has_not_got_is_no_difference():
-    """A newer flag, or one that was removed, is of no name in a table."""
-    old, new = ({"flags": {"beta": 3.0} | more} for more in ({"removed": 1}, {"added": 2.0}))
-    assert cells.settings_of(old, new) == cells.settings_of(new, old) == ""
-    assert cells.settings_of(new, {"flags": {"beta": 1.0}}) == " beta=3"
-
-
 def test_a_resumed_run_keeps_the_commits_that_trained_it(tmp_path, monkeypatch):
     for commit, dirty in (("1a", True), ("1a", False), ("2b", False)):
         monkeypatch.setattr(provenance, "commit_at", lambda _, c=commit, d=dirty: {"git_commit": c, "git_dirty": d})
