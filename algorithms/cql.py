@@ -22,9 +22,9 @@ target has no entropy term; every loss is that of the parameters before the upda
 temperature); the temperature learns at the policy's rate. With `--max-backup` the target is max over n actions at s' of
 min over the ensemble (CORL, JaxCQL; authors' code: the min of each Q-function's max). In the first `--bc-updates` the
 policy maximises log pi(a|s) of dataset actions in place of Q. Initial weights are CORL's: in the Q-functions orthogonal
-(last layer: gain 1e-2), in the policy PyTorch's default (last layer: Xavier with gain 1e-2). The log standard deviation
-is multiplied by a learned scale, initially 1, plus a learned offset, initially -1 (JaxCQL: the same; its last layers
-have variance 1e-2 / inputs).
+(last layer: gain 1e-2), in the policy PyTorch's default (last layer: Xavier with gain 1e-2). Its log standard deviation
+is the network's output times a learned scale, initially 1, plus a learned offset, initially -1 (JaxCQL: the same; its
+last layers have variance 1e-2 / inputs).
 
 Ours: terminations alone cut the bootstrap, and the truncated last step of an episode is kept and bootstraps; the
 ensemble may have any size; the biases of the policy start at zero. Online, the same update goes on, and actions are
@@ -96,7 +96,7 @@ class Args(RunArgs):
     bc_updates: int = 0
 
     def validate(self) -> None:
-        """UsageError for a number out of range, or a sweep of --target-gap, which has no effect without --lagrange."""
+        """UsageError for a number out of range, or a sweep of --target-gap without --lagrange, which ignores it."""
         super().validate()
         if not self.lagrange:
             refuse_sweep(self, {"target_gap"}, "without --lagrange True")
@@ -336,7 +336,7 @@ def update(state: State, batch: Transitions, hp: Hyperparameters, args: Args) ->
     if args.lagrange:
         grads = jax.grad(factor_loss)(state.log_factor, critic_info["critic/gap"], hp)
         log_factor, factor_opt = descend(ADAM, state.log_factor, grads, state.factor_opt, hp.critic_learning_rate)
-        log_factor = jnp.minimum(log_factor, math.log(1e6))  # not in the loss, where a clip has no gradient
+        log_factor = jnp.minimum(log_factor, math.log(1e6))  # here: a clip in the loss would have no gradient beyond
 
     new_state = State(
         actor=actor_params,

@@ -171,7 +171,7 @@ class SplitDense(nn.Module):
 
 
 class BinHead(nn.Module):
-    """Logits `[n, batch, num_bins]` of one action dimension, given `embedding [batch, dim]` and those before it."""
+    """Logits `[n, batch, num_bins]` of an action dimension, by `embedding [batch, dim]` and the dimensions before."""
 
     num_bins: int
     hidden_dim: int
@@ -374,8 +374,8 @@ def max_of_min(params: Any, critic: nn.Module, states: jax.Array, actions: jax.A
 
     `states [batch, obs_dim]`, `actions [n, batch, action_dim]`. An action's bound is the minimum over the Q-functions
     evaluated so far. All actions get one Q-function, then in rounds 1, 2, 4, ... more, if their bound is above the best
-    full minimum known for their state. Each round first evaluates all Q-functions for each state's action of highest
-    bound, to raise that best. Q-functions of low mean (on one action of 32 states) come first: they bound tightest.
+    full minimum known for their state. Each round first evaluates every other Q-function for each state's action of
+    highest bound, to raise that best. Q-functions of low mean (on one action of 32 states) come first: tightest bounds.
     """
     num_actions, batch, action_dim = actions.shape
     num_critics, num_pairs, some = critic.num_critics, num_actions * batch, min(batch, 32)
@@ -553,7 +553,7 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
 
     A member takes the model that was trained with its own seed (of a grid: in the first combination); without one, the
     model at place seed % (number of models). UsageError unless that run is in its offline phase, the model's member is
-    alive, and the networks and `data` (hash, whether states are normalised) are the same here.
+    alive, and the behaviour networks and `data` (hash, whether states are normalised) are the same here.
     """
     arrays, about = read_tree(file := Path(path).expanduser() / "checkpoint" / "state.npz")
     try:
@@ -576,7 +576,7 @@ def borrow(path: str, state: State, seeds: np.ndarray, data: tuple[str, bool]) -
 
 
 def print_estimate(args: Args, count: int, done: dict[str, int], obs_dim: int, action_dim: int) -> None:
-    """Say roughly how long the updates that are not `done` take, where that is some hours without an accelerator.
+    """Print roughly how long the updates not yet `done` take, if that is over 1.5 hours and JAX runs on a CPU.
 
     A pass costs two operations per weight and row, for each of the `count` members; a gradient three passes; at the 100
     GFLOP/s of two common cores. Screening leaves a quarter of the proposals' (results/emaq-speed).

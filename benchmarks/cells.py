@@ -64,7 +64,7 @@ class Cell:
 def settings_of(config: dict[str, Any], reference: dict[str, Any]) -> str:
     """The flags in which a run differs from another one of the same algorithm on the same dataset.
 
-    One that only this run has, as it is newer or was removed, is among them: it may be what tells the two apart.
+    One that only this run has, since the flag is newer or was removed, is among them: it may be what tells them apart.
     """
     ours, theirs = config["flags"], reference["flags"]
     names = [name for name in ours if name not in NOT_SETTINGS and ours[name] != theirs.get(name)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.families import domain_of
-from benchmarks.intervals import aggregate, interquartile_mean
+from benchmarks.intervals import aggregate, interquartile_mean, rank
 from benchmarks.tables import Table
 from common.cli import one_line
 from common.report import write_atomically
@@ -175,8 +175,8 @@ def figure_of(run_dir: Path) -> Any:
     if last := panels.get((name, phases[-1])):
         out = lost[phases[-1]]
         whole = [setting for setting, members in groups.items() if set(members) - out and within(last, setting)]
-        rank = {setting: interquartile_mean(last_values(within(last, setting), out)) for setting in whole}
-        groups = dict(sorted(groups.items(), key=lambda group: -rank.get(group[0], -math.inf)))
+        ranks = {x: rank([*last_values(within(last, x), out), *[None] * len(out & {*groups[x]})]) for x in whole}
+        groups = dict(sorted(groups.items(), key=lambda group: ranks.get(group[0], (math.inf, math.inf))))
 
     width, heights = (8.5 if grid else 6.0), [2.2 if row == name else 1.0 for row in names]
     figure = Figure(figsize=(width * len(phases), 0.8 + 1.7 * sum(heights)), layout="constrained")

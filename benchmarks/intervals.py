@@ -96,7 +96,7 @@ def aggregate(values: Sequence[float | None]) -> dict[str, Any]:
 def rank(values: Sequence[float | None]) -> tuple[float, float]:
     """Sort key of a setting by its runs, the best first: a run without a value, as it diverged, is below all others.
 
-    So it is cut off like the lowest quarter; a setting with more such runs comes after all that have fewer.
+    Up to a quarter of the runs may so be lost at no cost; a setting that lost more comes after all that did not.
     """
     x = [value for value in values if value is not None and np.isfinite(value)]
     lost = [-np.inf] * (len(values) - len(x))

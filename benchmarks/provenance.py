@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def of_run(resumed: Path | None) -> dict[str, Any]:
-    """`provenance` for config.json; of a `resumed` run the commits of its sessions before this one stay, first."""
+    """`provenance` for config.json; of a `resumed` run the commits of its earlier sessions are kept, and come first."""
     about, before = provenance(), {}
     with suppress(UsageError):  # a config.json that is lost or damaged is written anew
         before = read_json(resumed / "config.json") if resumed else {}

@@ -84,9 +84,9 @@ class Tracker:
     def finish(self, final: dict[str, Any] | None, exit_code: int) -> None:
         """Write the figures of `final`, what final.json has, into histories and summaries, and close the runs.
 
-        `final` is None where the run ended without it. Under a sweep no score is written where more than a quarter of
-        the members diverged: for a run without one, and with an exit code other than 0, a search takes the worst of the
-        other runs.
+        `final` is None where the run ended without it. Under a sweep, if more than a quarter of the members diverged,
+        no score is written and the exit code is 3: for a run without a score whose code is not 0, a search takes the
+        worst of the other runs.
         """
         figures: list[dict[str, Any]] = [{}] * len(self.runs)
         if final and self.swept:

@@ -191,14 +191,14 @@ def env_name(env_id: str) -> str:
 
 
 def preset_name(dataset: str, env: str | None) -> str:
-    """The family that matches the name of `env`, else the `env` in an .npz, else the dataset's name; or `none`."""
+    """The family of the name of `env`, else of the dataset: of an .npz the `env` in it, or else its name; or `none`."""
     names = [env_name(env)] if env else []
-    for one in dict.fromkeys((dataset, *dataset.split("+"))):  # the name of one file may have a "+"
-        if (suffix := Path(one).suffix.lower()) == ".npz":
+    for one in [dataset] if os.path.exists(os.path.expanduser(dataset)) else dataset.split("+"):  # a name may have "+"
+        if (suffix := Path(one).suffix.lower()) == ".npz" and not env:
             with suppress(Exception), np.load(Path(one).expanduser(), allow_pickle=False) as file:  # `load` tells
-                names.append(env_name(env or np.ravel(file["env"]).astype(str)[0]))
-                continue  # where the environment is known, the name that a user gave the file says nothing
-        names += [Path(one).name] if suffix in (".npz", ".hdf5", ".h5") else one.split("/")
+                names.append(env_name(np.ravel(file["env"]).astype(str)[0]))
+                continue  # where the environment is known, a file's name says nothing
+        names += ([] if env else [Path(one).name]) if suffix in (".npz", ".hdf5", ".h5") else one.split("/")
     return next((family for x in names for family, start in FAMILIES.items() if re.match(start, x.lower())), "none")
 
 

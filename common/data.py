@@ -36,7 +36,7 @@ class Dataset:
 
 
 def load(id_or_path: str, env: str | None = None, only_env: bool = False) -> Dataset:
-    """Read a dataset; `benchmarks/sources.py` collects or downloads a missing one. Evaluate in `env`, else in its own.
+    """Read a dataset (`benchmarks/sources.py` collects or downloads a missing one), to evaluate in `env` or in its own.
 
     With `only_env` and an `env`, for online training from scratch, nothing is read and the dataset has no rows.
     UsageError for a dataset that is not there or cannot be used.
@@ -84,7 +84,7 @@ def check(name: str, arrays: Mapping[str, np.ndarray], low: np.ndarray, high: np
             raise UsageError(f"{name}: {field} is {array.dtype} {list(array.shape)}, it must be {wanted}")
         with np.errstate(over="ignore"):
             out[field] = np.ascontiguousarray(array, np.float32)
-        if not np.isfinite(np.sum(out[field], dtype=np.float64)):  # float64 cannot overflow: finite if all are
+        if not np.isfinite(np.sum(out[field], dtype=np.float64)):  # a float64 sum of float32 cannot overflow
             row = np.isfinite(out[field]).reshape(size, -1).all(axis=1).argmin()
             raise UsageError(f"{name}: {field} has NaN or infinity, first in row {row}; remove those episodes")
         if field in ("terminations", "truncations") and not np.isin(array, (0, 1)).all():

@@ -18,7 +18,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32,
     """Orthonormal columns (rows, where they are fewer) times `gain`, as the official IQL and jaxrl start every layer.
 
     Equal to flax's `orthogonal` up to rounding. By Gram-Schmidt, each column projected twice for accuracy. Not by JAX's
-    QR: on a CPU its LAPACK calls wait in the thread pool that they need, and one call per core hangs the process.
+    QR: on a CPU its LAPACK calls wait in the thread pool that they need; one on each core at once hangs the process.
     """
     rows, columns = max(shape), min(shape)
     random = jax.random.normal(key, (rows, columns), dtype)

@@ -84,7 +84,7 @@ class Run:
         self.lock.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal:  # the second: exit at once (sys.exit would wait for JAX's updates), but not from a notebook
+        if self.signal:  # the second: exit at once (sys.exit would wait for JAX); in a notebook, end the cell alone
             (sys.exit if hasattr(sys, "ps1") else os._exit)(128 + number)
         self.signal = number
         with suppress(OSError):  # `print` may be at work
@@ -228,7 +228,7 @@ class Run:
         for i in living[~np.asarray(finite)[living]]:
             metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
             self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0
-            what = f"{metric} is not finite by update {self.steps()}; this member stays as at {frozen_at}"
+            what = f"{metric} is not finite by update {self.steps()}; this member stays as it was at {frozen_at}"
             say(f"{self.members.label(i)} diverged: {what}", sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))
         due = any(stop // n > self.start // n for n in self.dues)

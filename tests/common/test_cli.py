@@ -154,6 +154,9 @@ def test_the_preset_of_a_file_is_that_of_the_environment_named_in_it(tmp_path: P
     np.savez(tmp_path / "door.npz", env=np.array("lab:Robot-v0"))
     assert preset_name(str(tmp_path / "door.npz"), None) == "none", "how a file is called says less"
     assert preset_name(str(tmp_path / "mine.npz"), "lab:Robot-v0") == "none"
+    assert preset_name(f"{tmp_path / 'door.npz'}+{tmp_path / 'door.npz'}", None) == "none"
+    assert preset_name("door-human-v1.hdf5", "lab:Robot-v0") == "none"
+    assert preset_name("D4RL/door/human-v2", "lab:Robot-v0") == "adroit", "an environment changed for its data"
 
 
 def test_unknown_presets_are_refused() -> None:
