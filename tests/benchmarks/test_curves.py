@@ -146,6 +146,13 @@ def test_a_grid_has_a_line_for_each_setting_the_best_first(tmp_path: Path) -> No
     assert len(others) == 3, "the level, and each of the lost"
 
 
+def test_a_setting_that_lost_a_seed_of_two_comes_after_one_that_lost_none(tmp_path: Path) -> None:
+    swept = {i: {"beta": float(i // 2)} for i in range(4)}
+    write_run(tmp_path, {i: [0.0, score] for i, score in enumerate((1.0, 3.0, 70.0, 50.0))}, swept, diverged=(3,))
+    first, second, _ = labels(axes_of(tmp_path)[0, 0])
+    assert first.startswith("beta=0: last 2.0") and second.startswith("beta=1: last 70.0")
+
+
 def test_of_many_settings_the_best_have_a_name_and_the_others_are_grey(tmp_path: Path) -> None:
     write_run(tmp_path, {i: [0.0, float(i)] for i in range(20)}, {i: {"beta": float(i)} for i in range(20)})
     axes = axes_of(tmp_path)[0, 0]
