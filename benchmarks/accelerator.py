@@ -204,6 +204,8 @@ def page(rows: list[dict[str, str]]) -> str:
 def main(args: Args) -> None:
     """Measure what the CSV lacks, smallest populations first."""
     check_ranges(args)
+    if unknown := [name for name in args.algorithms if name not in ALGORITHMS]:
+        raise UsageError(f"--algorithms {unknown[0]}: choose from {', '.join(ALGORITHMS)}")
     use_compilation_cache()
     fields = peer_sides.synthetic(args.rows, args.obs_dim, args.action_dim)
     began, table, data = time.monotonic(), Table(args.out), record(Transitions(**fields))
@@ -220,7 +222,7 @@ def main(args: Args) -> None:
             )
     if sides:  # they share the device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if other := {row["device"] for row in table.read()} - {jax.local_devices()[0].device_kind}:
+    if other := {row["device"].rpartition(" x ")[2] for row in table.read()} - {jax.local_devices()[0].device_kind}:
         raise UsageError(f"{args.out} has rows of {other.pop()}; give another --out")
     done = {(row["algorithm"], row["members"]) for row in table.read()}
     made = {"jax": jax.__version__, "commit": commit_of(provenance())}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import Curves, curves_of, number, trained_on
+from benchmarks.curves import Curves, curves_of, number, trained_on, uses_data
 from benchmarks.intervals import bootstrap_interval, interquartile_mean, regret
 from benchmarks.tables import Table, file_name
 from common.cli import UsageError
@@ -112,7 +112,7 @@ def read(folder: Path) -> list[Cell]:
         runs[run] = config, final, command, evaluations
     hashes: dict[str, Any] = {}
     for run, (config, *_) in runs.items():
-        digest = config.get("dataset_sha256") if config["flags"]["num_updates"] else None
+        digest = config.get("dataset_sha256") if uses_data(config) else None
         if digest and hashes.setdefault(trained_on(config), digest) != digest:
             raise UsageError(f"{run} learned from other data than another run on {trained_on(config)}")
     references = references_of({run: config for run, (config, *_) in runs.items()})
@@ -264,7 +264,7 @@ def last_evaluations(cell: Cell, count: int) -> dict[str, list[tuple[int, float]
 
 def about_data(cell: Cell) -> dict[str, Any] | None:
     """Returns of the dataset's own episodes; None where it was not trained on."""
-    return cell.config.get("dataset_returns") if cell.config["flags"]["num_updates"] else None
+    return cell.config.get("dataset_returns") if uses_data(cell.config) else None
 
 
 def length_in_words(length: tuple[int, int]) -> str:

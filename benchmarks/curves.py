@@ -123,10 +123,14 @@ def score_name(configs: Sequence[dict[str, Any]]) -> str:
     return "success rate" if all(domain_of(c.get("environment")) == "success" for c in configs) else "normalised score"
 
 
+def uses_data(config: dict[str, Any]) -> bool:
+    """Whether the run trained on its dataset: without offline updates only SAC with prior data does."""
+    return bool(config.get("flags", {}).get("num_updates", 1)) or config.get("algorithm") == "sac_prior"
+
+
 def trained_on(config: dict[str, Any]) -> str:
-    """The dataset, or without offline updates the environment; empty where the record says neither."""
-    flags = config.get("flags", {})
-    return flags.get("dataset", "") if flags.get("num_updates", 1) else config.get("environment", "")
+    """The dataset, or where no data were used the environment; empty where the record says neither."""
+    return config.get("flags", {}).get("dataset", "") if uses_data(config) else config.get("environment", "")
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, str]:
@@ -225,8 +229,7 @@ def figure_of(run_dir: Path) -> Any:
 
 def data_level(config: dict[str, Any], scored: bool) -> float | None:
     """The average score or return of the dataset's own episodes; None where it was not trained on."""
-    trained = config.get("flags", {}).get("num_updates", 1)
-    return config.get("dataset_returns", {}).get("score_mean" if scored else "mean") if trained else None
+    return config.get("dataset_returns", {}).get("score_mean" if scored else "mean") if uses_data(config) else None
 
 
 def who(config: dict[str, Any], member: str) -> str:

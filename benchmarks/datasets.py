@@ -84,9 +84,11 @@ def coverage(observations: np.ndarray) -> float:
 def on_disk() -> dict[str, dict[str, Any]]:
     """What the metadata of each set in Minari's directory say of it, by its id; nothing, where they are damaged."""
     found: dict[str, dict[str, Any]] = {}
-    for folder, _, files in sorted(os.walk(datasets_root(), followlinks=True)):
+    root = datasets_root()
+    for folder, _, files in sorted(os.walk(root, followlinks=True)):
         path = Path(folder, "metadata.json")
-        name = path.parents[1].relative_to(datasets_root()).as_posix() if path.parent.name == "data" else "."
+        of_set = path.parent.name == "data" and path.parent != root
+        name = path.parents[1].relative_to(root).as_posix() if of_set else "."
         if "metadata.json" in files and "/." not in f"/{name}":  # in a hidden folder it is being made
             found[name] = {}
             with suppress(UsageError):
@@ -142,7 +144,8 @@ def write_npz(dataset: Dataset, path: Path) -> Path:
     if path.is_dir() or path.suffix.lower() != ".npz":
         raise UsageError(f"{path} is {'a directory' if path.is_dir() else 'no .npz'}; name an .npz file to write")
     columns = {name: getattr(dataset.transitions, name) for name in Transitions._fields}
-    columns["actions"] = dataset.low + (columns["actions"] + 1.0) * (dataset.high - dataset.low) / 2.0
+    if np.any(dataset.low != -1.0) or np.any(dataset.high != 1.0):  # else to the last bit as they are
+        columns["actions"] = dataset.low + (columns["actions"] + 1.0) * (dataset.high - dataset.low) / 2.0
     if (env := plain_id(dataset.env_spec)) is not None:
         columns["env"] = np.array(env)
     else:

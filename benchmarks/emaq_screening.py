@@ -72,12 +72,13 @@ def run(args: Args) -> None:
         "jax": about["versions"]["jax"],
         "command": f"python benchmarks/emaq_screening.py {' '.join(sys.argv[1:])}".strip(),
     }
+    loaded = {name: load(name).transitions for name in args.datasets}
     path = args.output.with_name(args.output.name + ".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     table = Table(path)
     for dataset in args.datasets:
-        data = jax.tree.map(jnp.asarray, load(dataset).transitions)
+        data = jax.tree.map(jnp.asarray, loaded[dataset])
         state = emaq.init(jax.random.key(args.seed), hp, script, data.observations.shape[1], data.actions.shape[1])
         _, critic = emaq.modules(script, data.actions.shape[1])
         state, _ = jax.jit(partial(emaq.train_behavior, args=script))(state, hp, Replay(data), args.behavior_updates)

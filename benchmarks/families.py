@@ -51,9 +51,9 @@ def wrappers_of(spec: Any) -> tuple[Any, ...]:
 
 
 def known_name(spec: Any) -> str:
-    """`env_name` of an id or EnvSpec; empty for one of a module or namespace of its own, whatever it is called."""
+    """`env_name` of an id or EnvSpec; empty for one of another module or namespace, whatever it is called."""
     found = str(getattr(spec, "id", spec) or "")
-    return "" if re.match(r"(?!gymnasium)[^:]*:|.*/", found) else env_name(found)
+    return "" if re.match(r"(?!gymnasium|ogbench:)[^:]*:|.*/", found) else env_name(found)
 
 
 def domain_of(spec: Any) -> str | None:

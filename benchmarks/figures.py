@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import Cell, length_in_words, summary, unique
-from benchmarks.curves import PHASES, data_level, describe, lost_by, plot, score_name
+from benchmarks.curves import PHASES, data_level, describe, lost_by, plot, score_name, uses_data
 from benchmarks.intervals import expected_best, performance_profile
 
 COLUMNS = 3
@@ -110,7 +110,7 @@ def plot_curves(path: Path, cells: Sequence[Cell], colors: dict[str, str]) -> No
     Returns instead of scores where there is no dataset: in the unit of most learning curves from scratch.
     """
     rows = [row for cell in cells for row in cell.evaluations]
-    scored = cells[0].config["flags"]["num_updates"] > 0 and all(row["score_mean"] for row in rows)
+    scored = uses_data(cells[0].config) and all(row["score_mean"] for row in rows)
     column = "score_mean" if scored else "return_mean"
     phases = [phase for phase in PHASES if any(row["phase"] == phase for row in rows)]
     longest = {phase: max(cell.length[i] for cell in cells) for i, phase in enumerate(PHASES)}

@@ -28,6 +28,7 @@ class Table:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows in one go, in place of a last line that a kill has cut."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not (text := self.path.read_bytes()).endswith(b"\n"):
             os.truncate(self.path, text.rfind(b"\n") + 1)
         append_rows(self.path, rows)

@@ -221,13 +221,13 @@ class Run:
         Members that are not `finite` are named, and out from here on. Exit 3 if none is left.
         """
         sums, counts = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
-        frozen_at, living = self.steps(), np.flatnonzero(self.alive)
+        frozen_at, living, pretraining = self.steps(), np.flatnonzero(self.alive), self.phase == "pretraining"
         self.done[self.phase] = stop
         now = (stop, time.time())  # neither the first stretch, which compiles, nor the last checkpoint is in the rate
         self.clock[self.phase] = [self.clock.get(self.phase, [now])[0], now]
         for i in living[~np.asarray(finite)[living]]:
             metric = next((name for name, x in sums.items() if not np.isfinite(x[i])), "a parameter")
-            self.diverged[int(i)], self.alive[i] = {"step": frozen_at, "metric": metric}, 0
+            self.diverged[int(i)], self.alive[i] = {"step": 0 if pretraining else frozen_at, "metric": metric}, 0
             what = f"{metric} is not finite by update {self.steps()}; this member stays as it was at {frozen_at}"
             say(f"{self.members.label(i)} diverged: {what}", sys.stderr)
         self.row = Metrics(sums, counts) if self.row is None else jax.tree.map(np.add, self.row, Metrics(sums, counts))

@@ -736,7 +736,7 @@ def test_speed_has_a_row_for_each_run_that_measured_it(tmp_path):
 
 
 def test_a_table_that_a_kill_has_cut_is_gone_on_with_after_its_last_whole_row(tmp_path):
-    table = Table(tmp_path / "t.csv")
+    table = Table(tmp_path / "new" / "t.csv")
     table.append([{"a": 1, "b": 2}])
     with open(table.path, "a") as file:
         file.write("3,")

@@ -79,6 +79,12 @@ def test_phases_are_columns_and_losses_are_rows(tmp_path: Path) -> None:
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sac_with_prior_data_uses_them_without_an_offline_phase_too() -> None:
+    config = {"flags": {"dataset": "mine.npz", "num_updates": 0}, "environment": "Hopper-v5"}
+    assert curves.trained_on(config | {"algorithm": "sac_prior"}) == "mine.npz"
+    assert curves.trained_on(config | {"algorithm": "iql"}) == "Hopper-v5"
+
+
 def test_a_lone_evaluation_is_a_visible_point(tmp_path: Path) -> None:
     write_run(tmp_path, {0: [7.0]})
     ((place, axes),) = axes_of(tmp_path).items()

@@ -351,6 +351,12 @@ def test_the_rates_of_two_devices_do_not_share_a_table(tmp_path):
         accelerator.main(accelerator.Args(out=tmp_path / "rates.csv"))
 
 
+def test_an_unknown_algorithm_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UsageError, match="--algorithms td3bc: choose from iql, "):
+        accelerator.main(accelerator.Args(out=tmp_path / "rates.csv", algorithms=("iql", "td3bc")))
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_error_of_ours_is_not_reported_as_a_peers(tmp_path, monkeypatch):
     def failing(side, data, seconds):
         if side.name == "Offax":

@@ -619,7 +619,10 @@ def test_what_is_missing_is_downloaded(root: Path, monkeypatch: pytest.MonkeyPat
     assert list(minari.list_local_datasets()) == ["far/away-v0"]
     (root / "far").rename(root.parent / "scratch")  # a link to it, as where home is small
     (root / "far").symlink_to(root.parent / "scratch")
-    assert list(on_disk()) == ["far/away-v0"]
+    (root.parent / "data").symlink_to(root)  # as the folders within a set are called
+    for folder in (root.parent / "data", root):
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
+        assert list(on_disk()) == ["far/away-v0"]
     metadata = root / "far" / "away-v0" / "data" / "metadata.json"
     metadata.write_text(metadata.read_text().replace('"hdf5"', '"arrow"'))
     assert "only sets in HDF5 are read" in usage_error("far/away-v0", "Any1-v0")
@@ -696,6 +699,10 @@ def test_an_exported_set_is_the_same(tmp_path: Path) -> None:
     assert (exported.env_spec, exported.low.tolist(), exported.high.tolist()) == named
     for ours, theirs in zip(exported.transitions, whole.transitions, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    actions, one = np.float32([[0.1], [-0.7], [1 / 3]]), np.ones(1, np.float32)
+    unit = replace(whole, low=-one, high=one, transitions=whole.transitions._replace(actions=actions))
+    with np.load(write_npz(unit, tmp_path / "unit.npz")) as file:
+        assert file["actions"].tobytes() == actions.tobytes(), "there is nothing to rescale"
     with pytest.raises(UsageError, match=r"is a directory; name an \.npz"):
         write_npz(whole, tmp_path)
     with pytest.raises(UsageError, match=r"mine is no \.npz"):  # which nothing would read

@@ -221,6 +221,7 @@ def test_an_environment_is_tried_out_before_a_run_trains(
         ("Hopper-v5", "hopper"),
         ("gymnasium.envs.mujoco:Hopper-v5", "hopper"),
         ("gymnasium_robotics:AdroitHandDoor-v1", "door"),
+        ("ogbench:cube-single-singletask-v0", "success"),
         ("lab:Hopper-v5", None),
         ("lab.robots:Hopper-v0", None),
         ("Lab/Hopper-v0", None),

@@ -37,6 +37,7 @@ from conftest import (
 )
 
 from algorithms.iql import PRESETS, Args, main
+from benchmarks import curves
 from common import environments, members, report, runs
 from common.cli import UsageError, optional, parse
 from common.data import load
@@ -1089,6 +1090,20 @@ def test_a_part_of_another_run_is_refused_before_it_trains(tmp_path: Path, small
     del config["flags"]["layer_norm"]  # a part from before the flag existed
     (tmp_path / "part-0" / "config.json").write_text(json.dumps(config))
     assert iql(*run, "--num-updates", "20", "--shard", "1/2").status == 0
+
+
+def test_who_diverged_while_its_behavior_model_was_fitted_made_no_offline_update(tmp_path: Path, tiny: Path) -> None:
+    """So figures and tables, which compare the step with the offline phase's length, count it as lost there."""
+    args = Args(dataset=str(tiny), env="Hopper-v5", quiet=True, run_dir=str(tmp_path), num_seeds=2)
+    population, dataset = members.make_members(args), load(str(tiny), "Hopper-v5")
+    with Run("emaq", args, population) as run:
+        run.restore({"state": {}}, dataset, fit_transform(dataset.transitions, args))
+        for _, stop in run.chunks("pretraining", 300):
+            metrics = members.Metrics({"behavior/loss": np.array([1.0, np.nan])}, {"behavior/loss": np.ones(2)})
+            run.record(stop, metrics, np.array([True, stop < 200]))
+        assert run.diverged == {1: {"step": 0, "metric": "behavior/loss"}}
+    lost = [{"member": i, "diverged": run.diverged.get(i)} for i in range(2)]
+    assert curves.lost_by("offline", lost, length=(100, 50)) == {"1"}
 
 
 def test_returns_that_are_not_finite_are_said(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
