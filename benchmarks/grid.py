@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.figures import data_line, draw_expected_best, panels
-from benchmarks.intervals import aggregate, expected_best, interquartile_mean, rank, summarise
+from benchmarks.intervals import aggregate, by_setting, expected_best, interquartile_mean, ranked, summarise
 from benchmarks.tables import aligned
 from common.report import write_atomically
 
@@ -20,24 +20,16 @@ def unit_of(members: Sequence[dict[str, Any]]) -> str:
     return "score" if any(member["score_mean"] is not None for member in members) else "return"
 
 
-def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:
-    """The members of each setting."""
-    groups: dict[tuple[tuple[str, float], ...], list[dict[str, Any]]] = {}
-    for member in members:
-        groups.setdefault(tuple(member["swept"].items()), []).append(member)
-    return groups
-
-
 def ranking(members: Sequence[dict[str, Any]]) -> str:
     """A table of the settings of `members` (entries of final.json), best first by `rank`.
 
     Interquartile mean of the last score, or return, over the seeds that did not diverge, and its 95 % interval.
     """
     name = unit_of(members)
-    rows, groups = [], by_setting(members).items()
-    for swept, group in sorted(groups, key=lambda pair: rank([member[f"{name}_mean"] for member in pair[1]])):
+    rows = []
+    for group in ranked(members, name):
         found = aggregate([member[f"{name}_mean"] for member in group])
-        setting = " ".join(f"{key}={value:g}" for key, value in swept)
+        setting = " ".join(f"{key}={value:g}" for key, value in group[0]["swept"].items())
         diverged = sum(member["diverged"] is not None for member in group)
         rows.append([setting, found["iqm"], found["ci_low"], found["ci_high"], found["count"], diverged])
     return aligned(["setting", name, "from", "to", "seeds", "diverged"], rows)

@@ -103,16 +103,25 @@ def rank(values: Sequence[float | None]) -> tuple[float, float]:
     return -float(interquartile_mean([*x, *lost])), -float(interquartile_mean(x)) if x else np.inf
 
 
+def by_setting(members: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float], ...], list[dict[str, Any]]]:
+    """The members of each setting."""
+    groups: dict[tuple[tuple[str, float], ...], list[dict[str, Any]]] = {}
+    for member in members:
+        groups.setdefault(tuple(member["swept"].items()), []).append(member)
+    return groups
+
+
+def ranked(members: Sequence[dict[str, Any]], name: str) -> list[list[dict[str, Any]]]:
+    """The members of each setting, the best setting first, by their last `name`: score or return."""
+    return sorted(by_setting(members).values(), key=lambda group: rank([member[f"{name}_mean"] for member in group]))
+
+
 def summarise(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`aggregate` of all members' final scores and returns, and `combinations`: of each swept setting, best first."""
 
     def of(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {name: aggregate([member[f"{name}_mean"] for member in group]) for name in ("score", "return")}
 
-    settings = list({tuple(member["swept"].items()): member["swept"] for member in members}.values())
-    groups = [{"swept": swept} | of([m for m in members if m["swept"] == swept]) for swept in settings]
     whole = of(members)
-    figure = "return" if whole["score"]["iqm"] is None else "score"
-    of_setting = [[m[f"{figure}_mean"] for m in members if m["swept"] == swept] for swept in settings]
-    groups = [groups[i] for i in sorted(range(len(groups)), key=lambda i: rank(of_setting[i]))]
-    return {"combinations": groups, "aggregate": whole}
+    groups = ranked(members, "return" if whole["score"]["iqm"] is None else "score")
+    return {"combinations": [{"swept": group[0]["swept"]} | of(group) for group in groups], "aggregate": whole}

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import intervals
 from benchmarks.offax_sets import lock
+from benchmarks.provenance import commits_of
 from benchmarks.tables import Table
 from common import runs
 from common.cli import UsageError
@@ -57,8 +58,7 @@ def merge(run_dir: Path) -> list[str]:
         _merge_table(run_dir / name, [path / name for path in parts.values()])
     config = configs[first] | {"run_dir": str(run_dir), "members": _members(configs.values())}
     config["flags"] = config["flags"] | {"shard": ""}
-    commits = "; ".join(one["git_commit"] for one in configs.values() if one.get("git_commit")).split("; ")
-    config["git_commit"] = "; ".join(dict.fromkeys(commits)) or None
+    config["git_commit"] = commits_of(configs.values())
     config["git_dirty"] = any(one.get("git_dirty") for one in configs.values())
     write_json(run_dir / "config.json", config)
     if finished:

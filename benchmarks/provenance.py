@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,11 +41,16 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def commits_of(configs: Iterable[dict[str, Any]]) -> str | None:
+    """The commits of several config.json, of parts or sessions of one run, each once; None if none has any."""
+    commits = [commit for config in configs for commit in (config.get("git_commit") or "").split("; ") if commit]
+    return "; ".join(dict.fromkeys(commits)) or None
+
+
 def of_run(resumed: Path | None) -> dict[str, Any]:
     """`provenance` for config.json; of a `resumed` run the commits of its earlier sessions are kept, and come first."""
     about, before = provenance(), {}
     with suppress(UsageError):  # a config.json that is lost or damaged is written anew
         before = read_json(resumed / "config.json") if resumed else {}
-    commits = [*(before.get("git_commit") or "").split("; "), about["git_commit"]]
-    about["git_commit"] = "; ".join(dict.fromkeys(filter(None, commits))) or None
-    return about | {"git_dirty": before.get("git_dirty") or about["git_dirty"]}
+    dirty = before.get("git_dirty") or about["git_dirty"]
+    return about | {"git_commit": commits_of([before, about]), "git_dirty": dirty}

@@ -91,9 +91,11 @@ class Tracker:
         figures: list[dict[str, Any]] = [{}] * len(self.runs)
         if final and self.swept:
             lost = sum(m["diverged"] is not None for m in final["members"])
-            most = lost > len(final["members"]) // 4  # the interquartile mean would be of the members that are left
-            iqms = {f"final_{name}_iqm": x["iqm"] for name, x in final["aggregate"].items() if not most}
-            figures, exit_code = [iqms | {"diverged_members": lost}], exit_code or 3 * most
+            figures = [{"diverged_members": lost}]
+            if lost <= len(final["members"]) // 4:
+                figures[0] |= {f"final_{name}_iqm": x["iqm"] for name, x in final["aggregate"].items()}
+            else:  # the interquartile mean would be of the members that are left
+                exit_code = exit_code or 3
         elif final:
             figures = [{"final_score": m["score_mean"], "final_return": m["return_mean"]} for m in final["members"]]
 
